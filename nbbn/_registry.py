@@ -1,0 +1,162 @@
+"""What initializers, regularizers and constraints share: names, configs and argument checks."""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+KERAS = ("keras", "tf_keras", "tensorflow")
+
+
+def defined_by(module: object, roots: tuple[str, ...]) -> bool:
+    """True if the dotted module name `module` lies in one of the packages `roots`."""
+    return isinstance(module, str) and module.partition(".")[0] in roots
+
+
+def number(name: str, value: object, *, low: float = -math.inf, finite: bool = True) -> float:
+    """value as a float.
+
+    Raises: ValueError if it is not a real number, is NaN, lies below `low`, or is infinite where `finite`.
+    """
+    if isinstance(value, int | float | np.integer | np.floating):
+        real = float(value)
+        if real >= low and not (finite and math.isinf(real)):  # false for NaN
+            return real
+    kind = "a finite number" if finite else "a number"
+    bound = f" >= {low:g}" if low > -math.inf else ""
+    raise ValueError(f"{name} must be {kind}{bound}, received {value!r}.")
+
+
+def integers(name: str, value: object) -> list[int]:
+    """value as a list.
+
+    Raises: ValueError if it is not a sequence of integers.
+    """
+    if isinstance(value, Sequence) and all(isinstance(one, int | np.integer) for one in value):
+        return [int(one) for one in value]
+    raise ValueError(f"{name} must be None or integers, received {value!r}.")
+
+
+def floating(name: str, value: npt.ArrayLike) -> npt.NDArray[Any]:
+    """value as an array, which must be a floating one (ml_dtypes' types, of kind "V", included).
+
+    Raises: TypeError if its dtype is not floating.
+    """
+    array = np.asarray(value)
+    if array.dtype.kind not in "fV":
+        raise TypeError(f"{name} must be an array of a floating dtype, received dtype {array.dtype}.")
+    return array
+
+
+class Configurable:
+    """An object that its constructor's arguments describe.
+
+    Each argument is kept in the attribute of its name, in a JSON-serializable form.
+    """
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, as a new dict of JSON-serializable values."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in inspect.signature(type(self)).parameters}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """The object that get_config() described; `config` is not changed."""
+        return cls(**config)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Configurable) or type(self) is not type(other):
+            return NotImplemented
+        return self.get_config() == other.get_config()
+
+    def __hash__(self) -> int:
+        return hash(type(self))  # configs hold lists, and objects that compare equal must hash alike
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
+        return f"{type(self).__name__}({arguments})"
+
+
+class Registry:
+    """Objects of one kind by the names that configs use for them.
+
+    Args:
+        kind: what an error message calls them.
+        base: their common class.
+        namespace: each concrete subclass of `base` here is known by every public name that it has here.
+        aliases: further names; the value may be a function that makes the object.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        base: type,
+        namespace: Mapping[str, object],
+        aliases: Mapping[str, Callable[..., Any]],
+    ) -> None:
+        self._kind = kind
+        classes = {name: value for name, value in namespace.items() if _is_public(name, value, base)}
+        self._makers: dict[str, object] = {**classes, **aliases}
+
+    def get(self, identifier: object) -> Callable[..., Any]:
+        """The object for a name, config dict, class (called without arguments) or callable (kept as it is).
+
+        Raises: ValueError for an unknown name, a malformed or foreign config, and anything else.
+        """
+        if isinstance(identifier, str):
+            return self._make(identifier, {})
+        if isinstance(identifier, Mapping):
+            return self._from_dict(identifier)
+        found: object = identifier() if isinstance(identifier, type) else identifier
+        if not callable(found):
+            raise ValueError(
+                f"{self._kind} must be a name, a config dict with the keys class_name and config, "
+                f"an object, a class or a callable, received {identifier!r}."
+            )
+        return found
+
+    def serialize(self, component: object) -> dict[str, Any] | str | None:
+        """{"class_name", "config"} of an object that has get_config(), else its name; None for None.
+
+        Raises: ValueError for an object with neither.
+        """
+        if component is None:
+            return None
+        if hasattr(component, "get_config") and not isinstance(component, type):
+            return {"class_name": type(component).__name__, "config": component.get_config()}
+        name = getattr(component, "__name__", None)
+        if not isinstance(name, str):
+            raise ValueError(f"{self._kind} must have get_config() or a name to be serialized, received {component!r}.")
+        return name
+
+    def _from_dict(self, identifier: Mapping[str, Any]) -> Callable[..., Any]:
+        name, config = identifier.get("class_name"), identifier.get("config", {})
+        if not isinstance(name, str):
+            raise ValueError(f"{self._kind} config must name a class_name, received {dict(identifier)!r}.")
+        # Keras tells a user's own Zeros, or a function, from the built-in class by nothing but the module.
+        if "module" in identifier and not defined_by(identifier["module"], (*KERAS, "nbbn")):
+            raise ValueError(
+                f"{self._kind} must be passed as the object or function itself if its module is foreign, "
+                f"received {dict(identifier)!r}."
+            )
+        if not isinstance(config, Mapping):
+            raise ValueError(f"config of {self._kind} {name!r} must be a dict, received {config!r}.")
+        return self._make(name, config)
+
+    def _make(self, name: str, config: Mapping[str, Any]) -> Callable[..., Any]:
+        if name not in self._makers:
+            raise ValueError(
+                f"Unknown {self._kind} {name!r}. Known names: {', '.join(sorted(self._makers))}. "
+                "Anything else must be passed as the object or function itself."
+            )
+        maker: Any = self._makers[name]
+        made: Callable[..., Any] = maker.from_config(config) if hasattr(maker, "from_config") else maker(**config)
+        return made
+
+
+def _is_public(name: str, value: object, base: type) -> bool:
+    concrete = isinstance(value, type) and issubclass(value, base) and not inspect.isabstract(value)
+    return concrete and not name.startswith("_")

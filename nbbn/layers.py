@@ -1,0 +1,573 @@
+"""The layer: weights, state, config. What it computes is the Dispatcher's."""
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nbbn import constraints, dtypes, initializers, regularizers
+from nbbn.dispatcher import Dispatcher, Force, Plan
+from nbbn.kernels.cpu import channel
+from nbbn.layout import Sizes, resolve_axis
+from nbbn.operands import Array, as_adjustment, as_input, as_weights, check_out, spread, sum_to
+from nbbn.options import Options, parse_axis
+from nbbn.runtime import StateLock
+from nbbn.variables import PARAMETERS, STATISTICS, Shapes, Variables
+
+_INITIALIZERS = ("beta_initializer", "gamma_initializer", "moving_mean_initializer", "moving_variance_initializer")
+_REGULARIZERS = ("beta_regularizer", "gamma_regularizer")
+_CONSTRAINTS = ("beta_constraint", "gamma_constraint")
+# What other frameworks put into a config and what has no effect here.
+_FOREIGN_KEYS = ("batch_input_shape", "build_input_shape", "synchronized")
+
+
+class Gradients(NamedTuple):
+    """What a pullback returns; None for what does not exist.
+
+    inputs: shape and dtype of the input. gamma, beta: shape and dtype of the parameters.
+    adjustment: a pair with the shapes of what `adjustment` returned.
+    """
+
+    inputs: Array | None = None
+    gamma: Array | None = None
+    beta: Array | None = None
+    adjustment: tuple[Array, Array] | None = None
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What a forward pass leaves behind; after inference, which used `state`, without `saved` and `new_state`."""
+
+    x: Array
+    params: Array
+    state: Array
+    saved: Array | None = None
+    new_state: Array | None = None
+    weights: Array | None = None
+    adjustment: tuple[Array, Array] | None = None
+
+
+_named = itertools.count()
+
+
+def _variable(name: str) -> property:
+    """The attribute of a layer for one of its variables; None where it has no such variable."""
+
+    def get(self: "BatchNormalization") -> Array | None:
+        v = self._variables
+        return None if v is None or name not in v.names else v[name]
+
+    def assign(self: "BatchNormalization", value: Any) -> None:
+        v = self._built_variables(f"setting {name}")
+        if name not in v.names:
+            raise AttributeError(f"{self.name} has no {name}")
+        v.assign({name: v.check(name, value)})
+
+    return property(get, assign)
+
+
+class BatchNormalization:
+    """Batch normalization with every option of TensorFlow 1 and 2, on NumPy arrays.
+
+        y = (x - mean) / sqrt(variance + epsilon) * gamma + beta
+
+    In training the mean and (biased) variance are those of the batch, and moving averages of them are kept; in
+    inference they are the moving averages.
+
+    Args:
+        axis: int or list of ints: the feature axes, which keep statistics of their own; all others are reduced.
+        momentum: weight of the OLD value in the moving averages, 0 to 1 (PyTorch's momentum is the weight of the new
+            value). None averages all training calls with equal weight.
+        epsilon: added to the variance.
+        center, scale: whether there is a beta, a gamma.
+        beta_initializer, gamma_initializer, moving_mean_initializer, moving_variance_initializer: Keras name,
+            config, object or callable f(shape, dtype).
+        beta_regularizer, gamma_regularizer: Keras name, config, object or callable; see `losses`.
+        beta_constraint, gamma_constraint: likewise; applied by apply_constraints(), after an optimizer's step.
+        renorm: batch renormalization (Ioffe, 2017).
+        renorm_clipping: dict with any of "rmax", "rmin", "dmax": numbers, or callables without arguments read at
+            each step.
+        renorm_momentum: weight of the old value in the statistics that renorm normalizes with.
+        fused: True demands that TensorFlow's fused kernel could do this call (ValueError otherwise), False that it
+            is not; this decides about Bessel's correction only. None: whatever is possible.
+        trainable: a layer that is not trainable normalizes with its moving statistics, also in training.
+        virtual_batch_size: ghost batches: sample n is normalized with the samples of its group, n mod (N /
+            virtual_batch_size).
+        adjustment: callable of the input's shape that returns (a, b); in training x_hat becomes x_hat * a + b.
+        name: a unique one is made if it is None.
+        dtype: "float16", "bfloat16", "float32" or "float64": inputs are cast to it. None follows the input.
+            Parameters and statistics are float32 for 16-bit dtypes.
+        bessel_correction: whether the moving variance is the unbiased one. None does what TensorFlow does for this
+            input: yes where its fused kernel runs (rank 4 or 5, one channel axis, not float64, none of the options
+            above), else no.
+
+    The attributes gamma, beta, moving_mean, moving_variance and with renorm moving_stddev, renorm_mean,
+    renorm_stddev are arrays in TensorFlow's shapes: (C,) for one axis, else the input's rank with 1 in every reduced
+    dimension, and with virtual batches one more 1 at index 1. gamma and beta may be changed in place; a training
+    call replaces the moving statistics by new arrays, all at once, so that another thread never sees a mix.
+
+    Raises: TypeError, ValueError for arguments that are not possible; the message names the argument and its value.
+    """
+
+    _STRICT_FUSED = True
+    _FREEZES = True  # trainable=False means inference
+
+    def __init__(
+        self,
+        axis: int | Sequence[int] = -1,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        moving_mean_initializer: Any = "zeros",
+        moving_variance_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        renorm: bool = False,
+        renorm_clipping: Mapping[str, float | Callable[[], float]] | None = None,
+        renorm_momentum: float = 0.99,
+        fused: bool | None = None,
+        trainable: bool = True,
+        virtual_batch_size: int | None = None,
+        adjustment: Callable[[tuple[int, ...]], tuple[Any, Any]] | None = None,
+        name: str | None = None,
+        *,
+        dtype: Any = None,
+        bessel_correction: bool | None = None,
+    ) -> None:
+        options = Options(
+            axis=parse_axis(axis),
+            momentum=momentum,
+            epsilon=epsilon,
+            renorm=bool(renorm),
+            renorm_clipping=renorm_clipping,
+            renorm_momentum=renorm_momentum,
+            fused=fused,
+            virtual_batch_size=virtual_batch_size,
+            adjustment=adjustment,
+            bessel_correction=bessel_correction,
+            dtype=None if dtype is None else dtypes.resolve(dtype),
+            strict_fused=self._STRICT_FUSED,
+        )
+        self._dispatcher = Dispatcher(options)
+        self.axis: int | list[int] = list(options.axis) if isinstance(options.axis, tuple) else options.axis
+        self.center, self.scale = bool(center), bool(scale)
+        self.beta_initializer = initializers.get(beta_initializer)
+        self.gamma_initializer = initializers.get(gamma_initializer)
+        self.moving_mean_initializer = initializers.get(moving_mean_initializer)
+        self.moving_variance_initializer = initializers.get(moving_variance_initializer)
+        self.beta_regularizer = regularizers.get(beta_regularizer)
+        self.gamma_regularizer = regularizers.get(gamma_regularizer)
+        self.beta_constraint = constraints.get(beta_constraint)
+        self.gamma_constraint = constraints.get(gamma_constraint)
+        self.trainable = trainable
+        self.name = self._unique_name() if name is None else str(name)
+        self._variables: Variables | None = None
+        self._building = StateLock()
+
+    def _unique_name(self) -> str:
+        n = next(_named)
+        return f"batch_normalization_{n}" if n else "batch_normalization"
+
+    # -- what was asked for ------------------------------------------------------------------------------------------
+
+    @property
+    def options(self) -> Options:
+        return self._dispatcher.options
+
+    momentum = property(lambda self: self.options.momentum)
+    epsilon = property(lambda self: self.options.epsilon)
+    renorm = property(lambda self: self.options.renorm)
+    renorm_clipping = property(lambda self: self.options.renorm_clipping)
+    renorm_momentum = property(lambda self: self.options.renorm_momentum)
+    fused = property(lambda self: self.options.fused)
+    virtual_batch_size = property(lambda self: self.options.virtual_batch_size)
+    adjustment = property(lambda self: self.options.adjustment)
+    bessel_correction = property(lambda self: self.options.bessel_correction)
+
+    @property
+    def trainable(self) -> bool:
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        self._trainable = bool(value)
+
+    @property
+    def dtype(self) -> str | None:
+        """The name of the dtype that inputs are cast to; None follows the input."""
+        return None if self.options.dtype is None else self.options.dtype.name
+
+    def __repr__(self) -> str:
+        v = self._variables
+        shape = f", parameters {v.shapes.params} {v.shapes.dtype.name}" if v else ""
+        return f"<{type(self).__name__} {self.name}: axis={self.axis}{shape}>"
+
+    # -- building ----------------------------------------------------------------------------------------------------
+
+    @property
+    def built(self) -> bool:
+        return self._variables is not None
+
+    def build(self, input_shape: Iterable[int | None]) -> None:
+        """Create the weights for inputs of this shape; None stands for an unknown dimension. Does nothing when built.
+
+        Raises: ValueError if an axis is out of range, occurs twice, or its dimension is unknown.
+        """
+        if self._variables is None:
+            self._build(self._derive_shapes(tuple(input_shape), self.options.dtype or np.dtype(np.float32)))
+
+    def _derive_shapes(self, shape: tuple[int | None, ...], dtype: np.dtype) -> Shapes:
+        if not shape:
+            raise ValueError(f"inputs must have at least one dimension; received shape {shape}")
+        axis = resolve_axis(self.options.resolved_axis(), len(shape))
+        unknown = [a for a in axis if shape[a] is None]
+        if unknown:
+            raise ValueError(
+                f"the dimension of axis {unknown[0]} must be known to build the layer; received shape {shape}"
+            )
+        virtual = self.virtual_batch_size is not None
+        if virtual and 0 in axis:
+            raise ValueError(
+                f"axis must not include the batch dimension 0 with virtual_batch_size; received axis={self.axis}"
+            )
+        self.options.check_fused(len(shape), dtype)
+        features = {a: int(shape[a]) for a in axis}  # type: ignore[arg-type]
+        if len(axis) == 1 and not virtual:
+            params: Sizes = (features[axis[0]],)
+        else:
+            params = tuple(features.get(i, 1) for i in range(len(shape)))
+            params = (params[0], 1, *params[1:]) if virtual else params
+        return Shapes(len(shape), features, params, dtypes.statistic(dtype))
+
+    def _build(self, shapes: Shapes) -> Variables:
+        with self._building:
+            if self._variables is None:
+                self._variables = self._make_variables(shapes)
+            return self._variables
+
+    def _make_variables(self, shapes: Shapes) -> Variables:
+        def initial(initializer: Any) -> Array:
+            return initializers.initialize(initializer, shapes.params, shapes.dtype)
+
+        values = {"gamma": initial(self.gamma_initializer)} if self.scale else {}
+        if self.center:
+            values["beta"] = initial(self.beta_initializer)
+        mean, variance = initial(self.moving_mean_initializer), initial(self.moving_variance_initializer)
+        values |= {"moving_mean": mean, "moving_variance": variance}
+        if self.renorm:
+            sigma = np.sqrt(variance)
+            values |= {"moving_stddev": sigma, "renorm_mean": mean, "renorm_stddev": sigma}
+        return Variables(shapes, values)
+
+    def _check_input(self, x: Array) -> Shapes:
+        """The shapes of this input, which are the layer's if it is built. Raises: ValueError if they do not agree."""
+        if self._variables is None:
+            return self._derive_shapes(x.shape, x.dtype)
+        shapes = self._variables.shapes
+        shapes.check_input(x.shape)
+        self.options.check_fused(x.ndim, x.dtype)
+        return shapes
+
+    # -- calling -----------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        inputs: Any,
+        training: bool | None = None,
+        mask: Any = None,
+        update_statistics: bool = True,
+        out: Array | None = None,
+    ) -> Array:
+        """The normalized input: an array of its shape and dtype.
+
+        Args:
+            inputs: float16, bfloat16, float32 or float64 array of the rank that the layer was built for; never changed.
+            training: use the batch's statistics and update the moving ones. None means False.
+            mask: bool or real weights >= 0 of the elements in the batch's statistics; broadcast against the non-feature
+                dimensions, or of the input's rank. Ignored in inference.
+            update_statistics: False leaves the moving statistics alone.
+            out: an array for the result; may be `inputs` itself.
+        Raises: TypeError, ValueError; the layer is then as it was.
+        """
+        return self._forward(inputs, training, mask, update_statistics, out)[0]
+
+    def apply(self, *args: Any, **kwargs: Any) -> Array:
+        """The same as calling the layer."""
+        return self(*args, **kwargs)
+
+    def vjp(
+        self,
+        inputs: Any,
+        training: bool | None = None,
+        mask: Any = None,
+        update_statistics: bool = True,
+        out: Array | None = None,
+    ) -> tuple[Array, Callable[[Any], Gradients]]:
+        """The normalized input, and a function from the gradient of the output to Gradients.
+
+        The function may be called any number of times, from any thread. It refers to `inputs`, which must not change
+        until then; parameters and statistics are those of this call.
+        """
+        x = as_input(inputs)
+        if isinstance(out, np.ndarray) and np.may_share_memory(out, x):
+            raise ValueError("out must not share memory with inputs in vjp(), because the gradient needs them")
+        y, residuals = self._forward(inputs, training, mask, update_statistics, out)
+        return y, lambda dy: self._pull_back(dy, residuals, x.dtype)
+
+    def _uses_batch(self, training: bool | None) -> bool:
+        return bool(training) and (self.trainable or not self._FREEZES)
+
+    def _forward(
+        self, inputs: Any, training: bool | None, mask: Any, update: bool, out: Array | None
+    ) -> tuple[Array, Residuals]:
+        x = as_input(inputs)
+        if self.options.dtype is not None:
+            x = x.astype(self.options.dtype, copy=False)
+        shapes = self._check_input(x)
+        if out is not None:
+            check_out(out, x)
+        if not self._uses_batch(training):
+            variables = self._build(shapes)
+            dtype = dtypes.statistic(x.dtype)
+            params, state = variables.params.astype(dtype), variables.state.astype(dtype, copy=False)
+            return self._dispatcher.infer(x, params, state, out), Residuals(x, params, state)
+        self._dispatcher.layout(x.shape, training=True)
+        weights = None if mask is None else as_weights(mask, x.shape, tuple(shapes.features))
+        adjustment = None if self.adjustment is None else as_adjustment(self.adjustment, x.shape)
+        hyper = self._hyper(x)
+        return self._train(x, weights, adjustment, hyper, self._build(shapes), update, out)
+
+    def _hyper(self, x: Array) -> Array:
+        return self._dispatcher.hyper(x.shape, x.dtype)
+
+    def _train(
+        self,
+        x: Array,
+        weights: Array | None,
+        adjustment: tuple[Array, Array] | None,
+        hyper: Array,
+        variables: Variables,
+        update: bool,
+        out: Array | None,
+    ) -> tuple[Array, Residuals]:
+        dtype = dtypes.statistic(x.dtype)
+        params = variables.params.astype(dtype)
+        operands = self._spread(x, weights, adjustment)
+        # The lock makes the update one step of a sequence: threads that train one layer lose none.
+        with variables.lock if update else contextlib.nullcontext():
+            if update and self.momentum is None:
+                hyper[channel.MOMENTUM] = variables.training_calls / (variables.training_calls + 1)
+            state = variables.state.astype(dtype, copy=False)
+            y, new_state, saved = self._dispatcher.train(x, params, state, hyper, **operands, out=out)
+            if update and x.size:
+                variables.replace_state(new_state)
+        return y, Residuals(x, params, state, saved, new_state, weights, adjustment)
+
+    @staticmethod
+    def _spread(x: Array, weights: Array | None, adjustment: tuple[Array, Array] | None) -> dict[str, Any]:
+        """What the Dispatcher takes beside x, in its shape and the statistics' dtype."""
+        dtype = dtypes.statistic(x.dtype)
+        return {
+            "weights": None if weights is None else spread(weights, x.shape, dtype),
+            "adjustment": None if adjustment is None else tuple(spread(v, x.shape, dtype) for v in adjustment),
+        }
+
+    def _pull_back(self, dy: Any, r: Residuals, dtype: np.dtype) -> Gradients:
+        dy = dtypes.as_float_array(dy, "dy")
+        if dy.shape != r.x.shape:
+            raise ValueError(f"dy must have the shape of the output, {r.x.shape}; received {dy.shape}")
+        dy = dy.astype(r.x.dtype, copy=False)
+        if r.saved is None:
+            saved = self._dispatcher.saved_of(r.state)
+            dx, dparams = self._dispatcher.backward(dy, r.x, r.params, saved, training=False)
+        else:
+            operands = self._spread(r.x, r.weights, r.adjustment)
+            dx, dparams = self._dispatcher.backward(dy, r.x, r.params, r.saved, training=True, **operands)
+        assert self._variables is not None
+        shapes = self._variables.shapes
+        dgamma, dbeta = dparams.astype(shapes.dtype, copy=False).reshape(2, *shapes.params)
+        return Gradients(
+            dx.astype(dtype, copy=False),
+            dgamma if self.scale else None,
+            dbeta if self.center else None,
+            None if r.adjustment is None else self._pull_back_adjustment(dy, r),
+        )
+
+    def _pull_back_adjustment(self, dy: Array, r: Residuals) -> tuple[Array, Array]:
+        """da = dy * gamma * (x_hat * r + d) and db = dy * gamma, summed to the shapes of a and b."""
+        assert r.adjustment is not None
+        assert r.saved is not None
+        gamma, saved = r.params[channel.GAMMA], r.saved
+        # An inference step whose parameters and statistics make it compute gamma * (x_hat * r + d).
+        scale = gamma * saved[channel.R] * saved[channel.RSTD]
+        state = np.stack([saved[channel.BATCH_MEAN], np.ones_like(gamma)]).astype(gamma.dtype)
+        shift = gamma * saved[channel.D] - (saved[channel.BATCH_MEAN] - state[channel.MEAN]) * scale
+        params = np.stack([scale * np.sqrt(1 + self.epsilon), shift]).astype(gamma.dtype)
+        z = self._dispatcher.infer(r.x.astype(gamma.dtype, copy=False), params, state)
+        axis = self._dispatcher.axis(r.x.ndim)
+        per_channel = gamma.reshape([s if i in axis else 1 for i, s in enumerate(r.x.shape)])
+        a, b = r.adjustment
+        dy64 = dy.astype(np.float64)
+        return sum_to(dy64 * z, a, gamma.dtype), sum_to(dy64 * per_channel, b, gamma.dtype)
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    gamma = _variable("gamma")
+    beta = _variable("beta")
+    moving_mean = _variable("moving_mean")
+    moving_variance = _variable("moving_variance")
+    moving_stddev = _variable("moving_stddev")
+    renorm_mean = _variable("renorm_mean")
+    renorm_stddev = _variable("renorm_stddev")
+
+    def _built_variables(self, what: str) -> Variables:
+        if self._variables is None:
+            raise ValueError(f"{what} needs a built layer; call build(input_shape) first")
+        return self._variables
+
+    def _weights(self, names: Iterable[str]) -> list[Array]:
+        v = self._variables
+        return [] if v is None else [v[n] for n in v.names if n in names]
+
+    @property
+    def weights(self) -> list[Array]:
+        """gamma, beta, moving_mean, moving_variance, with renorm moving_stddev, renorm_mean, renorm_stddev, as far
+        as they
+        exist; the order and the shapes are TensorFlow's."""
+        return self._weights((*PARAMETERS, *STATISTICS))
+
+    @property
+    def trainable_weights(self) -> list[Array]:
+        return self._weights(PARAMETERS if self.trainable else ())
+
+    @property
+    def non_trainable_weights(self) -> list[Array]:
+        return self._weights(STATISTICS if self.trainable else (*PARAMETERS, *STATISTICS))
+
+    variables = weights
+    trainable_variables = trainable_weights
+    non_trainable_variables = non_trainable_weights
+
+    def get_weights(self) -> list[Array]:
+        """Copies of the weights."""
+        return [w.copy() for w in self.weights]
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set all weights, in the order and shapes of get_weights(). Raises: ValueError if they do not fit."""
+        variables = self._built_variables("set_weights()")
+        names = variables.names
+        if len(weights) != len(names):
+            raise ValueError(f"set_weights() takes {len(names)} arrays ({', '.join(names)}); received {len(weights)}")
+        variables.assign({n: variables.check(n, w) for n, w in zip(names, weights, strict=True)})
+
+    def count_params(self) -> int:
+        """The number of values in all weights. Raises: ValueError if the layer is not built."""
+        self._built_variables("count_params()")
+        return sum(w.size for w in self.weights)
+
+    # -- losses, updates, constraints --------------------------------------------------------------------------------
+
+    def _regularized(self) -> list[tuple[Any, str]]:
+        pairs = [(self.gamma_regularizer, "gamma"), (self.beta_regularizer, "beta")]
+        return [(r, n) for r, n in pairs if r is not None and getattr(self, n) is not None]
+
+    @property
+    def losses(self) -> list[float]:
+        """The regularization losses, one per regularized weight; they depend on no input."""
+        return [regularizers.loss(r, getattr(self, n)) for r, n in self._regularized()]
+
+    def get_losses_for(self, inputs: Any = None) -> list[float]:
+        """The losses that depend on `inputs`; None asks for those that depend on none."""
+        return self.losses if inputs is None else []
+
+    def regularization_gradients(self) -> Gradients:
+        """The gradients of the sum of `losses` with respect to gamma and beta."""
+        found = {n: regularizers.gradient(r, getattr(self, n)) for r, n in self._regularized()}
+        return Gradients(gamma=found.get("gamma"), beta=found.get("beta"))
+
+    def apply_constraints(self) -> None:
+        """Project gamma and beta onto their constraints: call it after an optimizer's step."""
+        for constraint, name in ((self.gamma_constraint, "gamma"), (self.beta_constraint, "beta")):
+            weight = getattr(self, name)
+            if constraint is not None and weight is not None:
+                setattr(self, name, constraints.project(constraint, weight))
+
+    @property
+    def updates(self) -> list[Any]:
+        """Updates that wait to be run: none here, a training call applies its own (the V1 layers record theirs)."""
+        return []
+
+    def get_updates_for(self, inputs: Any) -> list[Any]:
+        return []
+
+    # -- config ------------------------------------------------------------------------------------------------------
+
+    def compute_output_shape(self, input_shape: Iterable[int | None]) -> tuple[int | None, ...]:
+        return tuple(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        """What from_config() needs: Keras's keys, and those of nbbn where they are set. JSON-serializable.
+
+        Callables (adjustment, renorm_clipping values) cannot be serialized: they are left out with a warning.
+        """
+        config: dict[str, Any] = {"name": self.name, "trainable": self.trainable, "dtype": self.dtype}
+        config |= {"axis": list(self.axis) if isinstance(self.axis, list) else self.axis}
+        config |= {"momentum": self.momentum, "epsilon": self.epsilon, "center": self.center, "scale": self.scale}
+        config |= {k: initializers.serialize(getattr(self, k)) for k in _INITIALIZERS}
+        config |= {k: regularizers.serialize(getattr(self, k)) for k in _REGULARIZERS}
+        config |= {k: constraints.serialize(getattr(self, k)) for k in _CONSTRAINTS}
+        if self.renorm:
+            config |= {"renorm": True, "renorm_clipping": self._clipping_config()}
+            config |= {"renorm_momentum": self.renorm_momentum}
+        optional = ("virtual_batch_size", "fused", "bessel_correction")
+        config |= {k: getattr(self, k) for k in optional if getattr(self, k) is not None}
+        if self.adjustment is not None:
+            self._warn_left_out("adjustment")
+        return config
+
+    def _clipping_config(self) -> dict[str, float]:
+        clipping = self.renorm_clipping or {}
+        if any(callable(v) for v in clipping.values()):
+            self._warn_left_out("callable values of renorm_clipping")
+        return {k: float(v) for k, v in clipping.items() if v is not None and not callable(v)}
+
+    def _warn_left_out(self, what: str) -> None:
+        warnings.warn(f"the config of {self.name} leaves out the {what}, which cannot be serialized", stacklevel=4)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "BatchNormalization":
+        """A layer from get_config(), or from that of a Keras or tf_keras layer."""
+        arguments = {k: v for k, v in config.items() if k not in _FOREIGN_KEYS}
+        dtype = arguments.get("dtype")
+        if isinstance(dtype, Mapping):  # Keras's serialized dtype policy
+            dtype = arguments["dtype"] = dtype["config"]["name"]
+        if isinstance(dtype, str):  # float32 parameters for 16-bit inputs are what "mixed" means
+            arguments["dtype"] = dtype.removeprefix("mixed_")
+        return cls(**arguments)
+
+
+def explain(layer: BatchNormalization, inputs: Any, training: bool = False) -> Plan:
+    """How `layer` would run on `inputs`: step, view, schedule, chunks, dtypes and threads; print it to read it."""
+    x = as_input(inputs)
+    if layer.options.dtype is not None:
+        x = x.astype(layer.options.dtype, copy=False)
+    layer._check_input(x)
+    dispatcher = layer._dispatcher
+    step = "train" if layer._uses_batch(training) else "infer"
+    operands: list[Array | None] = [None] * 3 if step == "train" else []
+    lay = dispatcher.layout(x.shape, step == "train")
+    return dispatcher.plan(step, lay, [x], operands, np.empty_like(x, subok=False))
+
+
+def force(layer: BatchNormalization, **choices: Any) -> None:
+    """Make `layer` run with a given schedule or thread mode (see Force); for tests and measurements."""
+    layer._dispatcher = Dispatcher(layer.options, Force(**choices))

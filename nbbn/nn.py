@@ -1,0 +1,192 @@
+"""Stateless batch normalization, with the names and signatures of tf.nn."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nbbn import dtypes
+from nbbn.dispatcher import Dispatcher
+from nbbn.kernels.cpu import channel
+from nbbn.layout import Sizes, resolve_axis
+from nbbn.operands import Array, as_input, as_weights, spread
+from nbbn.options import Options
+
+_FUSED_AXIS = {"NHWC": (4, 3), "NCHW": (4, 1), "NDHWC": (5, 4), "NCDHW": (5, 1)}
+
+
+def _axes(axes: int | Sequence[int], rank: int) -> Sizes:
+    return resolve_axis([axes] if isinstance(axes, (int, np.integer)) else list(axes), rank)
+
+
+def _moments(x: Array, weights: Array | None, reduced: Sizes, keepdims: bool) -> tuple[Array, Array]:
+    kept = tuple(i for i in range(x.ndim) if i not in reduced)
+    shape = tuple(s if i in kept else 1 for i, s in enumerate(x.shape))
+    if not keepdims:
+        shape = tuple(x.shape[i] for i in kept)
+    if x.size == 0:
+        count, mean, variance = np.zeros((3, int(np.prod(shape))))
+    else:
+        count, mean, variance = Dispatcher(Options(axis=kept)).moments(x, weights)
+    if weights is None and not count.all():
+        mean, variance = np.full_like(mean, np.nan), np.full_like(variance, np.nan)
+    return mean.reshape(shape).astype(x.dtype), variance.reshape(shape).astype(x.dtype)
+
+
+def moments(
+    x: Any, axes: int | Sequence[int], shift: None = None, name: str | None = None, keepdims: bool = False
+) -> tuple[Array, Array]:
+    """Mean and biased variance of `x` over `axes`, in its dtype.
+
+    Args:
+        x: float array. axes: the dimensions that are reduced.
+        shift, name: not used, as in TensorFlow.
+        keepdims: keep the reduced dimensions with size 1.
+    Returns: mean, variance; NaN where there is no value.
+    """
+    x = as_input(x, "x")
+    return _moments(x, None, _axes(axes, x.ndim), keepdims)
+
+
+def weighted_moments(
+    x: Any,
+    axes: int | Sequence[int],
+    frequency_weights: Any,
+    name: str | None = None,
+    keepdims: bool = False,
+) -> tuple[Array, Array]:
+    """Mean and biased variance of `x` over `axes`, each value counted `frequency_weights` times.
+
+    Args: as of moments(); frequency_weights: real, >= 0, broadcasts against x.
+    Returns: mean, variance; 0 where the weights sum to 0, as in TensorFlow.
+    """
+    x = as_input(x, "x")
+    weights = np.asarray(frequency_weights)
+    weights = weights.reshape((1,) * (x.ndim - weights.ndim) + weights.shape)
+    weights = as_weights(weights, x.shape, (), "frequency_weights")
+    return _moments(x, spread(weights, x.shape, dtypes.statistic(x.dtype)), _axes(axes, x.ndim), keepdims)
+
+
+def _common_channels(x: Array, operands: Sequence[Any]) -> tuple[Array, Sizes, list[Array]]:
+    """x broadcast with the operands, the dimensions along which any operand varies, and the operands as (C,)."""
+    arrays = [np.asarray(o) for o in operands]
+    shape = np.broadcast_shapes(x.shape, *(a.shape for a in arrays))
+    x = np.broadcast_to(x, shape)
+    padded = [a.reshape((1,) * (x.ndim - a.ndim) + a.shape) for a in arrays]
+    kept = tuple(i for i in range(x.ndim) if any(a.shape[i] != 1 for a in padded))
+    target = tuple(s if i in kept else 1 for i, s in enumerate(shape))
+    return x, kept, [np.broadcast_to(a, target).ravel() for a in padded]
+
+
+def batch_normalization(
+    x: Any, mean: Any, variance: Any, offset: Any, scale: Any, variance_epsilon: float, name: str | None = None
+) -> Array:
+    """(x - mean) / sqrt(variance + variance_epsilon) * scale + offset, in the dtype of x.
+
+    Args:
+        x: float array. mean, variance: arrays that broadcast with x. offset, scale: likewise, or None.
+    """
+    x = as_input(x, "x")
+    operands = [mean, variance, 1.0 if scale is None else scale, 0.0 if offset is None else offset]
+    x, kept, (mean, variance, scale, offset) = _common_channels(x, operands)
+    dtype = dtypes.statistic(x.dtype)
+    dispatcher = Dispatcher(Options(axis=kept, epsilon=variance_epsilon))
+    return dispatcher.infer(x, np.stack([scale, offset]).astype(dtype), np.stack([mean, variance]).astype(dtype))
+
+
+def _fused_dispatcher(x: Array, data_format: str, epsilon: float, momentum: float = 0.0) -> Dispatcher:
+    if data_format not in _FUSED_AXIS:
+        raise ValueError(f"data_format must be one of {list(_FUSED_AXIS)}; received {data_format!r}")
+    rank, axis = _FUSED_AXIS[data_format]
+    if x.ndim != rank:
+        raise ValueError(f"x must have rank {rank} for data_format={data_format!r}; received shape {x.shape}")
+    return Dispatcher(Options(axis=axis, momentum=momentum, epsilon=epsilon, bessel_correction=True))
+
+
+def _per_channel(values: Sequence[Any], names: Sequence[str], x: Array, dispatcher: Dispatcher) -> Array:
+    channels = x.shape[dispatcher.axis(x.ndim)[0]]
+    arrays = [np.asarray(v, dtypes.statistic(x.dtype)) for v in values]
+    for name, array in zip(names, arrays, strict=True):
+        if array.shape != (channels,):
+            raise ValueError(f"{name} must have shape ({channels},), one value per channel; received {array.shape}")
+    return np.stack(arrays)
+
+
+def fused_batch_norm(
+    x: Any,
+    scale: Any,
+    offset: Any,
+    mean: Any = None,
+    variance: Any = None,
+    epsilon: float = 0.001,
+    data_format: str = "NHWC",
+    is_training: bool = True,
+    name: str | None = None,
+    exponential_avg_factor: float = 1.0,
+) -> tuple[Array, Array, Array]:
+    """TensorFlow's fused batch normalization.
+
+    Args:
+        x: rank 4 or 5 float array in `data_format` NHWC, NCHW, NDHWC or NCDHW. scale, offset: (C,).
+        mean, variance: (C,): the statistics in inference; in training the running ones that the result blends with, not
+            needed with an exponential_avg_factor of 1.
+        epsilon: added to the variance.
+        exponential_avg_factor: weight of the NEW value (1 - the layer's momentum).
+    Returns: y; in training the running mean and variance, the latter with Bessel's correction; in inference those
+        given.
+    """
+    x = as_input(x, "x")
+    dispatcher = _fused_dispatcher(x, data_format, epsilon, 1.0 - exponential_avg_factor)
+    params = _per_channel([scale, offset], ["scale", "offset"], x, dispatcher)
+    given = mean is not None and variance is not None
+    if not given and (not is_training or exponential_avg_factor != 1.0):
+        raise ValueError(
+            "mean and variance must be given when is_training=False or exponential_avg_factor is not 1; "
+            f"received mean={mean!r}, variance={variance!r}"
+        )
+    state = np.stack([np.zeros_like(params[0]), np.ones_like(params[0])])
+    if given:
+        state = _per_channel([mean, variance], ["mean", "variance"], x, dispatcher)
+    if not is_training:
+        return dispatcher.infer(x, params, state), state[channel.MEAN], state[channel.VARIANCE]
+    y, new_state, _ = dispatcher.train(x, params, state, dispatcher.hyper(x.shape, x.dtype))
+    return y, new_state[channel.MEAN], new_state[channel.VARIANCE]
+
+
+def fused_batch_norm_grad(
+    y_backprop: Any,
+    x: Any,
+    scale: Any,
+    mean: Any = None,
+    variance: Any = None,
+    epsilon: float = 0.001,
+    data_format: str = "NHWC",
+    is_training: bool = True,
+) -> tuple[Array, Array, Array]:
+    """The gradients of fused_batch_norm with respect to x, scale and offset.
+
+    Args:
+        y_backprop: the gradient of y, of the shape and dtype of x.
+        mean, variance: (C,) the statistics that inference used; not used in training, where those of x are taken.
+    """
+    x = as_input(x, "x")
+    dy = dtypes.as_float_array(y_backprop, "y_backprop").astype(x.dtype, copy=False)
+    if dy.shape != x.shape:
+        raise ValueError(f"y_backprop must have the shape of x, {x.shape}; received {dy.shape}")
+    dispatcher = _fused_dispatcher(x, data_format, epsilon)
+    params = _per_channel([scale, np.zeros_like(scale)], ["scale", "scale"], x, dispatcher)
+    if is_training:
+        saved = _saved_of_batch(dispatcher, x)
+    else:
+        saved = dispatcher.saved_of(_per_channel([mean, variance], ["mean", "variance"], x, dispatcher))
+    dx, (dscale, doffset) = dispatcher.backward(dy, x, params, saved, training=is_training)
+    return dx, dscale, doffset
+
+
+def _saved_of_batch(dispatcher: Dispatcher, x: Array) -> Array:
+    if x.size == 0:
+        return dispatcher.saved_of(np.ones((2, x.shape[dispatcher.axis(x.ndim)[0]])))
+    count, mean, variance = dispatcher.moments(x)
+    saved = dispatcher.saved_of(np.stack([mean, variance]))
+    saved[channel.COUNT] = count
+    return saved

@@ -1,0 +1,133 @@
+"""Compiled kernels on disk: one file per kernel, written whole, checked before use.
+
+Numba's own cache keeps an index that concurrent writers can poison, raises on truncated files, and does not notice
+that a callee in another file has changed. Here the file's name is a hash of everything the machine code depends on,
+the content is verified, and whatever goes wrong means compiling again.
+"""
+
+import hashlib
+import os
+import pickle
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core.caching import _Cache
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
+
+
+def _hash_sources() -> str | None:
+    """A hash of the kernels' source files, taken at import so that it describes the code that runs; None without."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    try:
+        for path in sorted([package / "rules.py", *(package / "kernels").rglob("*.py")]):
+            digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+_SOURCES = _hash_sources()
+
+
+@lru_cache(maxsize=1)
+def cache_folder() -> Path | None:
+    """The folder of compiled kernels: NBBN_CACHE_DIR, else the user's cache folder; None where it cannot be written.
+
+    The files are unpickled, so a folder that somebody else owns or can write to is not used. NBBN_CACHE_DIR="" switches
+    the cache off.
+    """
+    named = os.environ.get("NBBN_CACHE_DIR")
+    if named == "" or _SOURCES is None:
+        return None
+    try:
+        folder = Path(named) if named else _user_cache() / "nbbn"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
+        return None
+    private = not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
+    return folder if private and os.access(folder, os.W_OK) else None
+
+
+def _user_cache() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotations
+    """What Numba's dispatcher asks for one kernel, by name and signature."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def cache_path(self) -> str | None:
+        folder = cache_folder()
+        return None if folder is None else str(folder)
+
+    def load_overload(self, sig: Any, target_context: Any) -> CompileResult | None:
+        target_context.refresh()
+        entry = self._entry(sig, target_context.codegen())
+        if entry is None:
+            return None
+        path, key = entry
+        try:
+            content = path.read_bytes()
+            if content[:64] != _seal(key, content[64:]):
+                return None
+            return CompileResult._rebuild(target_context, *pickle.loads(content[64:]))
+        except Exception:  # a damaged file, or one that this Numba cannot read, only costs a compilation
+            return None
+
+    def save_overload(self, sig: Any, data: CompileResult) -> None:
+        entry = self._entry(sig, data.codegen)
+        if entry is None or data.library.has_dynamic_globals:
+            return
+        path, key = entry
+        payload = dumps(data._reduce())
+        try:
+            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+                file.write(_seal(key, payload) + payload)
+            os.replace(file.name, path)  # readers see the old file or the new one, never a part
+        except OSError:  # a full or vanished disk costs a compilation next time
+            return
+
+    def _entry(self, sig: Any, codegen: Any) -> tuple[Path, str] | None:
+        folder = cache_folder()
+        if folder is None:
+            return None
+        versions = (_SOURCES, numba.__version__, llvmlite.__version__, sys.implementation.cache_tag)
+        key = repr((self._name, str(sig), codegen.magic_tuple(), versions))
+        return folder / f"{hashlib.sha256(key.encode()).hexdigest()}.kernel", key
+
+    def enable(self) -> None: ...
+
+    def disable(self) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+def _seal(key: str, payload: bytes) -> bytes:
+    """64 bytes that bind the content to its key: a truncated, damaged or swapped file does not match."""
+    return hashlib.sha256(key.encode() + payload).hexdigest().encode()
+
+
+def compile_kernel(function: Callable[..., Any], name: str, signature: Any, parallel: bool) -> Callable[..., Any]:
+    """`function` compiled for exactly `signature`, or taken from the cache. `name` tells it from every other kernel."""
+    function.__qualname__ = name  # part of the symbol's name: two cached kernels must never share one
+    dispatcher = numba.njit(nogil=True, error_model="numpy", parallel=parallel)(function)
+    dispatcher._cache = KernelCache(name)
+    dispatcher.compile(signature)
+    dispatcher.disable_compile()
+    return dispatcher  # type: ignore[no-any-return]

@@ -1,0 +1,10 @@
+"""Collection: TensorFlow takes seconds to import, so its tests are only looked at when they are asked for."""
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    asked_for = config.getoption("markexpr") == "parity"
+    return None if asked_for or collection_path.name != "parity" else True

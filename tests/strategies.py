@@ -1,0 +1,214 @@
+"""Hypothesis strategies: layer configurations, inputs, masks and memory layouts.
+
+A `Case` is a whole experiment in a few plain values, so that a failing example can be read and typed in
+again; its arrays come from a generator seeded with them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from ml_dtypes import bfloat16
+from numpy.typing import NDArray
+from reference import Reference, feature_axes, fused_eligible
+
+DTYPES = [np.float16, bfloat16, np.float32, np.float64]
+
+FORMS = [
+    "C",
+    "Fortran",
+    "channels last in memory",
+    "channels first in memory",
+    "every second element",
+    "reversed",
+    "read-only",
+    "broadcast",
+]
+
+FAMILIES = ["plain", "renorm", "virtual", "virtual renorm", "adjustment", "adjustment renorm"]
+
+
+def arrange(values: NDArray[Any], form: str) -> NDArray[Any]:
+    """`values` in another memory layout; "broadcast" repeats the first sample with stride 0."""
+    if form == "Fortran":
+        return np.asfortranarray(values)
+    if form == "channels last in memory":
+        return np.moveaxis(np.ascontiguousarray(np.moveaxis(values, 1, -1)), -1, 1)
+    if form == "channels first in memory":
+        return np.moveaxis(np.ascontiguousarray(np.moveaxis(values, -1, 1)), 1, -1)
+    if form == "every second element":
+        wide = np.zeros([2 * n for n in values.shape], values.dtype)
+        view = wide[tuple(slice(None, None, 2) for _ in values.shape)]
+        view[...] = values
+        return view
+    if form == "reversed":
+        backwards = (slice(None, None, -1),) * values.ndim
+        return np.ascontiguousarray(values[backwards])[backwards]
+    if form == "broadcast":
+        return np.broadcast_to(values[:1], values.shape)
+    values = np.ascontiguousarray(values)
+    values.flags.writeable = form != "read-only"
+    return values
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration and its data.
+
+    `mask` is None or (kind, form): kind "bool" or "weights"; form "plain" (the dimensions that are not
+    features), "trailing" (without the first of them), "thin" (with ones in them) or "full" (the input's
+    shape).
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    options: dict[str, Any]
+    adjustment_shapes: tuple[tuple[int, ...], tuple[int, ...]] | None
+    mask: tuple[str, str] | None
+    form: str
+    dy_form: str
+    seed: int
+
+    def adjustment(self) -> Any:
+        """The adjustment function, or None. Eighths are exact in every dtype."""
+        if self.adjustment_shapes is None:
+            return None
+        rng = np.random.default_rng(self.seed)
+        dtype = np.float64 if self.dtype is np.float64 else np.float32
+        a, b = (np.asarray(rng.integers(4, 16, s) / 8, dtype) for s in self.adjustment_shapes)
+        return lambda shape: (a, b)
+
+    def reference(self) -> Reference:
+        dtype = np.dtype(self.dtype).name
+        return Reference(**self.options, adjustment=self.adjustment(), dtype=dtype).build(self.shape)
+
+    def weights(self, reference: Reference) -> list[NDArray[Any]]:
+        """Random parameters (of both signs) and state in TensorFlow's order."""
+        rng = np.random.default_rng([self.seed, 1])
+        dtype = np.float64 if self.dtype is np.float64 else np.float32
+        return [
+            (rng.uniform(0.5, 2, reference.parameter_shape) * sign).astype(dtype)
+            for name in reference.weight_names
+            for sign in [
+                rng.choice([-1, 1], reference.parameter_shape) if name in ("gamma", "beta", "moving_mean") else 1
+            ]
+        ]
+
+    def batch(self, step: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+        """x, dy and mask of one step; each channel has a mean and a scale of its own."""
+        rng = np.random.default_rng([self.seed, 2, step])
+        channel = [1] * len(self.shape)
+        for i in feature_axes(self.options["axis"], len(self.shape)):
+            channel[i] = self.shape[i]
+        x = rng.uniform(-2, 2, channel) + rng.uniform(0.5, 2, channel) * rng.normal(size=self.shape)
+        dy = rng.normal(size=self.shape)
+        return (
+            arrange(x.astype(self.dtype), self.form),
+            arrange(dy.astype(self.dtype), self.dy_form),
+            self._mask(rng),
+        )
+
+    def _mask(self, rng: np.random.Generator) -> NDArray[Any] | None:
+        if self.mask is None:
+            return None
+        kind, form = self.mask
+        features = feature_axes(self.options["axis"], len(self.shape))
+        plain = tuple(n for i, n in enumerate(self.shape) if i not in features)
+        shapes = {
+            "plain": plain,
+            "trailing": plain[1:],
+            "thin": tuple(1 if i % 2 else n for i, n in enumerate(plain)),
+            "full": self.shape,
+        }
+        valid = rng.random(shapes[form]) < 0.75
+        if kind == "bool":
+            return np.asarray(valid)
+        return np.asarray(valid * rng.integers(1, 16, shapes[form]) / 8, np.float32)
+
+
+@st.composite
+def shapes(draw: Any, empty: bool = True) -> tuple[int, ...]:
+    """Rank 2 to 5, mostly small sizes, 1 among them; rarely an empty dimension."""
+    rank = draw(st.integers(2, 5))
+    sizes = st.integers(1, 4) if rank > 3 else st.sampled_from([1, 2, 3, 4, 5, 8, 17])
+    shape = draw(st.lists(sizes, min_size=rank, max_size=rank))
+    if empty and draw(st.integers(0, 19)) == 0:
+        shape[draw(st.integers(0, rank - 1))] = 0
+    return tuple(shape)
+
+
+@st.composite
+def axes(draw: Any, rank: int, batch_axis: bool) -> int | list[int]:
+    """One axis or several, negative or positive; the batch axis only where it is legal."""
+    candidates = list(range(0 if batch_axis else 1, rank))
+    common = st.sampled_from([-1, 1])
+    one = st.sampled_from(candidates + [i - rank for i in candidates])
+    if rank == 2:
+        return draw(st.one_of(common, one))
+    several = st.lists(st.sampled_from(candidates), min_size=1, max_size=rank - 1, unique=True)
+    return draw(st.one_of(common, one, several))
+
+
+@st.composite
+def clippings(draw: Any) -> dict[str, float] | None:
+    bounds = {"rmax": st.sampled_from([1.0, 1.25, 3.0]), "rmin": st.sampled_from([0.0, 0.5, 1.0])}
+    return draw(st.none() | st.fixed_dictionaries({}, optional={**bounds, "dmax": st.sampled_from([0.0, 0.5])}))
+
+
+@st.composite
+def cases(draw: Any, dtypes: list[Any] = DTYPES, forms: list[str] = FORMS) -> Case:
+    """Legal configurations only."""
+    family = draw(st.sampled_from(FAMILIES))
+    dtype = draw(st.sampled_from(dtypes))
+    shape = draw(shapes())
+    options: dict[str, Any] = {}
+    if "virtual" in family:
+        options["virtual_batch_size"] = draw(st.integers(1, 4))
+        shape = (options["virtual_batch_size"] * min(shape[0], 4), *shape[1:])
+    options["axis"] = draw(axes(len(shape), "virtual" not in family))
+    options["epsilon"] = draw(st.sampled_from([1e-3, 1e-5, 0.25]))
+    options["center"] = draw(st.booleans())
+    options["scale"] = draw(st.booleans())
+    options["trainable"] = draw(st.sampled_from([True, True, True, False]))
+    unbiased = [] if "renorm" in family else [True]
+    options["bessel_correction"] = draw(st.sampled_from([None, None, False, *unbiased]))
+    mask = draw(
+        st.none()
+        | st.tuples(st.sampled_from(["bool", "weights"]), st.sampled_from(["plain", "trailing", "thin", "full"]))
+    )
+    # A cumulative average counts the layer's steps: a statistic without valid elements in one is not drawn.
+    momenta = [0.0, 0.5, 0.99, 1.0] + ([None] if mask is None else [])
+    options["momentum"] = draw(st.sampled_from(momenta))
+    if "renorm" in family:
+        options["renorm"] = True
+        options["renorm_momentum"] = draw(st.sampled_from([0.0, 0.9, 1.0]))
+        options["renorm_clipping"] = draw(clippings())
+    adjustment_shapes = draw(adjustment_pairs(shape)) if "adjustment" in family else None
+    # Each of these makes a kernel of its own: all combinations in float32, one at a time in the other dtypes.
+    if dtype is not np.float32:
+        mask = None if adjustment_shapes else mask
+        forms = ["C", "read-only"] if mask or adjustment_shapes else forms
+    eligible = family == "plain" and fused_eligible(len(shape), options["axis"], np.dtype(dtype).name)
+    options["fused"] = draw(st.sampled_from([None, False, True] if eligible else [None, False]))
+    return Case(
+        shape=shape,
+        dtype=dtype,
+        options=options,
+        adjustment_shapes=adjustment_shapes,
+        mask=mask,
+        form=draw(st.sampled_from(forms)),
+        dy_form=draw(st.sampled_from(forms)),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@st.composite
+def adjustment_pairs(draw: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Two shapes that broadcast against `shape`, of its rank or lower."""
+
+    def one() -> tuple[int, ...]:
+        kept = [n if draw(st.booleans()) else 1 for n in shape]
+        return tuple(kept[draw(st.integers(0, len(shape))) :])
+
+    return one(), one()
