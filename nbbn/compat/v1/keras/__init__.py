@@ -1,0 +1,5 @@
+"""tf.compat.v1.keras."""
+
+from nbbn.compat.v1.keras import layers
+
+__all__ = ["layers"]

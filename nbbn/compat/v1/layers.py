@@ -1,0 +1,161 @@
+"""tf.compat.v1.layers: the layer that lives in a graph of named variables, and its functional form."""
+
+import inspect
+from contextlib import AbstractContextManager
+from typing import Any
+
+from nbbn.compat.v1.graph import (
+    GraphKeys,
+    Reuse,
+    Scope,
+    Variable,
+    add_to_collection,
+    default_graph,
+    variable_scope,
+)
+from nbbn.compat.v1.keras.layers import BatchNormalization as KerasBatchNormalization
+from nbbn.compat.v1.keras.layers import Update
+from nbbn.layers import BatchNormalization as BatchNormalizationV2
+from nbbn.regularizers import loss
+from nbbn.variables import PARAMETERS, Array, Shapes, Variables
+
+_BASE_NAME = "batch_normalization"
+
+
+class _Loss:
+    """A regularization loss in its collection: its value now, when called."""
+
+    def __init__(self, variable: Variable, regularizer: Any) -> None:
+        self.name, self._variable, self._regularizer = variable.name, variable, regularizer
+
+    def __call__(self) -> float:
+        return loss(self._regularizer, self._variable.numpy())
+
+
+class BatchNormalization(KerasBatchNormalization):
+    """tf.compat.v1.layers.BatchNormalization: the V1 layer with variables in the default graph.
+
+    Its variables are created in, or with reuse taken from, a variable scope of its name at the first call. Updates
+    are recorded in the collection UPDATE_OPS too.
+
+    Args: those of nbbn.BatchNormalization, and
+        _reuse: True takes existing variables, AUTO_REUSE creates what does not exist; needs a name.
+        _scope: the scope's name, which is then not made unique.
+    Raises: ValueError if variables of that name exist already without reuse, do not exist with reuse=True, or have
+        another shape; for reuse without a name.
+    """
+
+    def __init__(self, *args: Any, _reuse: Reuse = None, _scope: str | None = None, **kwargs: Any) -> None:
+        name = inspect.signature(BatchNormalizationV2).bind(*args, **kwargs).arguments.get("name", _scope)
+        if _reuse and name is None:
+            raise ValueError(f"reuse={_reuse!r} needs a name for the layer; received name=None")
+        self._scope_argument, self._reuse = _scope, _reuse
+        self._base_name = _BASE_NAME if name is None else str(name)
+        self._scope: Scope | None = None
+        super().__init__(*args, **kwargs)
+
+    def _unique_name(self) -> str:
+        return default_graph().layer_names.unique(_BASE_NAME)
+
+    @property
+    def scope_name(self) -> str:
+        """The name of the variable scope that holds the variables. Raises: ValueError before it is known."""
+        if self._scope is None:
+            raise ValueError("the scope of a layer without a name is known after the first call or build()")
+        return self._scope.name
+
+    def _make_variables(self, shapes: Shapes) -> Variables:
+        graph = default_graph()
+        wanted = super()._make_variables(shapes)
+        with graph.lock, self._open_scope() as scope:
+            self._scope = scope
+            existing = graph.variables.get(scope.name)
+            if existing is None:
+                if scope.reuse is True:
+                    raise ValueError(f"reuse=True, but there are no variables {_listed(scope, wanted)}")
+                graph.variables[scope.name] = wanted
+                self._collect(scope, wanted)
+                return wanted
+            _check_reuse(scope, existing, wanted)
+            return existing
+
+    def _open_scope(self) -> AbstractContextManager[Scope]:
+        """The scope of the variables: layer objects of one name get scopes of their own, unless they reuse."""
+        if self._scope_argument is None and not self._reuse:
+            return variable_scope(None, self._base_name)
+        return variable_scope(self._scope_argument or self._base_name, reuse=self._reuse)
+
+    def _collect(self, scope: Scope, variables: Variables) -> None:
+        regularizers = {"gamma": self.gamma_regularizer, "beta": self.beta_regularizer}
+        for name in variables.names:
+            variable = Variable(f"{scope.name}/{name}:0", variables)
+            add_to_collection(GraphKeys.GLOBAL_VARIABLES, variable)
+            if name in PARAMETERS and self.trainable:
+                add_to_collection(GraphKeys.TRAINABLE_VARIABLES, variable)
+            if regularizers.get(name) is not None:
+                add_to_collection(GraphKeys.REGULARIZATION_LOSSES, _Loss(variable, regularizers[name]))
+
+    def _add_update(self, update: Update) -> None:
+        super()._add_update(update)
+        add_to_collection(GraphKeys.UPDATE_OPS, update)
+
+
+def _listed(scope: Scope, variables: Variables) -> str:
+    return ", ".join(f"{scope.name}/{n}" for n in variables.names)
+
+
+def _check_reuse(scope: Scope, existing: Variables, wanted: Variables) -> None:
+    if not scope.reuse:
+        raise ValueError(
+            f"variables {_listed(scope, existing)} exist already; pass reuse=True or AUTO_REUSE to share them"
+        )
+    if existing.names != wanted.names:
+        raise ValueError(
+            f"the options need the variables {_listed(scope, wanted)}; those there are {_listed(scope, existing)}"
+        )
+    for what in ("params", "dtype"):
+        has, needs = getattr(existing.shapes, what), getattr(wanted.shapes, what)
+        if has != needs:
+            label = "shape" if what == "params" else "dtype"
+            raise ValueError(f"variables of {scope.name} have {label} {has}; this input needs {label} {needs}")
+
+
+def batch_normalization(
+    inputs: Any,
+    axis: Any = -1,
+    momentum: float | None = 0.99,
+    epsilon: float = 1e-3,
+    center: bool = True,
+    scale: bool = True,
+    beta_initializer: Any = "zeros",
+    gamma_initializer: Any = "ones",
+    moving_mean_initializer: Any = "zeros",
+    moving_variance_initializer: Any = "ones",
+    beta_regularizer: Any = None,
+    gamma_regularizer: Any = None,
+    beta_constraint: Any = None,
+    gamma_constraint: Any = None,
+    training: bool = False,
+    trainable: bool = True,
+    name: str | None = None,
+    reuse: Reuse = None,
+    renorm: bool = False,
+    renorm_clipping: Any = None,
+    renorm_momentum: float = 0.99,
+    fused: bool | None = None,
+    virtual_batch_size: int | None = None,
+    adjustment: Any = None,
+) -> Array:
+    """tf.compat.v1.layers.batch_normalization: the normalized `inputs`; the arguments are those of the layer.
+
+    In training two updates of the moving statistics are added to the collection UPDATE_OPS; run them:
+
+        for update in get_collection(GraphKeys.UPDATE_OPS):
+            update.run()
+
+    Args:
+        training: normalize with the batch's statistics. name: of the variable scope; a unique one if it is None.
+        reuse: True takes the variables of that name, AUTO_REUSE creates or takes them.
+    """
+    options = {k: v for k, v in locals().items() if k not in ("inputs", "training", "reuse")}
+    return BatchNormalization(**options, _reuse=reuse, _scope=name)(inputs, training=training)
