@@ -48,7 +48,7 @@ class Plan:
     step: str
     dtype: np.dtype
     view: Sizes
-    strides: list[Sizes | None]  # per array, of its canonical view
+    strides: list[Sizes | None]  # per array, of its canonical view; None where that is a reshape
     contiguous: bool  # whether the arrays of `dtype` are, in that view
     copied: Sizes | None  # the order of dimensions of contiguous copies, where no canonical view exists
     schedule: str
@@ -64,10 +64,8 @@ class Plan:
 
     def kernel(self, parallel: bool) -> Step:
         if parallel not in self._kernels:
-            carrier, statistic = dtypes.storage(np.empty(0, self.dtype)).dtype, dtypes.statistic(self.dtype)
-            self._kernels[parallel] = compiled(
-                self.step, self.schedule, parallel, carrier, statistic, self.contiguous, self.absent
-            )
+            types = dtypes.carrier(self.dtype), dtypes.statistic(self.dtype)
+            self._kernels[parallel] = compiled(self.step, self.schedule, parallel, *types, self.contiguous, self.absent)
         return self._kernels[parallel]
 
     def run(self, *arguments: Any) -> None:
@@ -82,13 +80,12 @@ class Plan:
         return [None if a is None else self._view(a, s) for a, s in zip(arrays, self.strides, strict=True)]
 
     def _view(self, array: Array, strides: Sizes | None) -> Array:
-        carrier = dtypes.storage(array)
-        assert strides is not None
-        if array.flags.c_contiguous and _same_strides(
-            strides, contiguous_strides(self.view, array.itemsize), self.view
-        ):
-            return carrier.reshape(self.shape)
-        return as_strided(carrier, self.shape, strides[: len(self.shape)], writeable=array.flags.writeable)
+        carrier = dtypes.carrier(array.dtype)
+        if carrier is not array.dtype:
+            array = array.view(carrier)
+        if strides is None:
+            return array.reshape(self.shape)
+        return as_strided(array, self.shape, strides[: len(self.shape)], writeable=array.flags.writeable)
 
     def __str__(self) -> str:
         r0, k0, r1, k1 = self.view
@@ -103,7 +100,7 @@ class Plan:
                 f"view          R0={r0} K0={k0} R1={r1} K1={k1} ({memory})",
                 f"schedule      {self.schedule}",
                 f"chunks        {-(-r0 // b0) * -(-r1 // b1)} per statistic, {b0} x {b1} values x {bk} statistics each",
-                f"threads       {f'up to {thread_limit()}' if self.parallel else '1 (small input)'}",
+                f"threads       {f'up to {thread_limit()}' if self.parallel else 1}",
             )
         )
 
@@ -121,6 +118,8 @@ class Dispatcher:
         self.force = force or Force()
         self._plans: dict[Any, Plan] = {}
         self._axis: dict[int, Sizes] = {}
+        self._hyper: dict[tuple[int, np.dtype], Array] = {}
+        self._epsilon = np.array([float(options.epsilon)])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Dispatcher, (self.options, self.force)
@@ -143,13 +142,22 @@ class Dispatcher:
         return layout(shape, self.axis(len(shape)), int(size))
 
     def hyper(self, shape: Sizes, dtype: np.dtype) -> Array:
-        """The numbers that the channel stage reads; the caller sets the momentum where the options have none."""
+        """The numbers that the channel stage reads, in a new array; momentum is 0 where the options have none."""
+        key = (len(shape), dtype)
+        if key not in self._hyper:
+            values = self._new_hyper(*key)
+            if any(callable(v) for v in (self.options.renorm_clipping or {}).values()):
+                return values
+            self._hyper[key] = values
+        return self._hyper[key].copy()
+
+    def _new_hyper(self, rank: int, dtype: np.dtype) -> Array:
         o = self.options
         clips = o.clip_values()
         values = np.empty(7)
         values[channel.EPSILON] = o.epsilon
         values[channel.MOMENTUM] = 0.0 if o.momentum is None else o.momentum
-        values[channel.BESSEL] = o.bessel(len(shape), dtype)
+        values[channel.BESSEL] = o.bessel(rank, dtype)
         values[channel.RENORM_MOMENTUM] = o.renorm_momentum
         values[channel.RMIN], values[channel.RMAX], values[channel.DMAX] = clips["rmin"], clips["rmax"], clips["dmax"]
         return values
@@ -187,7 +195,7 @@ class Dispatcher:
         if x.size == 0:
             return y
         lay = self.layout(x.shape, training=False)
-        self._run("infer", lay, [x], [], [params, state, np.array([self.options.epsilon])], y, [])
+        self._run("infer", lay, [x], [], [params, state, self._epsilon], y, [])
         return y
 
     def saved_of(self, state: Array) -> Array:
@@ -273,36 +281,43 @@ class Dispatcher:
     def _new_plan(
         self, step: str, lay: Layout, elements: list[Array], operands: list[Array | None], output: Array | None
     ) -> Plan:
-        arrays = [*elements, *operands, output]
-        present = [a for a in arrays if a is not None]
-        canonical, copied = collapse(lay.sizes, lay.kept, [lay.split(a.strides) for a in present]), None
-        if canonical is None:
-            copied = copy_order(lay.sizes, lay.kept)
-            sizes = tuple(lay.sizes[i] for i in copied)
-            kept = tuple(lay.kept[i] for i in copied)
-            canonical = collapse(sizes, kept, [contiguous_strides(sizes, a.itemsize) for a in present])
-            assert canonical is not None  # copy_order() chose an order that has a view
-        view, strides = canonical
-        rest = iter(strides)
-        by_array = [None if a is None else next(rest) for a in arrays]
+        present = [a for a in (*elements, output, *operands) if a is not None]
+        view, strides, copied = _canonical_view(lay, present)
+        dense = [_is_dense(s, view, a.itemsize) for a, s in zip(present, strides, strict=True)]
+        reshaped = [d and (copied is not None or a.flags.c_contiguous) for a, d in zip(present, dense, strict=True)]
+        by_array = {id(a): None if r else s for a, s, r in zip(present, strides, reshaped, strict=True)}
         schedule = self.force.schedule or ("planes" if view[3] == 1 else "rows")
         if schedule == "planes" and view[3] != 1:
             raise ValueError(f"schedule 'planes' needs K1 = 1; this input's view is [R0, K0, R1, K1] = {list(view)}")
-        dtype = elements[0].dtype
-        dense = [
-            _same_strides(s, contiguous_strides(view, dtype.itemsize), view)
-            for a, s in zip(arrays, by_array, strict=True)
-            if s is not None and a is not None and not any(a is o for o in operands)
-        ]
         large = math.prod(view) >= PARALLEL_ELEMENTS if self.force.parallel is None else self.force.parallel
-        absent = tuple(i for i, a in enumerate([*elements, *operands]) if a is None)
         return Plan(
-            step, dtype, view, by_array, all(dense), copied, schedule, large and thread_limit() > 1, absent
-        )  # fmt: skip
+            step=step,
+            dtype=elements[0].dtype,
+            view=view,
+            strides=[by_array.get(id(a)) for a in (*elements, *operands, output)],
+            contiguous=all(dense[: len(elements) + (output is not None)]),
+            copied=copied,
+            schedule=schedule,
+            parallel=large and thread_limit() > 1,
+            absent=tuple(i for i, a in enumerate((*elements, *operands)) if a is None),
+        )
 
 
-def _same_strides(strides: Sizes, others: Sizes, sizes: Sizes) -> bool:
-    return all(a == b for a, b, size in zip(strides, others, sizes, strict=True) if size != 1)
+def _canonical_view(lay: Layout, arrays: list[Array]) -> tuple[Sizes, list[Sizes], Sizes | None]:
+    """The canonical shape, each array's strides in it, and the order of dimensions if they must be copied first."""
+    found = collapse(lay.sizes, lay.kept, [lay.split(a.strides) for a in arrays])
+    if found is not None:
+        return *found, None
+    order = copy_order(lay.sizes, lay.kept)
+    sizes, kept = tuple(lay.sizes[i] for i in order), tuple(lay.kept[i] for i in order)
+    found = collapse(sizes, kept, [contiguous_strides(sizes, a.itemsize) for a in arrays])
+    assert found is not None  # copy_order() chose an order that has a view
+    return *found, order
+
+
+def _is_dense(strides: Sizes, sizes: Sizes, itemsize: int) -> bool:
+    dense = contiguous_strides(sizes, itemsize)
+    return all(a == b for a, b, size in zip(strides, dense, sizes, strict=True) if size != 1)
 
 
 def _overlaps(output: Array, array: Array) -> bool:

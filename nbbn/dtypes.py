@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,22 @@ def resolve(dtype: Any, argument: str = "dtype") -> np.dtype:
 
     Raises: TypeError if it is none of float16, bfloat16, float32, float64.
     """
-    if dtype == "bfloat16":
+    if isinstance(dtype, str) and dtype == "bfloat16":
         dtype = importlib.import_module("ml_dtypes").bfloat16
     found: np.dtype | None = None
-    with contextlib.suppress(TypeError):
+    with contextlib.suppress(TypeError, ValueError, SyntaxError):
         found = np.dtype(dtype)
     if found is None or found.name not in NAMES:
         raise TypeError(f"{argument} must be one of {', '.join(NAMES)}; received {dtype!r}")
     return found.newbyteorder("=")
 
 
+@lru_cache(maxsize=64)
+def _is_accepted(dtype: np.dtype) -> bool:
+    return dtype.name in NAMES and dtype.isnative
+
+
+@lru_cache(maxsize=64)
 def statistic(dtype: np.dtype) -> np.dtype:
     """The dtype of parameters, statistics and arithmetic per element: float32 for 16-bit floats, else `dtype`."""
     return np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
@@ -39,15 +46,14 @@ def as_float_array(value: Any, argument: str) -> np.ndarray:
             f"{argument} must be a plain array; received a masked array (pass its data, and mask=~array.mask)"
         )
     array = np.asarray(value)
+    if _is_accepted(array.dtype) and array.flags.aligned:
+        return array
     if array.dtype.name not in NAMES:
         raise TypeError(f"{argument} must have a dtype of {', '.join(NAMES)}; received {array.dtype.name}")
     return np.require(array, dtype=array.dtype.newbyteorder("="), requirements="A")
 
 
-_STORAGE = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}
-
-
-def storage(array: np.ndarray) -> np.ndarray:
-    """The same memory in a dtype that Numba types: uint16 stands for float16, int16 for bfloat16."""
-    carrier = _STORAGE.get(array.dtype.name)
-    return array if carrier is None else array.view(carrier)
+@lru_cache(maxsize=64)
+def carrier(dtype: np.dtype) -> np.dtype:
+    """The dtype of the same size that Numba types: uint16 stands for float16, int16 for bfloat16."""
+    return {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}.get(dtype.name, dtype)

@@ -14,7 +14,7 @@ from nbbn.dispatcher import Dispatcher, Force, Plan
 from nbbn.kernels.cpu import channel
 from nbbn.layout import Sizes, resolve_axis
 from nbbn.operands import Array, as_adjustment, as_input, as_weights, check_out, spread, sum_to
-from nbbn.options import Options, parse_axis
+from nbbn.options import Options
 from nbbn.runtime import StateLock
 from nbbn.variables import PARAMETERS, STATISTICS, Shapes, Variables
 
@@ -144,7 +144,7 @@ class BatchNormalization:
         bessel_correction: bool | None = None,
     ) -> None:
         options = Options(
-            axis=parse_axis(axis),
+            axis=axis,  # type: ignore[arg-type]  # Options takes any sequence and stores a tuple
             momentum=momentum,
             epsilon=epsilon,
             renorm=bool(renorm),

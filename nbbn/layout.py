@@ -128,7 +128,9 @@ TILE_CHANNELS = 1024  # float64 accumulators of a row tile: 3 x 8 KiB, inside L1
 def grid(view: Sizes) -> Sizes:
     """How a canonical view is cut into tasks: R0 rows, R1 rows and K1 channels per task."""
     r0, _, r1, k1 = view
-    elements = max(CHUNK_ELEMENTS, -(-r0 * r1 * k1 // MAX_CHUNKS))
-    if r1 * k1 >= elements:
-        return 1, max(1, min(r1, -(-elements // k1))), min(k1, TILE_CHANNELS)
-    return min(r0, max(1, elements // (r1 * k1))), r1, min(k1, TILE_CHANNELS)
+    run = max(1, r1 * k1)
+    elements = max(CHUNK_ELEMENTS, -(-r0 * run // MAX_CHUNKS))
+    if run < elements:
+        return min(max(1, r0), -(-elements // run)), max(1, r1), min(max(1, k1), TILE_CHANNELS)
+    columns = min(-(-run // elements), MAX_CHUNKS // r0)  # r0 <= MAX_CHUNKS here
+    return 1, -(-r1 // columns), min(k1, TILE_CHANNELS)

@@ -19,6 +19,11 @@ def _axes(axes: int | Sequence[int], rank: int) -> Sizes:
     return resolve_axis([axes] if isinstance(axes, (int, np.integer)) else list(axes), rank)
 
 
+def _with_channels(x: Array, kept: Sizes) -> tuple[Array, Sizes]:
+    """x with a kept axis: one of size 1 in front where there is none."""
+    return (x, kept) if kept else (x[np.newaxis], (0,))
+
+
 def _moments(x: Array, weights: Array | None, reduced: Sizes, keepdims: bool) -> tuple[Array, Array]:
     kept = tuple(i for i in range(x.ndim) if i not in reduced)
     shape = tuple(s if i in kept else 1 for i, s in enumerate(x.shape))
@@ -27,6 +32,8 @@ def _moments(x: Array, weights: Array | None, reduced: Sizes, keepdims: bool) ->
     if x.size == 0:
         count, mean, variance = np.zeros((3, int(np.prod(shape))))
     else:
+        x, kept = _with_channels(x, kept)
+        weights = weights if weights is None or weights.ndim == x.ndim else weights[np.newaxis]
         count, mean, variance = Dispatcher(Options(axis=kept)).moments(x, weights)
     if weights is None and not count.all():
         mean, variance = np.full_like(mean, np.nan), np.full_like(variance, np.nan)
@@ -90,8 +97,11 @@ def batch_normalization(
     operands = [mean, variance, 1.0 if scale is None else scale, 0.0 if offset is None else offset]
     x, kept, (mean, variance, scale, offset) = _common_channels(x, operands)
     dtype = dtypes.statistic(x.dtype)
+    shape = x.shape
+    x, kept = _with_channels(x, kept)
     dispatcher = Dispatcher(Options(axis=kept, epsilon=variance_epsilon))
-    return dispatcher.infer(x, np.stack([scale, offset]).astype(dtype), np.stack([mean, variance]).astype(dtype))
+    y = dispatcher.infer(x, np.stack([scale, offset]).astype(dtype), np.stack([mean, variance]).astype(dtype))
+    return y.reshape(shape)
 
 
 def _fused_dispatcher(x: Array, data_format: str, epsilon: float, momentum: float = 0.0) -> Dispatcher:

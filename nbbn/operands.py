@@ -28,7 +28,8 @@ def check_out(out: Any, x: Array) -> None:
             f"out must have the shape {x.shape} and dtype {x.dtype.name} of the result; "
             f"received shape {out.shape} and dtype {out.dtype.name}"
         )
-    if not out.flags.writeable or not out.flags.aligned or (0 in out.strides and out.size > 1):
+    broadcast = any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True))
+    if not (out.flags.writeable and out.flags.aligned) or broadcast:
         raise ValueError("out must be writable memory of its own; received a read-only, unaligned or broadcast array")
 
 

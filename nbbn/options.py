@@ -35,6 +35,7 @@ class Options:
     strict_fused: bool = field(default=True, repr=False)  # TensorFlow 2; version 1 ignores what cannot be fused
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "axis", parse_axis(self.axis))
         if self.momentum is not None:
             _check_number("momentum", self.momentum, 1.0, "a number from 0 to 1 (the weight of the old value), or None")
         _check_number(
@@ -42,8 +43,10 @@ class Options:
         )
         _check_number("epsilon", self.epsilon, math.inf, "a finite number of at least 0")
         for name in ("fused", "bessel_correction"):
-            if getattr(self, name) not in (None, True, False):
-                raise TypeError(f"{name} must be True, False or None; received {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (bool, np.bool_)):
+                raise TypeError(f"{name} must be True, False or None; received {value!r}")
+            object.__setattr__(self, name, None if value is None else bool(value))
         self._check_virtual_batch()
         self._check_clipping()
         if self.adjustment is not None and not callable(self.adjustment):

@@ -29,9 +29,11 @@ def combine(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
     Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
+    if count_b == 0:
+        return count_a, mean_a, m2_a
+    if count_a == 0:
+        return count_b, mean_b, m2_b
     count = count_a + count_b
-    if count == 0:
-        return count, mean_a, m2_a
     delta = mean_b - mean_a
     share = count_b / count
     return count, mean_a + delta * share, m2_a + m2_b + delta * delta * count_a * share
