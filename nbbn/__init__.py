@@ -2,7 +2,7 @@
 
 from nbbn import constraints, initializers, nn, regularizers
 from nbbn.dispatcher import Dispatcher, Force
-from nbbn.layers import BatchNormalization, Gradients, explain
+from nbbn.layers import BatchNormalization, Gradients, explain, force
 from nbbn.options import Options
 
 __version__ = "0.1.0"
@@ -15,6 +15,7 @@ __all__ = [
     "Options",
     "constraints",
     "explain",
+    "force",
     "initializers",
     "nn",
     "regularizers",

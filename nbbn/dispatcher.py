@@ -19,8 +19,9 @@ from nbbn.layout import Layout, Sizes, collapse, contiguous_strides, copy_order,
 from nbbn.options import Options
 from nbbn.runtime import parallel_region, thread_limit
 
-# Below this many elements a parallel region (2 us and a wake-up) costs more than the second core saves.
-PARALLEL_ELEMENTS = 1 << 15
+# From here on a second core saves more than a parallel region costs: 2 us when the cores are idle, but a scheduler's
+# time slice when they are not (libgomp's threads spin until the last one arrives), which a small call must not risk.
+PARALLEL_ELEMENTS = 1 << 17
 _MAX_PLANS = 512  # plans are small; a server with endless shapes must not collect them for ever
 
 Array = np.ndarray
@@ -77,19 +78,21 @@ class Plan:
 
     def views(self, arrays: Sequence[Array | None]) -> list[Array | None]:
         """The arrays in the shape and carrier dtype of the kernels."""
-        return [None if a is None else self._view(a, s) for a, s in zip(arrays, self.strides, strict=True)]
+        last = len(arrays) - 1  # the output, which alone is written
+        return [None if a is None else self._view(a, self.strides[i], i == last) for i, a in enumerate(arrays)]
 
-    def _view(self, array: Array, strides: Sizes | None) -> Array:
+    def _view(self, array: Array, strides: Sizes | None, writeable: bool) -> Array:
         carrier = dtypes.carrier(array.dtype)
         if carrier is not array.dtype:
             array = array.view(carrier)
         if strides is None:
             return array.reshape(self.shape)
-        return as_strided(array, self.shape, strides[: len(self.shape)], writeable=array.flags.writeable)
+        return as_strided(array, self.shape, strides[: len(self.shape)], writeable=writeable)
 
     def __str__(self) -> str:
         r0, k0, r1, k1 = self.view
         b0, b1, bk = self.grid
+        threads = f"up to {thread_limit()}" if self.parallel else "1"
         memory = "contiguous" if self.contiguous else "strided, read in place"
         if self.copied is not None:
             memory = f"no canonical view: copied in the order of dimensions {self.copied}"
@@ -100,7 +103,7 @@ class Plan:
                 f"view          R0={r0} K0={k0} R1={r1} K1={k1} ({memory})",
                 f"schedule      {self.schedule}",
                 f"chunks        {-(-r0 // b0) * -(-r1 // b1)} per statistic, {b0} x {b1} values x {bk} statistics each",
-                f"threads       {f'up to {thread_limit()}' if self.parallel else 1}",
+                f"threads       {threads}",
             )
         )
 
@@ -119,7 +122,7 @@ class Dispatcher:
         self._plans: dict[Any, Plan] = {}
         self._axis: dict[int, Sizes] = {}
         self._hyper: dict[tuple[int, np.dtype], Array] = {}
-        self._epsilon = np.array([float(options.epsilon)])
+        self._epsilon = np.array([options.epsilon])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Dispatcher, (self.options, self.force)
@@ -139,7 +142,7 @@ class Dispatcher:
             raise ValueError(
                 f"virtual_batch_size={size} must divide the batch in training; received a batch of {shape[0]} samples"
             )
-        return layout(shape, self.axis(len(shape)), int(size))
+        return layout(shape, self.axis(len(shape)), size)
 
     def hyper(self, shape: Sizes, dtype: np.dtype) -> Array:
         """The numbers that the channel stage reads, in a new array; momentum is 0 where the options have none."""
@@ -175,7 +178,7 @@ class Dispatcher:
     ) -> tuple[Array, Array, Array]:
         """Normalize with the statistics of `x`; returns y, the new state and saved. `state` itself is left alone.
 
-        weights, and both of `adjustment`, are broadcast to the shape of x, in the statistics' dtype.
+        weights and both of `adjustment` broadcast against x, in the statistics' dtype.
         """
         lay = self.layout(x.shape, training=True)
         y = np.empty_like(x, subok=False) if out is None else out
@@ -184,9 +187,8 @@ class Dispatcher:
         if x.size == 0:
             saved[channel.RSTD] = 1
             return y, state.copy(), saved
-        self._run(
-            "train", lay, [x], [weights, *(adjustment or (None, None))], [params, state, hyper], y, [new_state, saved]
-        )
+        operands = _spread(x, weights, adjustment)
+        self._run("train", lay, [x], operands, [params, state, hyper], y, [new_state, saved])
         return y, new_state, saved
 
     def infer(self, x: Array, params: Array, state: Array, out: Array | None = None) -> Array:
@@ -202,7 +204,8 @@ class Dispatcher:
         """What a gradient needs after inference: statistics that are constants, which is what a count of 0 says."""
         saved = np.zeros((5, state.shape[1]))
         saved[channel.BATCH_MEAN] = state[channel.MEAN]
-        saved[channel.RSTD] = 1 / np.sqrt(state[channel.VARIANCE] + np.float64(self.options.epsilon))
+        with np.errstate(divide="ignore", invalid="ignore"):  # the output has the same infinity or NaN
+            saved[channel.RSTD] = 1 / np.sqrt(state[channel.VARIANCE] + np.float64(self.options.epsilon))
         saved[channel.R] = 1
         return saved
 
@@ -223,7 +226,7 @@ class Dispatcher:
         if x.size == 0:
             return dx, dparams
         if training:
-            operands = [weights, *(adjustment or (None, None))]
+            operands = _spread(x, weights, adjustment)
             self._run("backward", lay, [x, dy], operands, [params, saved], dx, [dparams])
         else:
             self._run("frozen_backward", lay, [x, dy], [], [params, saved], dx, [dparams])
@@ -254,14 +257,16 @@ class Dispatcher:
         plan = self.plan(step, lay, elements, operands, target)
         arrays = [*inputs, target]
         if plan.copied is not None:
-            arrays = [None if a is None else np.ascontiguousarray(_in_order(a, lay, plan.copied)) for a in arrays]
+            ordered = [None if a is None else _in_order(a, lay, plan.copied) for a in inputs]
+            arrays = [None if a is None else np.ascontiguousarray(a) for a in ordered]
+            arrays.append(None if target is None else np.empty([lay.sizes[i] for i in plan.copied], target.dtype))
         *views, result = plan.views(arrays)
         plan.run(*views, *before, plan.grid, *(() if output is None else (result,)), *after)
         if output is None:
             return
         assert target is not None
         if plan.copied is not None:
-            _in_order(target, lay, plan.copied)[...] = arrays[-1]
+            _in_order(target, lay, plan.copied, writeable=True)[...] = arrays[-1]
         if target is not output:
             output[...] = target
 
@@ -320,6 +325,11 @@ def _is_dense(strides: Sizes, sizes: Sizes, itemsize: int) -> bool:
     return all(a == b for a, b, size in zip(strides, dense, sizes, strict=True) if size != 1)
 
 
+def _spread(x: Array, weights: Array | None, adjustment: tuple[Array, Array] | None) -> list[Array | None]:
+    """The operands in the shape of x, without taking its memory."""
+    return [None if v is None else np.broadcast_to(v, x.shape) for v in (weights, *(adjustment or (None, None)))]
+
+
 def _overlaps(output: Array, array: Array) -> bool:
     """Whether writing `output` could change elements of `array` still to be read; the very same memory is fine."""
     if not np.may_share_memory(output, array):
@@ -328,6 +338,6 @@ def _overlaps(output: Array, array: Array) -> bool:
     return not (same_start and output.strides == array.strides and output.dtype == array.dtype)
 
 
-def _in_order(array: Array, lay: Layout, order: Sizes) -> Array:
+def _in_order(array: Array, lay: Layout, order: Sizes, writeable: bool = False) -> Array:
     """A view of `array` with the dimensions of the layout, transposed."""
-    return as_strided(array, lay.sizes, lay.split(array.strides), writeable=array.flags.writeable).transpose(order)
+    return as_strided(array, lay.sizes, lay.split(array.strides), writeable=writeable).transpose(order)

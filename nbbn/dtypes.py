@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import sys
 from functools import lru_cache
 from typing import Any
 
@@ -41,7 +42,8 @@ def as_float_array(value: Any, argument: str) -> np.ndarray:
 
     Raises: TypeError for a masked array, or a dtype that is not float16, bfloat16, float32 or float64.
     """
-    if isinstance(value, np.ma.MaskedArray):
+    masked = sys.modules.get("numpy.ma")  # NumPy imports it at its first use, which a call must not be
+    if masked is not None and isinstance(value, masked.MaskedArray):
         raise TypeError(
             f"{argument} must be a plain array; received a masked array (pass its data, and mask=~array.mask)"
         )

@@ -13,10 +13,10 @@ from nbbn import constraints, dtypes, initializers, regularizers
 from nbbn.dispatcher import Dispatcher, Force, Plan
 from nbbn.kernels.cpu import channel
 from nbbn.layout import Sizes, resolve_axis
-from nbbn.operands import Array, as_adjustment, as_input, as_weights, check_out, spread, sum_to
+from nbbn.operands import Array, as_adjustment, as_input, as_weights, check_out, sum_to
 from nbbn.options import Options
 from nbbn.runtime import StateLock
-from nbbn.variables import PARAMETERS, STATISTICS, Shapes, Variables
+from nbbn.variables import PARAMETERS, PARTS, STATISTICS, Shapes, Variables
 
 _INITIALIZERS = ("beta_initializer", "gamma_initializer", "moving_mean_initializer", "moving_variance_initializer")
 _REGULARIZERS = ("beta_regularizer", "gamma_regularizer")
@@ -49,6 +49,12 @@ class Residuals:
     new_state: Array | None = None
     weights: Array | None = None
     adjustment: tuple[Array, Array] | None = None
+
+    def counted(self) -> Array:
+        """(C,) bool: the channels of which the batch has any value."""
+        assert self.saved is not None
+        groups = self.saved[channel.COUNT].reshape(-1, self.params.shape[1])
+        return np.asarray(groups.any(axis=0))
 
 
 _named = itertools.count()
@@ -338,16 +344,20 @@ class BatchNormalization:
         if not self._uses_batch(training):
             variables = self._build(shapes)
             dtype = dtypes.statistic(x.dtype)
-            params, state = variables.params.astype(dtype), variables.state.astype(dtype, copy=False)
+            params, state = variables.params.astype(dtype), variables.state.astype(dtype)
             return self._dispatcher.infer(x, params, state, out), Residuals(x, params, state)
         self._dispatcher.layout(x.shape, training=True)
-        weights = None if mask is None else as_weights(mask, x.shape, tuple(shapes.features))
-        adjustment = None if self.adjustment is None else as_adjustment(self.adjustment, x.shape)
+        dtype = dtypes.statistic(x.dtype)
+        weights = None if mask is None else as_weights(mask, x.shape, tuple(shapes.features), dtype)
+        adjustment = None if self.adjustment is None else as_adjustment(self.adjustment, x.shape, dtype)
         hyper = self._hyper(x)
         return self._train(x, weights, adjustment, hyper, self._build(shapes), update, out)
 
     def _hyper(self, x: Array) -> Array:
-        return self._dispatcher.hyper(x.shape, x.dtype)
+        hyper = self._dispatcher.hyper(x.shape, x.dtype)
+        if self.momentum is None:
+            channel.keep_batch(hyper)
+        return hyper
 
     def _train(
         self,
@@ -361,25 +371,24 @@ class BatchNormalization:
     ) -> tuple[Array, Residuals]:
         dtype = dtypes.statistic(x.dtype)
         params = variables.params.astype(dtype)
-        operands = self._spread(x, weights, adjustment)
         # The lock makes the update one step of a sequence: threads that train one layer lose none.
         with variables.lock if update else contextlib.nullcontext():
-            if update and self.momentum is None:
-                hyper[channel.MOMENTUM] = variables.training_calls / (variables.training_calls + 1)
             state = variables.state.astype(dtype, copy=False)
-            y, new_state, saved = self._dispatcher.train(x, params, state, hyper, **operands, out=out)
+            y, new_state, saved = self._dispatcher.train(
+                x, params, state, hyper, weights=weights, adjustment=adjustment, out=out
+            )
+            residuals = Residuals(x, params, state, saved, new_state, weights, adjustment)
             if update and x.size:
-                variables.replace_state(new_state)
-        return y, Residuals(x, params, state, saved, new_state, weights, adjustment)
+                self._update(variables, residuals)
+        return y, residuals
 
-    @staticmethod
-    def _spread(x: Array, weights: Array | None, adjustment: tuple[Array, Array] | None) -> dict[str, Any]:
-        """What the Dispatcher takes beside x, in its shape and the statistics' dtype."""
-        dtype = dtypes.statistic(x.dtype)
-        return {
-            "weights": None if weights is None else spread(weights, x.shape, dtype),
-            "adjustment": None if adjustment is None else tuple(spread(v, x.shape, dtype) for v in adjustment),
-        }
+    def _update(self, variables: Variables, step: Residuals) -> None:
+        """Make the statistics after a training step those of the layer. The caller holds the lock."""
+        assert step.new_state is not None
+        if self.momentum is None:
+            variables.absorb(step.new_state, step.counted(), PARTS, self.options)
+        else:
+            variables.state = step.new_state.astype(variables.shapes.dtype, copy=False)
 
     def _pull_back(self, dy: Any, r: Residuals, dtype: np.dtype) -> Gradients:
         dy = dtypes.as_float_array(dy, "dy")
@@ -390,8 +399,9 @@ class BatchNormalization:
             saved = self._dispatcher.saved_of(r.state)
             dx, dparams = self._dispatcher.backward(dy, r.x, r.params, saved, training=False)
         else:
-            operands = self._spread(r.x, r.weights, r.adjustment)
-            dx, dparams = self._dispatcher.backward(dy, r.x, r.params, r.saved, training=True, **operands)
+            dx, dparams = self._dispatcher.backward(
+                dy, r.x, r.params, r.saved, training=True, weights=r.weights, adjustment=r.adjustment
+            )
         assert self._variables is not None
         shapes = self._variables.shapes
         dgamma, dbeta = dparams.astype(shapes.dtype, copy=False).reshape(2, *shapes.params)
@@ -417,7 +427,7 @@ class BatchNormalization:
         per_channel = gamma.reshape([s if i in axis else 1 for i, s in enumerate(r.x.shape)])
         a, b = r.adjustment
         dy64 = dy.astype(np.float64)
-        return sum_to(dy64 * z, a, gamma.dtype), sum_to(dy64 * per_channel, b, gamma.dtype)
+        return sum_to(dy64 * z, a.shape, gamma.dtype), sum_to(dy64 * per_channel, b.shape, gamma.dtype)
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -530,18 +540,17 @@ class BatchNormalization:
             config |= {"renorm_momentum": self.renorm_momentum}
         optional = ("virtual_batch_size", "fused", "bessel_correction")
         config |= {k: getattr(self, k) for k in optional if getattr(self, k) is not None}
-        if self.adjustment is not None:
-            self._warn_left_out("adjustment")
+        clips = (self.renorm_clipping or {}).values()
+        left_out = {"adjustment": callable(self.adjustment), "callables of renorm_clipping": any(map(callable, clips))}
+        for what in (name for name, present in left_out.items() if present):
+            message = f"the config of {self.name} leaves out the {what}, which cannot be serialized"
+            warnings.warn(message, stacklevel=2)
         return config
 
     def _clipping_config(self) -> dict[str, float]:
-        clipping = self.renorm_clipping or {}
-        if any(callable(v) for v in clipping.values()):
-            self._warn_left_out("callable values of renorm_clipping")
-        return {k: float(v) for k, v in clipping.items() if v is not None and not callable(v)}
-
-    def _warn_left_out(self, what: str) -> None:
-        warnings.warn(f"the config of {self.name} leaves out the {what}, which cannot be serialized", stacklevel=4)
+        """The bounds that are numbers; an infinite one is none, and JSON knows no infinity."""
+        numbers = {k: float(v) for k, v in (self.renorm_clipping or {}).items() if v is not None and not callable(v)}
+        return {k: v for k, v in numbers.items() if np.isfinite(v)}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "BatchNormalization":

@@ -9,7 +9,7 @@ from nbbn import dtypes
 from nbbn.dispatcher import Dispatcher
 from nbbn.kernels.cpu import channel
 from nbbn.layout import Sizes, resolve_axis
-from nbbn.operands import Array, as_input, as_weights, spread
+from nbbn.operands import Array, as_input, as_weights
 from nbbn.options import Options
 
 _FUSED_AXIS = {"NHWC": (4, 3), "NCHW": (4, 1), "NDHWC": (5, 4), "NCDHW": (5, 1)}
@@ -70,8 +70,8 @@ def weighted_moments(
     x = as_input(x, "x")
     weights = np.asarray(frequency_weights)
     weights = weights.reshape((1,) * (x.ndim - weights.ndim) + weights.shape)
-    weights = as_weights(weights, x.shape, (), "frequency_weights")
-    return _moments(x, spread(weights, x.shape, dtypes.statistic(x.dtype)), _axes(axes, x.ndim), keepdims)
+    weights = as_weights(weights, x.shape, (), dtypes.statistic(x.dtype), "frequency_weights")
+    return _moments(x, weights, _axes(axes, x.ndim), keepdims)
 
 
 def _common_channels(x: Array, operands: Sequence[Any]) -> tuple[Array, Sizes, list[Array]]:

@@ -28,29 +28,28 @@ def check_out(out: Any, x: Array) -> None:
             f"out must have the shape {x.shape} and dtype {x.dtype.name} of the result; "
             f"received shape {out.shape} and dtype {out.dtype.name}"
         )
-    broadcast = any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True))
+    broadcast = out.size and any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True))
     if not (out.flags.writeable and out.flags.aligned) or broadcast:
         raise ValueError("out must be writable memory of its own; received a read-only, unaligned or broadcast array")
 
 
-def as_weights(mask: Any, shape: Sizes, axis: Sizes, argument: str = "mask") -> Array:
-    """The weight of every element in the moments, broadcast to `shape`.
+def as_weights(mask: Any, shape: Sizes, axis: Sizes, dtype: np.dtype, argument: str = "mask") -> Array:
+    """The weight of every element in the moments: a copy in `dtype`, broadcast to `shape` without taking its memory.
 
     Args:
         mask: bool (True counts) or real weights >= 0, of the input's rank, or broadcast against the dimensions that
             are not in `axis`.
     """
     array = np.asarray(mask)
-    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{argument} must be bool or real; received dtype {array.dtype.name}")
+    check_real(array, argument)
     reduced = tuple(s for i, s in enumerate(shape) if i not in axis)
-    full, target = array, shape
+    full = array.astype(dtype)
     if array.ndim <= len(reduced):
-        full, target = np.expand_dims(array.reshape((1,) * (len(reduced) - array.ndim) + array.shape), axis), shape
+        full = np.expand_dims(full.reshape((1,) * (len(reduced) - array.ndim) + array.shape), axis)
     try:
         if full.ndim != len(shape):
             raise ValueError
-        weights = np.broadcast_to(full, target)
+        weights = np.broadcast_to(full, shape)
     except ValueError:
         raise ValueError(
             f"{argument} must broadcast against the input's non-feature dimensions {reduced} or its shape {shape}; "
@@ -63,34 +62,35 @@ def as_weights(mask: Any, shape: Sizes, axis: Sizes, argument: str = "mask") -> 
     return weights
 
 
-def as_adjustment(adjustment: Callable[[Sizes], Any], shape: Sizes) -> tuple[Array, Array]:
-    """The pair (a, b) for an input of this shape, each checked to broadcast against it."""
+def as_adjustment(adjustment: Callable[[Sizes], Any], shape: Sizes, dtype: np.dtype) -> tuple[Array, Array]:
+    """The pair (a, b) for an input of this shape: copies in `dtype`, which broadcast against it."""
     pair = adjustment(shape)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise ValueError(f"adjustment must return a pair (scale, bias); received {type(pair).__name__}")
-    arrays = []
-    for name, value in zip(("scale", "bias"), pair, strict=True):
-        array = np.asarray(value)
-        if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
-            raise TypeError(f"adjustment's {name} must be real; received dtype {array.dtype.name}")
-        try:
-            np.broadcast_to(array, shape)
-        except ValueError:
-            message = f"adjustment's {name} must broadcast against the input's shape {shape}; received {array.shape}"
-            raise ValueError(message) from None
-        arrays.append(array)
-    return arrays[0], arrays[1]
+    a, b = (_as_operand(v, shape, dtype, f"adjustment's {n}") for n, v in zip(("scale", "bias"), pair, strict=True))
+    return a, b
 
 
-def spread(array: Array, shape: Sizes, dtype: np.dtype) -> Array:
-    """`array` in `dtype`, broadcast to `shape` without taking its memory."""
-    return np.broadcast_to(array.astype(dtype, copy=False), shape)
+def _as_operand(value: Any, shape: Sizes, dtype: np.dtype, argument: str) -> Array:
+    array = np.asarray(value)
+    check_real(array, argument)
+    try:
+        np.broadcast_to(array, shape)
+    except ValueError:
+        message = f"{argument} must broadcast against the input's shape {shape}; received shape {array.shape}"
+        raise ValueError(message) from None
+    return array.astype(dtype)
 
 
-def sum_to(array: Array, like: Array, default: np.dtype) -> Array:
-    """The gradient of broadcasting: `array` summed to the shape of `like`, in its dtype if that is a float."""
-    extra = array.ndim - like.ndim
-    axes = tuple(range(extra)) + tuple(i + extra for i, s in enumerate(like.shape) if s == 1)
-    dtype = like.dtype if like.dtype.name in dtypes.NAMES else default
+def check_real(array: Array, argument: str) -> None:
+    """Raises: TypeError unless the array holds bools, integers or floats."""
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{argument} must be bool or real; received dtype {array.dtype.name}")
+
+
+def sum_to(array: Array, shape: Sizes, dtype: np.dtype) -> Array:
+    """The gradient of broadcasting: `array` summed to `shape`."""
+    extra = array.ndim - len(shape)
+    axes = tuple(range(extra)) + tuple(i + extra for i, s in enumerate(shape) if s == 1)
     total: Array = array.sum(axis=axes, dtype=np.float64)
-    return total.reshape(like.shape).astype(dtype)
+    return total.reshape(shape).astype(dtype)

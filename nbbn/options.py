@@ -36,6 +36,14 @@ class Options:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axis", parse_axis(self.axis))
+        self._check()
+        for name in ("momentum", "epsilon", "renorm_momentum"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else float(value))
+        if self.virtual_batch_size is not None:
+            object.__setattr__(self, "virtual_batch_size", int(self.virtual_batch_size))
+
+    def _check(self) -> None:
         if self.momentum is not None:
             _check_number("momentum", self.momentum, 1.0, "a number from 0 to 1 (the weight of the old value), or None")
         _check_number(

@@ -4,18 +4,22 @@ gamma and beta are changed in place, by whoever trains. The moving statistics ar
 assignment: a reader takes the reference and has a consistent set, without a lock.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from nbbn import rules
 from nbbn.layout import Sizes
+from nbbn.operands import check_real
+from nbbn.options import Options
 from nbbn.runtime import StateLock
 
 Array = np.ndarray
 
 PARAMETERS = ("gamma", "beta")
+PARTS = ("mean", "variance")
 STATISTICS = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
 
 
@@ -49,7 +53,7 @@ class Variables:
         absent = {"gamma": np.ones(channels, shapes.dtype), "beta": np.zeros(channels, shapes.dtype)}
         self.params = np.stack([values.get(n, absent[n]).ravel() for n in PARAMETERS])
         self.state = np.stack([values[n].ravel() for n in STATISTICS if n in values])
-        self.training_calls = 0
+        self.seen = np.zeros((2, channels), np.int64)  # batches in each channel's moving mean, variance
         self.lock = StateLock()
 
     def __getitem__(self, name: str) -> Array:
@@ -58,11 +62,12 @@ class Variables:
         return row.reshape(self.shapes.params)
 
     def check(self, name: str, value: Any) -> Array:
-        """`value` in the variables' dtype. Raises: ValueError if its shape is not theirs."""
-        array = np.asarray(value, self.shapes.dtype)
+        """A copy of `value` in the variables' dtype. Raises: ValueError, TypeError if it does not fit."""
+        array = np.asarray(value)
         if array.shape != self.shapes.params:
             raise ValueError(f"{name} must have shape {self.shapes.params}; received {array.shape}")
-        return array
+        check_real(array, name)
+        return array.astype(self.shapes.dtype)
 
     def assign(self, values: Mapping[str, Array]) -> None:
         """Set variables from checked arrays; the statistics among them change together."""
@@ -75,7 +80,34 @@ class Variables:
                     state[STATISTICS.index(name)] = value.ravel()
             self.state = state
 
-    def replace_state(self, state: Array) -> None:
-        """The statistics after one more training call. The caller holds the lock."""
-        self.state = state.astype(self.shapes.dtype, copy=False)
-        self.training_calls += 1
+    def absorb(self, batch: Array, counted: Array, parts: Sequence[str], options: Options) -> None:
+        """Blend a batch's own statistics into the moving ones. The caller holds the lock.
+
+        Args:
+            batch: as `state`: what the statistics are when the batch is all there is.
+            counted: (C,) bool: the channels of which the batch has any value.
+            parts: "mean" and / or "variance", with what belongs to it.
+        """
+        state = self.state.copy()
+        renorm = len(state) == len(STATISTICS)
+        for part in parts:
+            seen = self.seen[PARTS.index(part)]
+            spread = "stddev" if renorm and part == "variance" else part
+            momentum = seen / (seen + 1) if options.momentum is None else options.momentum
+            _blend(state, batch, f"moving_{spread}", momentum, counted)
+            if renorm:
+                _blend(state, batch, f"renorm_{spread}", options.renorm_momentum, counted)
+            if spread == "stddev":
+                sigma = state[STATISTICS.index("moving_stddev"), counted].astype(np.float64)
+                state[STATISTICS.index("moving_variance"), counted] = np.maximum(sigma * sigma - options.epsilon, 0)
+            seen += counted
+        self.state = state
+
+
+def _blend(state: Array, batch: Array, name: str, momentum: Any, counted: Array) -> None:
+    """Move one row of `state` towards that of `batch`; momentum may differ between channels."""
+    old, new = state[STATISTICS.index(name)], batch[STATISTICS.index(name)].astype(np.float64)
+    momenta = np.broadcast_to(momentum, old.shape)
+    for m in np.unique(momenta[counted]):
+        chosen = counted & (momenta == m)
+        old[chosen] = rules.moving_average(old[chosen].astype(np.float64), new[chosen], m)

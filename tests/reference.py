@@ -200,7 +200,7 @@ class Reference:
             self.moving_stddev = np.sqrt(self.moving_variance)
             self.renorm_mean = self.moving_mean.copy()
             self.renorm_stddev = np.sqrt(self.moving_variance)
-        self.training_steps = 0
+        self.training_steps: Any = 0
         return self
 
     @property
@@ -338,8 +338,9 @@ class Reference:
         return m / np.maximum(m - 1, 1) if correct else 1.0
 
     def _update(self, W: Array, mean: Array, var: Array) -> None:
-        self.training_steps += 1
-        k = 1 - 1 / self.training_steps if self.momentum is None else self.momentum
+        # A cumulative average counts the batches that a statistic has seen: a masked one may have seen fewer.
+        self.training_steps = self.training_steps + self._group_any(W > 0)
+        k = 1 - 1 / np.maximum(self.training_steps, 1) if self.momentum is None else self.momentum
         batch_mean = self._group_average(W, mean)
         if self.renorm:
             s = np.sqrt(self._group_average(W, var) + self.epsilon)
@@ -352,7 +353,7 @@ class Reference:
             self._move("moving_mean", W, batch_mean, k)
             self._move("moving_variance", W, self._group_average(W, var * self._bessel(W)), k)
 
-    def _move(self, name: str, W: Array, new: Array, k: float) -> None:
+    def _move(self, name: str, W: Array, new: Array, k: float | Array) -> None:
         self._store(name, W, ema(self._spread(getattr(self, name)), new, k))
 
     def _store(self, name: str, W: Array, new: Array) -> None:

@@ -84,11 +84,14 @@ class Case:
         return Reference(**self.options, adjustment=self.adjustment(), dtype=dtype).build(self.shape)
 
     def weights(self, reference: Reference) -> list[NDArray[Any]]:
-        """Random parameters (of both signs) and state in TensorFlow's order."""
+        """Random parameters (of both signs) and state in TensorFlow's order.
+
+        A deviation of 0.25 is below the square root of the largest epsilon, where renorm's floor begins.
+        """
         rng = np.random.default_rng([self.seed, 1])
         dtype = np.float64 if self.dtype is np.float64 else np.float32
         return [
-            (rng.uniform(0.5, 2, reference.parameter_shape) * sign).astype(dtype)
+            (rng.uniform(0.25, 2, reference.parameter_shape) * sign).astype(dtype)
             for name in reference.weight_names
             for sign in [
                 rng.choice([-1, 1], reference.parameter_shape) if name in ("gamma", "beta", "moving_mean") else 1

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from agreement import check_step
-from ml_dtypes import bfloat16
+from ml_dtypes import bfloat16, finfo
 from reference import Reference
 
 import nbbn
@@ -202,6 +202,39 @@ def test_one_value_with_renorm():
     assert all(np.isfinite(w).all() for w in layer.get_weights())
 
 
+@pytest.mark.parametrize("total", [0.25, 0.75, 1.0, 1.5, 2.0, 2.5])
+def test_unbiased_variance_of_few_weights(total):
+    """m / max(m - 1, 1), with m the sum of the weights: never negative, never a division by zero."""
+    rng = np.random.default_rng(16)
+    x, dy = (rng.normal(size=(2, 3)).astype(np.float32) for _ in range(2))
+    layer, oracle = pair(x, -1, momentum=0, bessel_correction=True)
+    check_step(layer, oracle, x, dy, np.array([total / 4, 3 * total / 4], np.float32), training=True)
+
+
+# --- momentum ---------------------------------------------------------------
+
+
+def test_momentum_zero_copies_the_batch_whatever_the_state_was():
+    x = np.random.default_rng(17).normal(size=(8, 3)).astype(np.float32)
+    fresh, spoilt = (pair(x, -1, momentum=0)[0] for _ in range(2))
+    spoilt.moving_mean = np.array([np.nan, np.inf, 1e30], np.float32)
+    for layer in (fresh, spoilt):
+        layer(x, training=True)
+    np.testing.assert_array_equal(spoilt.moving_mean, fresh.moving_mean)
+
+
+@pytest.mark.parametrize("renorm", [False, True])
+def test_momentum_one_keeps_the_state_whatever_the_batch_is(renorm):
+    """With renorm moving_variance is none of the averages: it is made of moving_stddev at each step."""
+    x = np.array([[np.nan, np.inf, 1e30]] * 2, np.float32)
+    layer, _ = pair(x, -1, momentum=1, renorm=renorm, renorm_momentum=1)
+    names = ["moving_stddev", "renorm_mean", "renorm_stddev"] if renorm else ["moving_variance"]
+    before = {name: getattr(layer, name).copy() for name in ["moving_mean", *names]}
+    layer(x, training=True)
+    for name, value in before.items():
+        np.testing.assert_array_equal(getattr(layer, name), value)
+
+
 # --- range ------------------------------------------------------------------
 
 
@@ -248,6 +281,20 @@ def test_subnormal_float16_is_kept(shape, axis):
     x, dy = ((1e-5 * rng.normal(size=shape)).astype(np.float16) for _ in range(2))
     layer, oracle = pair(x, axis, epsilon=1e-12, momentum=0)
     check_step(layer, oracle, x, dy, training=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("axis", [0, -1], ids=["planes", "rows"])
+def test_sixteen_bit_results_are_rounded_to_the_nearest_even(axis, dtype):
+    """x + beta is exact in float32, and half of the sums lie between two neighbours of the dtype."""
+    ulp = float(finfo(dtype).eps)
+    x = (1 + ulp * np.arange(64)).astype(dtype)[None].repeat(2, 0)
+    layer = nbbn.BatchNormalization(axis=axis, epsilon=0.0, beta_initializer="ones")
+    layer(x)
+    layer.beta *= ulp / 2
+    y = layer(x)
+    expected = (x.astype(np.float32) + np.float32(ulp / 2)).astype(dtype)
+    np.testing.assert_array_equal(y.view(np.uint16), expected.view(np.uint16))
 
 
 # --- nothing to reduce ------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 from agreement import FEW, Terms, check, check_gradients, check_step, gradients, output
 from hypothesis import HealthCheck, example, given, settings
 from ml_dtypes import bfloat16, finfo
-from reference import Reference, feature_axes
+from reference import Reference, feature_axes, fused_eligible
 from strategies import DTYPES, FORMS, Case, arrange, cases
 
 import nbbn
@@ -68,7 +68,7 @@ def follow(case: Case) -> None:
 
 
 @given(case=cases())
-@settings(PROFILE, max_examples=200)
+@settings(PROFILE, max_examples=300)
 def test_layer(case):
     follow(case)
 
@@ -80,6 +80,21 @@ def test_layer_masked_and_adjusted_in_every_dtype(axis, dtype):
     case = replace(PLAIN, dtype=dtype, options={**PLAIN.options, "axis": axis})
     follow(replace(case, mask=("weights", "full")))
     follow(replace(case, adjustment_shapes=((4, 1, 1, 1), (5,))))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("shape", [(7, 3), (3, 2, 3), (2, 3, 2, 3), (2, 3, 2, 2, 3)], ids=len)
+def test_fused_decides_about_bessel(shape, dtype):
+    """For every rank, axis and dtype: fused=None corrects where TensorFlow's kernel runs, True raises elsewhere."""
+    for axis in range(-len(shape), len(shape)):
+        eligible = fused_eligible(len(shape), axis, np.dtype(dtype).name)
+        for fused in (None, False, True) if eligible else (None, False):
+            case = replace(PLAIN, shape=shape, dtype=dtype, options={"axis": axis, "fused": fused, "momentum": 0})
+            x, dy, _ = case.batch(0)
+            check_step(layer_of(case), oracle_of(case), x, dy, training=True)
+        if not eligible:
+            with pytest.raises(ValueError, match="fused"):
+                nbbn.BatchNormalization(axis=axis, fused=True).vjp(np.zeros(shape, dtype), training=True)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ that a callee in another file has changed. Here the file's name is a hash of eve
 the content is verified, and whatever goes wrong means compiling again.
 """
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -96,12 +97,14 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
             return
         path, key = entry
         payload = dumps(data._reduce())
-        try:
-            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        # A full or vanished disk costs a compilation next time. Readers see the old file or the new one, never a part.
+        with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            try:
                 file.write(_seal(key, payload) + payload)
-            os.replace(file.name, path)  # readers see the old file or the new one, never a part
-        except OSError:  # a full or vanished disk costs a compilation next time
-            return
+                file.close()
+                os.replace(file.name, path)
+            except OSError:
+                os.unlink(file.name)
 
     def _entry(self, sig: Any, codegen: Any) -> tuple[Path, str] | None:
         folder = cache_folder()

@@ -21,6 +21,8 @@ from numba.np.ufunc import parallel as numba_pool
 _pool = threading.Lock()
 _owner: int | None = None
 _inherited_pool = False
+_generation = 0  # how many forks lie between this process and the first
+_renewal = threading.Lock()
 
 
 @lru_cache(maxsize=1)
@@ -105,14 +107,13 @@ class StateLock:
     """
 
     def __init__(self) -> None:
-        self._renew()
-
-    def _renew(self) -> None:
-        self._lock, self._pid = threading.Lock(), os.getpid()
+        self._lock, self._generation = threading.Lock(), _generation
 
     def __enter__(self) -> None:
-        if self._pid != os.getpid():
-            self._renew()
+        if self._generation != _generation:
+            with _renewal:  # the child's threads must agree on one new lock
+                if self._generation != _generation:
+                    self._lock, self._generation = threading.Lock(), _generation
         self._lock.acquire()
 
     def __exit__(self, *exc: object) -> None:
@@ -136,8 +137,10 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _inherited_pool
+    global _inherited_pool, _generation, _renewal
     _inherited_pool = _inherited_pool or numba_pool._is_initialized
+    _generation += 1
+    _renewal = threading.Lock()
     _after_fork_in_parent()
 
 

@@ -3,6 +3,8 @@
 Variables and collections belong to the process, the stack of open scopes to the thread.
 """
 
+import enum
+import itertools
 import re
 import threading
 from collections.abc import Iterator
@@ -15,16 +17,18 @@ import numpy as np
 from nbbn.variables import Array, Variables
 
 
-class _AutoReuse:
+class AutoReuse(enum.Enum):
     """The value of `reuse` that creates what does not exist and reuses what does."""
 
+    AUTO_REUSE = enum.auto()
+
     def __repr__(self) -> str:
-        return "AUTO_REUSE"
+        return self.name
 
 
-AUTO_REUSE = _AutoReuse()
+AUTO_REUSE = AutoReuse.AUTO_REUSE
 
-Reuse = bool | _AutoReuse | None
+Reuse = bool | AutoReuse | None
 
 
 class GraphKeys:
@@ -61,15 +65,16 @@ class Variable:
 
 @dataclass
 class Scope:
-    """An open variable scope. `counts`: how often each default name was given out in it since it was opened."""
+    """An open variable scope. `used`: the names of scopes in it since it was opened."""
 
     name: str
     reuse: Reuse
-    counts: dict[str, int] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
 
     def unique(self, base: str) -> str:
-        n = self.counts[base] = self.counts.get(base, -1) + 1
-        return base if n == 0 else f"{base}_{n}"
+        """The first of base, base_1, base_2, … that is not used."""
+        names = itertools.chain([base], (f"{base}_{n}" for n in itertools.count(1)))
+        return next(name for name in names if name not in self.used)
 
     def reuse_variables(self) -> None:
         """From here on variables of this scope are reused."""
@@ -135,10 +140,13 @@ def variable_scope(
             raise TypeError("variable_scope() needs name_or_scope or default_name; received neither")
         if reuse:
             raise ValueError(f"reuse={reuse!r} needs a name; received only default_name={default_name!r}")
-        inner = Scope(outer.join(outer.unique(default_name)), outer.reuse)
+        name = outer.unique(default_name)
+        outer.used.add(name)
+        inner = Scope(outer.join(name), outer.reuse)
     elif isinstance(name_or_scope, Scope):
         inner = Scope(name_or_scope.name, reuse or name_or_scope.reuse)
     else:
+        outer.used.add(name_or_scope)
         inner = Scope(outer.join(name_or_scope), reuse or outer.reuse)
     scopes.append(inner)
     try:

@@ -55,7 +55,11 @@ class BatchNormalization(KerasBatchNormalization):
         super().__init__(*args, **kwargs)
 
     def _unique_name(self) -> str:
-        return default_graph().layer_names.unique(_BASE_NAME)
+        graph = default_graph()
+        with graph.lock:
+            name = graph.layer_names.unique(_BASE_NAME)
+            graph.layer_names.used.add(name)
+        return name
 
     @property
     def scope_name(self) -> str:
@@ -94,6 +98,10 @@ class BatchNormalization(KerasBatchNormalization):
                 add_to_collection(GraphKeys.TRAINABLE_VARIABLES, variable)
             if regularizers.get(name) is not None:
                 add_to_collection(GraphKeys.REGULARIZATION_LOSSES, _Loss(variable, regularizers[name]))
+
+    @property
+    def _update_prefix(self) -> str:
+        return self.scope_name
 
     def _add_update(self, update: Update) -> None:
         super()._add_update(update)

@@ -16,6 +16,11 @@ COUNT, BATCH_MEAN, RSTD, R, D = range(5)  # saved (5, G * C), float64
 EPSILON, MOMENTUM, BESSEL, RENORM_MOMENTUM, RMIN, RMAX, DMAX = range(7)  # hyper (7,), float64
 
 
+def keep_batch(hyper: np.ndarray) -> None:
+    """Make the new state of a training step the batch's own statistics, for who blends them into the state later."""
+    hyper[MOMENTUM] = hyper[RENORM_MOMENTUM] = 0
+
+
 @element
 def batch_moments(sums, shift, count, saved):
     """Write count, mean and biased variance (in row RSTD) of every statistic from its shifted sums.

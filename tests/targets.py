@@ -1,0 +1,79 @@
+"""The machines that run the stages, behind one face: all that tests/test_kernels.py knows of them.
+
+A target takes and returns NumPy arrays. Its methods are the Dispatcher's, with every choice made by hand.
+"""
+
+from functools import cached_property
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from nbbn import Dispatcher, Force, Options, dtypes
+from nbbn.kernels.cpu.scalars import convert, load
+
+Array = NDArray[Any]
+
+
+class Cpu:
+    """nbbn/kernels/cpu."""
+
+    def __init__(self, options: dict[str, Any], schedule: str | None = None, parallel: bool | None = None) -> None:
+        self.dispatcher = Dispatcher(Options(**options), Force(schedule, parallel))
+
+    def train(self, x: Array, params: Array, state: Array, **operands: Any) -> tuple[Array, Array, Array]:
+        """y, the new state and saved; operands are weights, adjustment (a pair) and out."""
+        hyper = self.dispatcher.hyper(x.shape, x.dtype)
+        return self.dispatcher.train(x, params, state, hyper, **operands)
+
+    def infer(self, x: Array, params: Array, state: Array, out: Array | None = None) -> Array:
+        return self.dispatcher.infer(x, params, state, out)
+
+    def backward(self, dy: Array, x: Array, params: Array, saved: Array, **operands: Any) -> tuple[Array, Array]:
+        """dx, and the gradients of gamma and beta as one (2, C) array."""
+        return self.dispatcher.backward(dy, x, params, saved, training=True, **operands)
+
+    def frozen_backward(self, dy: Array, x: Array, params: Array, state: Array) -> tuple[Array, Array]:
+        return self.dispatcher.backward(dy, x, params, self.dispatcher.saved_of(state), training=False)
+
+    def moments(self, x: Array, weights: Array | None = None) -> Array:
+        """Count, mean and biased variance, (3, C)."""
+        return self.dispatcher.moments(x, weights)
+
+
+class CpuScalars:
+    """How a target reads and writes the elements of one 16-bit dtype."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = np.dtype(dtype)
+
+    @cached_property
+    def _loops(self) -> Any:
+        @numba.njit
+        def read(stored, values):
+            for i in range(stored.size):
+                values[i] = load(stored[i])
+
+        @numba.njit
+        def write(values, stored):
+            for i in range(stored.size):
+                stored[i] = convert(values[i], stored)
+
+        return read, write
+
+    def read(self, stored: Array) -> Array:
+        """float32 values of (n,) elements."""
+        values = np.empty(stored.shape, np.float32)
+        self._loops[0](stored.view(dtypes.carrier(stored.dtype)), values)
+        return values
+
+    def write(self, values: Array) -> Array:
+        """(n,) elements for float32 values."""
+        stored = np.empty(values.shape, self.dtype)
+        self._loops[1](values, stored.view(dtypes.carrier(stored.dtype)))
+        return stored
+
+
+# name: (runs the steps, converts elements)
+TARGETS = {"cpu": (Cpu, CpuScalars)}

@@ -1,0 +1,657 @@
+"""The TensorFlow 1 faces without TensorFlow: names, reuse, and updates that wait to be run."""
+
+import copy
+import pickle
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import nbbn
+import nbbn.compat.v1 as tf1
+from nbbn.compat.v1 import AUTO_REUSE, GraphKeys, get_collection, variable_scope
+
+bn = tf1.layers.batch_normalization
+X = np.random.default_rng(0).normal(2, 3, size=(8, 3)).astype(np.float32)
+X2 = np.random.default_rng(1).normal(-1, 2, size=(8, 3)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_graph():
+    tf1.reset_default_graph()
+    yield
+    tf1.reset_default_graph()
+
+
+def names(key=GraphKeys.GLOBAL_VARIABLES, scope=None):
+    return [v.name for v in get_collection(key, scope)]
+
+
+def scopes():
+    """The scopes that hold variables, in the order of their creation."""
+    return [name.removesuffix("/gamma:0") for name in names() if name.endswith("/gamma:0")]
+
+
+def values():
+    return {v.name: v.numpy() for v in get_collection(GraphKeys.GLOBAL_VARIABLES)}
+
+
+def run_updates():
+    for update in get_collection(GraphKeys.UPDATE_OPS):
+        update.run()
+
+
+# --- names ------------------------------------------------------------------------------
+
+
+def test_variables_and_their_names():
+    bn(X, name="bn")
+    assert names() == ["bn/gamma:0", "bn/beta:0", "bn/moving_mean:0", "bn/moving_variance:0"]
+    assert names(GraphKeys.TRAINABLE_VARIABLES) == ["bn/gamma:0", "bn/beta:0"]
+
+
+def test_variables_of_renorm():
+    bn(X, name="bn", renorm=True, center=False)
+    kinds = ["gamma", "moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev"]
+    assert sorted(names()) == sorted(f"bn/{kind}:0" for kind in kinds)
+
+
+def test_default_names():
+    for _ in range(3):
+        bn(X)
+    assert scopes() == ["batch_normalization", "batch_normalization_1", "batch_normalization_2"]
+
+
+def test_default_names_are_counted_in_each_scope():
+    with variable_scope("a"):
+        bn(X)
+        bn(X)
+    with variable_scope("b"):
+        bn(X)
+    bn(X)
+    expected = ["a/batch_normalization", "a/batch_normalization_1", "b/batch_normalization", "batch_normalization"]
+    assert scopes() == expected
+
+
+def test_a_default_name_avoids_the_names_that_were_given():
+    bn(X, name="batch_normalization")
+    bn(X)
+    with variable_scope("batch_normalization_2"):
+        pass
+    bn(X)
+    assert scopes() == ["batch_normalization", "batch_normalization_1", "batch_normalization_3"]
+
+
+def test_scopes_nest():
+    with variable_scope("a") as a, variable_scope("b") as b:
+        bn(X, name="bn")
+        assert (a.name, b.name) == ("a", "a/b")
+    assert scopes() == ["a/b/bn"]
+
+
+def test_a_scope_can_be_entered_again():
+    """As an object it is absolute; its layers are those that it has, so they need reuse."""
+    with variable_scope("a") as a:
+        bn(X, name="one")
+    with variable_scope("b"), variable_scope(a):
+        bn(X, name="two")
+    with variable_scope(a, reuse=True):
+        bn(X, name="one")
+    assert scopes() == ["a/one", "a/two"]
+
+
+def test_reopening_a_scope_counts_default_names_anew():
+    """In TensorFlow too: the second one meets the first one's variables."""
+    with variable_scope("a"):
+        bn(X)
+    with variable_scope("a"), pytest.raises(ValueError, match="a/batch_normalization/gamma"):
+        bn(X)
+    with variable_scope("a", reuse=True):
+        bn(X)
+    assert scopes() == ["a/batch_normalization"]
+
+
+def test_default_name_of_a_scope():
+    found = []
+    for _ in range(2):
+        with variable_scope(None, "block") as scope:
+            found.append(scope.name)
+    assert found == ["block", "block_1"]
+
+
+def test_a_scope_without_a_name():
+    with pytest.raises((TypeError, ValueError), match="default_name"), variable_scope(None):
+        pass
+    with pytest.raises(ValueError, match="reuse"), variable_scope(None, "block", reuse=True):
+        pass
+
+
+def test_an_exception_closes_the_scope():
+    with pytest.raises(KeyError), variable_scope("a"):
+        raise KeyError
+    bn(X, name="bn")
+    assert scopes() == ["bn"]
+
+
+def test_layer_objects_have_names_of_their_own():
+    """Also with the same name given: two layers are two layers."""
+    layers = [tf1.layers.BatchNormalization(name="bn") for _ in range(2)]
+    for layer in layers:
+        layer(X)
+    assert scopes() == ["bn", "bn_1"]
+    assert [layer.scope_name for layer in layers] == ["bn", "bn_1"]
+
+
+def test_scope_name_is_not_known_before_the_first_call():
+    layer = tf1.layers.BatchNormalization()
+    with pytest.raises(ValueError, match="scope"):
+        _ = layer.scope_name
+    layer(X)
+    assert layer.scope_name == "batch_normalization"
+
+
+def test_reset_forgets_names_and_collections():
+    bn(X, training=True, gamma_regularizer="l2")
+    tf1.reset_default_graph()
+    for key in ("GLOBAL_VARIABLES", "TRAINABLE_VARIABLES", "UPDATE_OPS", "REGULARIZATION_LOSSES"):
+        assert get_collection(getattr(GraphKeys, key)) == []
+    bn(X)
+    assert scopes() == ["batch_normalization"]
+
+
+def test_reset_inside_a_scope():
+    with variable_scope("a"), pytest.raises(AssertionError, match="a"):
+        tf1.reset_default_graph()
+
+
+# --- reuse -----------------------------------------------------------------------------------
+
+
+def test_reuse_shares_the_variables():
+    bn(X, name="bn", training=True, momentum=0.0)
+    run_updates()
+    y = bn(X, name="bn", reuse=True)
+    np.testing.assert_allclose(y, (X - X.mean(0)) / np.sqrt(X.var(0) + 1e-3), rtol=1e-5, atol=1e-6)
+    assert scopes() == ["bn"]
+
+
+REUSE_ERRORS = [
+    ("same name", {"name": "bn"}, ("bn/gamma", "reuse")),
+    ("nothing to reuse", {"name": "other", "reuse": True}, ("other/gamma", "reuse=True")),
+    ("no name", {"reuse": True}, ("name", "reuse=True")),
+    ("no name, auto", {"reuse": AUTO_REUSE}, ("name", "reuse=AUTO_REUSE")),
+    ("no bool", {"name": "bn", "reuse": "yes"}, ("reuse", "'yes'")),
+    ("other options", {"name": "bn", "reuse": True, "renorm": True}, ("bn/renorm_mean",)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "fragments"), [e[1:] for e in REUSE_ERRORS], ids=[e[0] for e in REUSE_ERRORS])
+def test_reuse_errors(arguments, fragments):
+    bn(X, name="bn", training=True)
+    before, updates = values(), names(GraphKeys.UPDATE_OPS)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the fragments are the match
+        bn(X, training=True, **arguments)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+    assert names(GraphKeys.UPDATE_OPS) == updates
+    assert values().keys() == before.keys()
+
+
+@pytest.mark.parametrize("reuse", [True, AUTO_REUSE])
+def test_reuse_with_another_shape(reuse):
+    bn(X, name="bn")
+    with pytest.raises(ValueError, match="bn") as caught:
+        bn(np.ones((8, 5), np.float32), name="bn", reuse=reuse)
+    assert "(3,)" in str(caught.value)
+    assert "(5,)" in str(caught.value)
+
+
+def test_reuse_with_another_dtype():
+    bn(X, name="bn")
+    with pytest.raises(ValueError, match=r"float32.*float64"):
+        bn(X.astype(np.float64), name="bn", reuse=True)
+
+
+def test_auto_reuse_creates_then_shares():
+    for _ in range(3):
+        bn(X, name="bn", reuse=AUTO_REUSE)
+    assert scopes() == ["bn"]
+
+
+def test_reuse_of_the_enclosing_scope():
+    with variable_scope("a", reuse=AUTO_REUSE):
+        bn(X, name="bn")
+        with variable_scope("b"):
+            bn(X, name="bn")
+        with variable_scope("b", reuse=False):  # does not switch it off
+            bn(X, name="bn")
+    with variable_scope("a", reuse=True), variable_scope("b"):
+        bn(X, name="bn")
+        with pytest.raises(ValueError, match="a/b/other/gamma"):
+            bn(X, name="other")
+    assert scopes() == ["a/bn", "a/b/bn"]
+
+
+def test_default_names_in_a_reusing_scope():
+    for _ in range(2):
+        with variable_scope("a", reuse=AUTO_REUSE):
+            bn(X)
+            bn(X)
+    assert scopes() == ["a/batch_normalization", "a/batch_normalization_1"]
+
+
+def test_reuse_variables_of_a_scope():
+    with variable_scope("a") as scope:
+        bn(X, name="bn")
+        scope.reuse_variables()
+        bn(X, name="bn")
+    assert scopes() == ["a/bn"]
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))])
+def test_auto_reuse_is_one_object(duplicate):
+    assert duplicate(AUTO_REUSE) is AUTO_REUSE
+
+
+def test_a_layer_object_reuses():
+    tf1.layers.BatchNormalization(name="bn")(X)
+    layer = tf1.layers.BatchNormalization(name="bn", _reuse=True)
+    layer(X)
+    assert scopes() == ["bn"]
+    with pytest.raises(ValueError, match="name"):
+        tf1.layers.BatchNormalization(_reuse=True)
+
+
+def test_calls_of_one_layer_share_its_variables():
+    layer = tf1.layers.BatchNormalization()
+    with variable_scope("a"):
+        layer(X)
+    with variable_scope("b"):
+        layer(X)
+    assert scopes() == ["a/batch_normalization"]
+
+
+def test_assigning_a_variable_reaches_the_layer():
+    layer = tf1.layers.BatchNormalization(name="bn")
+    layer(X)
+    (mean,) = get_collection(GraphKeys.GLOBAL_VARIABLES, "bn/moving_mean")
+    mean.assign([1, 2, 3])
+    np.testing.assert_array_equal(layer.moving_mean, [1, 2, 3])
+    np.testing.assert_array_equal(np.asarray(mean), [1, 2, 3])
+    with pytest.raises(ValueError, match=r"bn/moving_mean.*\(3,\).*\(2,\)"):
+        mean.assign([1, 2])
+
+
+# --- updates ------------------------------------------------------------------------------------
+
+
+def test_two_updates_for_a_training_call_and_none_otherwise():
+    bn(X, name="bn")
+    bn(X, name="bn", reuse=True, training=False)
+    assert names(GraphKeys.UPDATE_OPS) == []
+    bn(X, name="bn", reuse=True, training=True)
+    assert len(names(GraphKeys.UPDATE_OPS)) == 2
+    bn(X, name="bn", reuse=True, training=True)
+    assert len(names(GraphKeys.UPDATE_OPS)) == 4
+
+
+def test_nothing_changes_before_updates_run():
+    bn(X, name="bn")
+    before = values()
+    bn(X, name="bn", reuse=True, training=True)
+    for name, value in values().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_an_update_runs_once_and_leaves_the_collections():
+    layer = tf1.layers.BatchNormalization(momentum=0.5)
+    layer(X, training=True)
+    first, second = layer.updates
+    assert get_collection(GraphKeys.UPDATE_OPS) == [first, second]
+    first.run()
+    once = layer.moving_mean.copy()
+    np.testing.assert_allclose(once, 0.5 * X.mean(0, np.float64), rtol=1e-6)
+    first.run()
+    first()
+    np.testing.assert_array_equal(layer.moving_mean, once)
+    assert layer.updates == [second]
+    assert get_collection(GraphKeys.UPDATE_OPS) == [second]
+    second()
+    assert layer.updates == []
+    assert get_collection(GraphKeys.UPDATE_OPS) == []
+
+
+def test_each_update_has_its_own_part():
+    layer = tf1.layers.BatchNormalization(momentum=0.0)
+    layer(X, training=True)
+    mean, variance = layer.updates
+    variance.run()
+    np.testing.assert_array_equal(layer.moving_mean, 0)
+    np.testing.assert_allclose(layer.moving_variance, X.var(0, np.float64), rtol=1e-6)
+    mean.run()
+    np.testing.assert_allclose(layer.moving_mean, X.mean(0, np.float64), rtol=1e-6)
+
+
+def test_updates_are_listed_by_the_scope_of_their_layer():
+    """get_collection(UPDATE_OPS, scope): how training with several towers picks the updates of one."""
+    for tower in ("tower_0", "tower_1"):
+        with variable_scope(tower):
+            bn(X, training=True)
+            bn(X, training=True, name="bn")
+    assert len(get_collection(GraphKeys.UPDATE_OPS, "tower_0")) == 4
+    assert len(get_collection(GraphKeys.UPDATE_OPS, "tower_1/bn")) == 2
+    assert get_collection(GraphKeys.UPDATE_OPS, "bn") == []
+    assert len(get_collection(GraphKeys.GLOBAL_VARIABLES, "tower_0")) == 8
+
+
+@pytest.mark.parametrize("face", [tf1.layers.BatchNormalization, tf1.keras.layers.BatchNormalization])
+def test_get_updates_for(face):
+    layer = face()
+    layer(X, training=True)
+    layer(X2, training=True)
+    layer(X, training=True)
+    assert len(layer.updates) == 6
+    assert layer.get_updates_for(X) == [*layer.updates[:2], *layer.updates[4:]]
+    assert layer.get_updates_for(X2) == layer.updates[2:4]
+    assert layer.get_updates_for(X.copy()) == []
+    assert layer.get_updates_for(None) == []
+
+
+def test_get_updates_for_an_input_that_is_gone():
+    layer = tf1.keras.layers.BatchNormalization()
+    layer(X.copy(), training=True)
+    layer(X.tolist() and np.array(X), training=True)
+    assert layer.get_updates_for(X) == []
+    assert len(layer.updates) == 4
+
+
+MODES = {
+    "plain": {},
+    "bessel": {"bessel_correction": True},
+    "momentum 0": {"momentum": 0.0},
+    "momentum 1": {"momentum": 1.0},
+    "renorm": {"renorm": True, "renorm_clipping": {"rmax": 1.5, "rmin": 0.5, "dmax": 0.5}, "renorm_momentum": 0.7},
+    "virtual": {"virtual_batch_size": 4},
+    "virtual renorm": {"virtual_batch_size": 4, "renorm": True, "renorm_momentum": 0.0},
+    "numpy numbers": {"momentum": np.float32(0.5), "renorm": True, "renorm_momentum": np.array(0.5)},
+    "momentum None": {"momentum": None},
+    "momentum None renorm": {"momentum": None, "renorm": True},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_updates_do_what_the_v2_layer_does_at_once(mode, masked):
+    """The batch's statistics are stored in float32 until the update: one rounding more."""
+    options = {"momentum": 0.75, **MODES[mode]}
+    v1, v2 = tf1.keras.layers.BatchNormalization(**options), nbbn.BatchNormalization(**options)
+    mask = np.array([1, 0, 1, 1, 1, 0, 1, 1], bool) if masked else None
+    for x in (X, X2, X):
+        y1, y2 = v1(x, training=True, mask=mask), v2(x, training=True, mask=mask)
+        np.testing.assert_allclose(y1, y2, rtol=1e-5, atol=1e-6)
+        for update in v1.updates:
+            update.run()
+        for one, two in zip(v1.get_weights(), v2.get_weights(), strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(v1(X2), v2(X2), rtol=1e-5, atol=1e-6)
+
+
+ORDERS = {
+    "as recorded": (0, 1, 2, 3),
+    "means first": (0, 2, 1, 3),
+    "variance before mean": (1, 0, 3, 2),
+    "last call first": (2, 3, 0, 1),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_a_cumulative_average_does_not_depend_on_the_order_of_the_updates(order):
+    """Two recorded calls, their four updates in any order: the average of both."""
+    layer = tf1.keras.layers.BatchNormalization(momentum=None)
+    layer(X, training=True)
+    layer(X2, training=True)
+    updates = layer.updates
+    for i in order:
+        updates[i].run()
+    np.testing.assert_allclose(layer.moving_mean, (X.mean(0) + X2.mean(0)) / 2, rtol=1e-5)
+    np.testing.assert_allclose(layer.moving_variance, (X.var(0) + X2.var(0)) / 2, rtol=1e-5)
+
+
+def test_updates_use_the_state_when_they_run():
+    layer = tf1.keras.layers.BatchNormalization(momentum=0.5)
+    layer(X, training=True)
+    layer(X2, training=True)
+    for update in layer.updates:
+        update.run()
+    expected = 0.5 * (0.5 * X.mean(0, np.float64)) + 0.5 * X2.mean(0, np.float64)
+    np.testing.assert_allclose(layer.moving_mean, expected, rtol=1e-6)
+
+
+def test_a_masked_statistic_keeps_its_state():
+    layer = tf1.keras.layers.BatchNormalization(momentum=0.5, renorm=True)
+    mask = np.ones((8, 3), bool)
+    mask[:, 1] = False
+    layer(X)
+    before = layer.get_weights()
+    layer(X, training=True, mask=mask)
+    for update in layer.updates:
+        update.run()
+    for old, new in zip(before[2:], layer.get_weights()[2:], strict=True):
+        np.testing.assert_array_equal(new[1], old[1])
+        assert (new != old)[[0, 2]].all()
+
+
+@pytest.mark.parametrize("face", [tf1.layers.BatchNormalization, tf1.keras.layers.BatchNormalization])
+def test_a_layer_that_is_not_trainable_normalizes_with_the_batch_and_records_nothing(face):
+    layer = face(trainable=False)
+    y = layer(X, training=True)
+    np.testing.assert_allclose(y, (X - X.mean(0)) / np.sqrt(X.var(0) + 1e-3), rtol=1e-5, atol=1e-6)
+    assert layer.updates == []
+    assert get_collection(GraphKeys.UPDATE_OPS) == []
+    assert get_collection(GraphKeys.TRAINABLE_VARIABLES) == []
+    np.testing.assert_array_equal(layer.moving_mean, 0)
+
+
+def test_no_updates_where_none_are_wanted():
+    layer = tf1.keras.layers.BatchNormalization()
+    layer(X, training=True, update_statistics=False)
+    layer(np.zeros((0, 3), np.float32), training=True)
+    assert layer.updates == []
+
+
+def test_a_failed_call_records_nothing():
+    layer = tf1.layers.BatchNormalization()
+    layer(X)
+    with pytest.raises(ValueError, match="mask"):
+        layer(X, training=True, mask=np.ones(5, bool))
+    assert layer.updates == []
+    assert get_collection(GraphKeys.UPDATE_OPS) == []
+
+
+def test_vjp_records_updates_too():
+    layer = tf1.keras.layers.BatchNormalization()
+    _, pullback = layer.vjp(X, training=True)
+    assert len(layer.updates) == 2
+    assert pullback(X).inputs.shape == X.shape
+
+
+def test_fused_is_a_wish():
+    layer = tf1.keras.layers.BatchNormalization(fused=True, momentum=0.0)
+    layer(X, training=True)
+    for update in layer.updates:
+        update.run()
+    np.testing.assert_allclose(layer.moving_variance, X.var(0, np.float64), rtol=1e-6)
+
+
+@pytest.mark.parametrize("face", [tf1.layers.BatchNormalization, tf1.keras.layers.BatchNormalization])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))], ids=["copy", "pickle"])
+def test_a_layer_with_recorded_updates_is_copied(face, duplicate):
+    """A checkpoint between the call and its updates; the copy's updates, if it has any, are its own."""
+    layer = face(momentum=0.5)
+    layer(X, training=True)
+    before = layer.get_weights()
+    twin = duplicate(layer)
+    for update in twin.updates:
+        update.run()
+    for old, new in zip(before, layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+# --- losses ------------------------------------------------------------------------------------------
+
+
+def test_losses_are_those_of_the_weights_now():
+    layer = tf1.layers.BatchNormalization(gamma_regularizer=nbbn.regularizers.L2(0.5), beta_regularizer="l1")
+    layer(X)
+    assert get_collection(GraphKeys.REGULARIZATION_LOSSES) == layer.losses == [1.5, 0.0]
+    layer.gamma[...] = 2
+    assert get_collection(GraphKeys.REGULARIZATION_LOSSES) == layer.get_losses_for(None) == [6.0, 0.0]
+    assert layer.get_losses_for(X) == []
+
+
+def test_reuse_does_not_repeat_losses():
+    for _ in range(3):
+        bn(X, name="bn", gamma_regularizer="l2", reuse=AUTO_REUSE)
+    assert len(get_collection(GraphKeys.REGULARIZATION_LOSSES)) == 1
+
+
+def test_losses_are_listed_by_scope():
+    for scope in "ab":
+        with variable_scope(scope):
+            bn(X, gamma_regularizer="l2")
+    assert len(get_collection(GraphKeys.REGULARIZATION_LOSSES, "a")) == 1
+
+
+# --- the layer's own face ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("face", [tf1.layers.BatchNormalization, tf1.keras.layers.BatchNormalization])
+def test_config_round_trip(face):
+    layer = face(axis=1, momentum=0.5, renorm=True, fused=True, name="bn")
+    assert face.from_config(layer.get_config()).get_config() == layer.get_config()
+
+
+def test_the_functional_form_takes_every_option():
+    y = bn(
+        X,
+        axis=-1,
+        momentum=0.5,
+        epsilon=0.1,
+        center=True,
+        scale=True,
+        beta_initializer="ones",
+        gamma_initializer="zeros",
+        moving_mean_initializer="zeros",
+        moving_variance_initializer="ones",
+        beta_regularizer="l1",
+        gamma_regularizer="l2",
+        beta_constraint="non_neg",
+        gamma_constraint="unit_norm",
+        training=True,
+        trainable=True,
+        name="bn",
+        reuse=None,
+        renorm=True,
+        renorm_clipping={"rmax": 2.0},
+        renorm_momentum=0.5,
+        fused=False,
+        virtual_batch_size=None,
+        adjustment=None,
+    )
+    np.testing.assert_array_equal(y, 1)
+
+
+# --- threads ------------------------------------------------------------------------------------------------
+
+
+def in_threads(function, count=8):
+    """Run function(i) in threads that change places often; what it raised."""
+    errors, barrier = [], threading.Barrier(count)
+
+    def work(i):
+        barrier.wait()
+        try:
+            function(i)
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    return errors
+
+
+def test_open_scopes_belong_to_the_thread():
+    def work(i):
+        for _ in range(20):
+            with variable_scope(f"thread_{i}", reuse=AUTO_REUSE):
+                bn(X, name="bn")
+
+    assert in_threads(work) == []
+    assert sorted(scopes()) == [f"thread_{i}/bn" for i in range(8)]
+
+
+def test_threads_that_create_the_same_variables():
+    def work(i):
+        bn(X, name="bn", reuse=AUTO_REUSE, training=True)
+
+    assert in_threads(work) == []
+    assert scopes() == ["bn"]
+    assert len(get_collection(GraphKeys.UPDATE_OPS)) == 16
+
+
+def test_default_names_are_unique_across_threads():
+    layers = []
+
+    def work(i):
+        for _ in range(25):
+            layer = tf1.layers.BatchNormalization()
+            layer.build((None, 3))
+            layers.append(layer)
+
+    assert in_threads(work) == []
+    assert len({layer.name for layer in layers}) == 200
+    assert len({layer.scope_name for layer in layers}) == 200
+
+
+ONES = np.ones((4, 3), np.float32)
+
+
+def check_count(layer, count):
+    """Every batch's mean is 1 and the momentum 0.99: the moving mean says how many updates there were."""
+    np.testing.assert_allclose(layer.moving_mean, 1 - 0.99**count, rtol=1e-5)
+
+
+def test_updates_recorded_in_threads_are_all_kept():
+    """While other threads read and run them."""
+    layer = tf1.keras.layers.BatchNormalization(momentum=0.99)
+    layer(ONES)
+
+    def work(i):
+        for _ in range(50):
+            if i < 4:
+                layer(ONES, training=True)
+            for update in layer.updates:
+                update.run()
+
+    assert in_threads(work) == []
+    for update in layer.updates:
+        update.run()
+    check_count(layer, 4 * 50)
+
+
+def test_an_update_that_several_threads_run_is_applied_once():
+    layer = tf1.keras.layers.BatchNormalization(momentum=0.99)
+    for _ in range(200):
+        layer(ONES, training=True)
+    updates = layer.updates
+    assert in_threads(lambda i: [update.run() for update in updates], 4) == []
+    check_count(layer, 200)

@@ -1,0 +1,515 @@
+"""Which kernel runs on which view of the arrays, what the options are allowed to be, and what out= may share."""
+
+import copy
+import itertools
+import math
+import pickle
+
+import numpy as np
+import pytest
+from agreement import check_step
+from reference import Reference
+
+import nbbn
+from nbbn import Dispatcher, Force, Options, dispatcher
+from nbbn.kernels.cpu import channel
+from nbbn.runtime import thread_limit
+
+F32 = np.dtype(np.float32)
+
+
+def plan_of(x, step="infer", force=None, **options):
+    run = Dispatcher(Options(**options), force)
+    lay = run.layout(x.shape, training=step == "train")
+    return run.plan(step, lay, [x], [None] * 3 if step == "train" else [], np.empty_like(x))
+
+
+def zeros(shape, dtype=F32):
+    return np.zeros(shape, dtype)
+
+
+# --- the plan -------------------------------------------------------------------------
+
+VIEWS = [
+    ("NHWC", zeros((8, 5, 4, 3)), {"axis": -1}, (1, 1, 160, 3), "rows"),
+    ("NCHW", zeros((8, 3, 5, 4)), {"axis": 1}, (8, 3, 20, 1), "planes"),
+    ("dense", zeros((8, 3)), {"axis": -1}, (1, 1, 8, 3), "rows"),
+    ("NCHW 1x1", zeros((8, 3, 1, 1)), {"axis": 1}, (1, 1, 8, 3), "rows"),
+    ("several axes", zeros((8, 3, 5, 4)), {"axis": (1, 3)}, (8, 3, 5, 4), "rows"),
+    ("Fortran", np.asfortranarray(zeros((8, 3))), {"axis": -1}, (1, 3, 8, 1), "planes"),
+    ("NHWC memory, axis 1", zeros((8, 5, 4, 3)).transpose(0, 3, 1, 2), {"axis": 1}, (1, 1, 160, 3), "rows"),
+    ("batch axis", zeros((8, 3)), {"axis": 0}, (1, 8, 3, 1), "planes"),
+]
+
+
+@pytest.mark.parametrize(("x", "options", "view", "schedule"), [v[1:] for v in VIEWS], ids=[v[0] for v in VIEWS])
+def test_view_and_schedule(x, options, view, schedule):
+    plan = plan_of(x, **options)
+    assert (plan.view, plan.schedule, plan.copied, plan.contiguous) == (view, schedule, None, True)
+
+
+def test_virtual_batch_splits_training_only():
+    x = zeros((8, 3))
+    assert plan_of(x, "train", virtual_batch_size=4).view == (1, 1, 4, 6)
+    assert plan_of(x, "infer", virtual_batch_size=4).view == (1, 1, 8, 3)
+
+
+def test_gaps_are_read_in_place():
+    plan = plan_of(zeros((16, 5, 4, 3))[::2], axis=-1)
+    assert (plan.view, plan.contiguous, plan.copied) == ((8, 1, 20, 3), False, None)
+
+
+def test_five_runs_are_copied():
+    plan = plan_of(zeros((2, 3, 4, 5, 6)), axis=(1, 3))
+    assert (plan.view, plan.copied, plan.contiguous) == ((1, 1, 48, 15), (0, 2, 4, 1, 3), True)
+
+
+@pytest.mark.parametrize(("elements", "parallel"), [(-1, False), (0, True)])
+def test_small_inputs_stay_serial(elements, parallel, monkeypatch):
+    monkeypatch.setattr(dispatcher, "PARALLEL_ELEMENTS", 24)
+    monkeypatch.setattr(dispatcher, "thread_limit", lambda: 2)
+    assert plan_of(zeros(24 + elements), axis=0).parallel == parallel
+
+
+def test_one_thread_is_serial(monkeypatch):
+    monkeypatch.setattr(dispatcher, "thread_limit", lambda: 1)
+    x = zeros((dispatcher.PARALLEL_ELEMENTS, 2))
+    assert not plan_of(x).parallel
+    assert not plan_of(x, force=Force(parallel=True)).parallel
+
+
+def test_plans_are_kept():
+    run = Dispatcher(Options())
+    x, lay = zeros((8, 3)), Dispatcher(Options()).layout((8, 3), training=False)
+    first = run.plan("infer", lay, [x], [], np.empty_like(x))
+    assert run.plan("infer", lay, [x + 1], [], np.empty_like(x)) is first
+    assert run.plan("infer", lay, [x], [], np.asfortranarray(x)) is not first
+    assert run.plan("infer", lay, [x.astype(np.float64)], [], np.empty((8, 3))) is not first
+
+
+def test_plans_of_endless_shapes_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(dispatcher, "_MAX_PLANS", 20)
+    layer = nbbn.BatchNormalization()
+    for n in range(1, 100):
+        layer(np.full((n, 3), 2.0, F32))
+        assert len(layer._dispatcher._plans) <= 20
+    np.testing.assert_allclose(layer(np.full((5, 3), 2.0, F32)), 2 / math.sqrt(1.001), rtol=1e-6)
+
+
+# --- explain ----------------------------------------------------------------------------
+
+
+def lines(text):
+    return dict(line.split(None, 1) for line in str(text).splitlines())
+
+
+def test_explain_of_training():
+    layer = nbbn.BatchNormalization(axis=1)
+    text = lines(nbbn.explain(layer, zeros((8, 3, 5, 4), np.float16), training=True))
+    assert text == {
+        "step": "train",
+        "dtype": "float16; statistics float32, sums in float64",
+        "view": "R0=8 K0=3 R1=20 K1=1 (contiguous)",
+        "schedule": "planes",
+        "chunks": "1 per statistic, 8 x 20 values x 1 statistics each",
+        "threads": "1",
+    }
+    assert not layer.built, "explain() must not build the layer"
+
+
+def test_explain_of_inference_and_of_memory():
+    layer = nbbn.BatchNormalization(axis=1, dtype="float64")
+    x = zeros((8, 3, 5, 4))
+    assert lines(nbbn.explain(layer, x))["step"] == "infer"
+    assert lines(nbbn.explain(layer, x))["dtype"].startswith("float64; statistics float64")
+    assert "strided, read in place" in lines(nbbn.explain(nbbn.BatchNormalization(axis=1), x[::2]))["view"]
+    copied = lines(nbbn.explain(nbbn.BatchNormalization(axis=[1, 3]), zeros((2, 3, 4, 5, 6))))["view"]
+    assert "copied" in copied
+    assert "(0, 2, 4, 1, 3)" in copied
+
+
+def test_explain_of_a_frozen_layer_is_inference():
+    layer = nbbn.BatchNormalization(trainable=False)
+    assert lines(nbbn.explain(layer, zeros((8, 3)), training=True))["step"] == "infer"
+
+
+def test_explain_of_a_large_input():
+    text = lines(nbbn.explain(nbbn.BatchNormalization(axis=1), zeros((64, 2, 64, 64)), training=True))
+    assert text["chunks"].startswith("8 per statistic, 8 x 4096 values x 1 ")
+    expected = f"up to {thread_limit()}" if thread_limit() > 1 else "1"
+    assert text["threads"].startswith(expected)
+
+
+def test_explain_is_what_runs(monkeypatch):
+    """The plan that explain() shows is the one that the call takes."""
+    layer, x = nbbn.BatchNormalization(axis=1), zeros((8, 3, 5, 4))
+    shown = nbbn.explain(layer, x, training=True)
+    layer(x, training=True)
+    assert list(layer._dispatcher._plans.values()) == [shown]
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (4, 0, 3)])
+@pytest.mark.parametrize("training", [False, True])
+def test_explain_of_an_empty_input(shape, training):
+    """Such a call is legal, so is the question."""
+    assert str(nbbn.explain(nbbn.BatchNormalization(), zeros(shape), training=training))
+
+
+def test_explain_refuses_what_the_call_refuses():
+    with pytest.raises(ValueError, match="virtual_batch_size=4"):
+        nbbn.explain(nbbn.BatchNormalization(virtual_batch_size=4), zeros((6, 3)), training=True)
+    with pytest.raises(TypeError, match="int64"):
+        nbbn.explain(nbbn.BatchNormalization(), np.zeros((6, 3), np.int64))
+
+
+# --- Force --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["planes", "rows"])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_force(schedule, parallel, monkeypatch):
+    monkeypatch.setattr(dispatcher, "thread_limit", lambda: 2)
+    plan = plan_of(zeros((8, 3, 5, 4)), force=Force(schedule, parallel), axis=1)
+    assert (plan.schedule, plan.parallel) == (schedule, parallel)
+
+
+def test_force_planes_where_there_are_none():
+    x = zeros((8, 3))
+    with pytest.raises(ValueError, match=r"'planes' needs K1 = 1.*\[1, 1, 8, 3\]"):
+        Dispatcher(Options(), Force("planes")).infer(x, *zeros((2, 2, 3)))
+
+
+def test_force_rejects_other_schedules():
+    with pytest.raises(ValueError, match="schedule must be 'planes', 'rows' or None; received 'columns'"):
+        Force("columns")
+
+
+def test_force_and_options_are_copied_with_the_dispatcher():
+    run = Dispatcher(Options(axis=1, epsilon=0.5), Force("rows"))
+    run.infer(zeros((4, 3)), *np.ones((2, 2, 3), F32))
+    for twin in (pickle.loads(pickle.dumps(run)), copy.deepcopy(run)):
+        assert (twin.options, twin.force) == (run.options, run.force)
+
+
+# --- memory shared between arrays -------------------------------------------------------------
+
+SHAPE = (6, 4, 5, 3)
+
+
+def normalized(x):
+    x = x.astype(np.float64)
+    return (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-3)
+
+
+def windows(x_start, out_start, dtype=F32):
+    """An input of SHAPE, and an out, that start at these elements of one block of memory."""
+    size = math.prod(SHAPE)
+    block = np.random.default_rng(0).normal(size=2 * size).astype(dtype)
+    return (block[start : start + size].reshape(SHAPE) for start in (x_start, out_start))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["infer", "train"])
+@pytest.mark.parametrize(("x_start", "out_start"), [(0, 0), (0, 1), (7, 0), (0, 60), (100, 97), (0, 360)])
+def test_out_that_overlaps_the_input(x_start, out_start, training):
+    """As if the input had been read before anything was written."""
+    x, out = windows(x_start, out_start)
+    layer = nbbn.BatchNormalization(momentum=0.5)
+    expected = nbbn.BatchNormalization(momentum=0.5)(x.copy(), training=training)
+    assert layer(x, training=training, out=out) is out
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_out_is_the_input_reversed():
+    x, _ = windows(0, 0)
+    expected = normalized(x)
+    out = x[::-1]
+    nbbn.BatchNormalization()(x, training=True, out=out)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_out_is_the_input_transposed():
+    """The same memory from the same first element, in another order."""
+    x = np.random.default_rng(0).normal(size=(6, 6)).astype(F32)
+    expected = nbbn.BatchNormalization()(x.copy(), training=True)
+    out = x.T
+    nbbn.BatchNormalization()(x, training=True, out=out)
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_out_is_the_mask():
+    x, _ = windows(0, 0)
+    mask = (np.random.default_rng(1).random(SHAPE) < 0.5).astype(F32)
+    expected = nbbn.BatchNormalization()(x, training=True, mask=mask.copy())
+    nbbn.BatchNormalization()(x, training=True, mask=mask, out=mask)
+    np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_out_is_the_adjustment(which):
+    x, _ = windows(0, 0)
+    pair = [np.random.default_rng(i).normal(size=SHAPE).astype(F32) for i in (1, 2)]
+    expected = nbbn.BatchNormalization(adjustment=lambda s: [p.copy() for p in pair])(x, training=True)
+    nbbn.BatchNormalization(adjustment=lambda s: pair)(x, training=True, out=pair[which])
+    np.testing.assert_array_equal(pair[which], expected)
+
+
+def test_out_of_a_layer_that_casts_may_be_the_input_of_its_dtype_only():
+    x = np.random.default_rng(0).normal(size=(6, 3))
+    layer = nbbn.BatchNormalization(dtype="float32")
+    with pytest.raises(ValueError, match=r"float32.*received.*float64"):
+        layer(x, out=x)
+    out = np.empty((6, 3), F32)
+    assert layer(x, out=out) is out
+
+
+NOT_ITS_OWN = {
+    "read-only": lambda: np.broadcast_to(np.zeros(SHAPE, F32), SHAPE),
+    "broadcast": lambda: np.lib.stride_tricks.as_strided(zeros(3), SHAPE, (0, 0, 0, 4)),
+    "unaligned": lambda: np.zeros(4 * math.prod(SHAPE) + 1, np.uint8)[1:].view(F32).reshape(SHAPE),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_ITS_OWN)
+def test_out_must_be_memory_of_its_own(kind):
+    with pytest.raises(ValueError, match="out must be writable memory of its own"):
+        nbbn.BatchNormalization()(zeros(SHAPE), out=NOT_ITS_OWN[kind]())
+
+
+def test_out_may_have_dimensions_of_size_one_of_any_stride():
+    """np.newaxis makes them with stride 0."""
+    x = np.random.default_rng(0).normal(size=(6, 3)).astype(F32)
+    layer = nbbn.BatchNormalization()
+    out = np.empty_like(x)[np.newaxis]
+    assert layer(x[np.newaxis], out=out) is out
+    np.testing.assert_array_equal(out, layer(x[np.newaxis]))
+
+
+def test_vjp_refuses_an_out_that_shares_memory_with_its_input():
+    x, out = windows(0, 60)
+    with pytest.raises(ValueError, match=r"out must not share memory with inputs in vjp\(\)"):
+        nbbn.BatchNormalization().vjp(x, training=True, out=out)
+
+
+# --- memory orders of the arrays of one call ------------------------------------------------------
+
+ORDERS = {
+    "C": np.ascontiguousarray,
+    "Fortran": np.asfortranarray,
+    "channels last": lambda a: np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 1, -1)), -1, 1),
+    "reversed": lambda a: np.ascontiguousarray(a[::-1, ::-1])[::-1, ::-1],
+}
+
+
+@pytest.mark.parametrize(("one", "two"), list(itertools.permutations(ORDERS, 2)))
+@pytest.mark.parametrize("axis", [1, -1])
+def test_arrays_in_different_memory_orders(one, two, axis):
+    """x in one order; dy and out in another."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(2, 1, size=(2, *SHAPE)).astype(F32)
+    layer = nbbn.BatchNormalization(axis=axis, momentum=0.5)
+    layer(x)
+    oracle = Reference(axis=axis, momentum=0.5).build(SHAPE)
+    out = ORDERS[two](np.empty(SHAPE, F32))
+    check_step(layer, oracle, ORDERS[one](x), ORDERS[two](dy))
+    y = layer(ORDERS[one](x), training=True, out=out)
+    assert y is out
+    np.testing.assert_allclose(out, layer(x, training=True), rtol=1e-6, atol=1e-6)
+
+
+def test_broadcast_inputs_are_only_read():
+    """NumPy warns when the result of broadcast_arrays() is written to."""
+    x = np.random.default_rng(0).normal(size=(1, 3)).astype(F32)
+    expected = nbbn.BatchNormalization()(np.repeat(x, 4, 0), training=True)
+    for wide in (np.broadcast_to(x, (4, 3)), np.broadcast_arrays(x, np.empty((4, 3)))[0]):
+        np.testing.assert_allclose(nbbn.BatchNormalization()(wide, training=True), expected, atol=1e-6)
+
+
+def test_the_output_keeps_the_order_of_the_input():
+    x = zeros(SHAPE).transpose(0, 3, 1, 2)
+    layer = nbbn.BatchNormalization(axis=1)
+    y, pullback = layer.vjp(x, training=True)
+    assert y.strides == x.strides
+    assert pullback(np.zeros(x.shape, F32)).inputs.strides == x.strides
+
+
+# --- what the channel stage is told -------------------------------------------------------------------
+
+
+def test_hyper():
+    options = Options(momentum=0.25, epsilon=0.5, renorm=True, renorm_momentum=0.75)
+    hyper = Dispatcher(options).hyper((4, 3), F32)
+    assert hyper.dtype == np.float64
+    assert hyper[[channel.EPSILON, channel.MOMENTUM, channel.RENORM_MOMENTUM]].tolist() == [0.5, 0.25, 0.75]
+    assert hyper[[channel.RMIN, channel.RMAX, channel.DMAX]].tolist() == [0, math.inf, math.inf]
+
+
+def test_clip_values_are_read_at_each_step():
+    now = {"rmax": 1.0, "rmin": 1.0, "dmax": 0.0}
+    clipping = {k: (lambda k=k: now[k]) for k in now}
+    run = Dispatcher(Options(renorm=True, renorm_clipping=clipping))
+    assert run.hyper((4, 3), F32)[[channel.RMIN, channel.RMAX, channel.DMAX]].tolist() == [1, 1, 0]
+    now.update(rmax=3.0, rmin=0.5, dmax=5.0)
+    assert run.hyper((4, 3), F32)[[channel.RMIN, channel.RMAX, channel.DMAX]].tolist() == [0.5, 3, 5]
+
+
+def test_a_schedule_of_clip_values_changes_the_steps():
+    """At 1, 1, 0 renorm is plain batch normalization; one reading per step."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(3, 2, size=(16, 3)).astype(F32)
+    readings = iter([1.0, 4.0, 4.0])
+    layer = nbbn.BatchNormalization(
+        renorm=True, renorm_clipping={"rmax": lambda: next(readings), "rmin": 1.0, "dmax": 0.0}
+    )
+    plain = nbbn.BatchNormalization()(x, training=True)
+    np.testing.assert_allclose(layer(x, training=True), plain, rtol=1e-6, atol=1e-6)
+    assert np.abs(layer(x, training=True) - plain).max() > 0.5
+    layer(x)  # inference does not read them
+    layer(x, training=True)
+    with pytest.raises(StopIteration):
+        next(readings)
+
+
+@pytest.mark.parametrize("value", [np.float32(2.5), np.array(2.5), np.int64(2), 2])
+def test_clip_values_of_other_number_types(value):
+    hyper = Dispatcher(Options(renorm=True, renorm_clipping={"rmax": value, "dmax": lambda: value})).hyper((4, 3), F32)
+    assert hyper[channel.RMAX] == hyper[channel.DMAX] == float(value)
+
+
+BESSEL = [
+    ({}, (8, 5, 4, 3), F32, True),
+    ({"axis": 1}, (8, 3, 5, 4), F32, True),
+    ({"axis": 2}, (8, 3, 5, 4), F32, False),
+    ({}, (8, 5, 4, 2, 3), F32, True),
+    ({}, (8, 3), F32, False),
+    ({}, (8, 5, 3), F32, False),
+    ({}, (8, 5, 4, 3), np.dtype(np.float64), False),
+    ({}, (8, 5, 4, 3), np.dtype(np.float16), True),
+    ({"axis": (3,)}, (8, 5, 4, 3), F32, True),
+    ({"axis": (1, 3)}, (8, 5, 4, 3), F32, False),
+    ({"renorm": True}, (8, 5, 4, 3), F32, False),
+    ({"virtual_batch_size": 2}, (8, 5, 4, 3), F32, False),
+    ({"fused": False}, (8, 5, 4, 3), F32, False),
+    ({"fused": np.False_}, (8, 5, 4, 3), F32, False),
+    ({"bessel_correction": False}, (8, 5, 4, 3), F32, False),
+    ({"bessel_correction": True}, (8, 3), F32, True),
+    ({"bessel_correction": np.True_, "fused": False}, (8, 3), F32, True),
+]
+
+
+@pytest.mark.parametrize(("options", "shape", "dtype", "expected"), BESSEL)
+def test_bessel(options, shape, dtype, expected):
+    assert bool(Dispatcher(Options(**options)).hyper(shape, dtype)[channel.BESSEL]) == expected
+
+
+NUMBERS = [0, 1, 0.5, np.float32(0.5), np.float64(0.5), np.array(0.5), np.int64(1)]
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=repr)
+@pytest.mark.parametrize("training", [False, True], ids=["infer", "train"])
+def test_epsilon_of_every_number_type(value, training):
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(F32)
+    y, pullback = nbbn.BatchNormalization(epsilon=value).vjp(x, training=training)
+    mean, variance = (x.mean(0), x.var(0)) if training else (0, 1)
+    np.testing.assert_allclose(y, (x - mean) / np.sqrt(variance + float(value)), rtol=1e-5, atol=1e-6)
+    assert np.isfinite(pullback(y).inputs).all()
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=repr)
+def test_momentum_of_every_number_type(value):
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(F32)
+    layer = nbbn.BatchNormalization(momentum=value, renorm=True, renorm_momentum=value)
+    layer(x, training=True)
+    for found in (layer.moving_mean, layer.renorm_mean):
+        np.testing.assert_allclose(found, x.mean(0, np.float64) * (1 - float(value)), rtol=1e-6)
+
+
+# --- options that are not possible ----------------------------------------------------------------------
+
+ERRORS = [
+    ({"axis": 1.5}, TypeError, ("axis", "1.5")),
+    ({"axis": "channels"}, TypeError, ("axis", "channels")),
+    ({"axis": True}, TypeError, ("axis", "True")),
+    ({"axis": None}, TypeError, ("axis", "None")),
+    ({"axis": (0, 1.0)}, TypeError, ("axis", "1.0")),
+    ({"axis": {1}}, TypeError, ("axis", "{1}")),
+    ({"axis": []}, ValueError, ("axis", "[]")),
+    ({"momentum": "high"}, TypeError, ("momentum", "high")),
+    ({"momentum": True}, TypeError, ("momentum", "True")),
+    ({"momentum": 1j}, TypeError, ("momentum", "1j")),
+    ({"momentum": [0.9]}, TypeError, ("momentum", "[0.9]")),
+    ({"momentum": np.array([0.9])}, TypeError, ("momentum", "[0.9]")),
+    ({"momentum": -0.1}, ValueError, ("momentum", "-0.1")),
+    ({"momentum": 1.1}, ValueError, ("momentum", "1.1")),
+    ({"momentum": math.nan}, ValueError, ("momentum", "nan")),
+    ({"renorm_momentum": None}, TypeError, ("renorm_momentum", "None")),
+    ({"renorm_momentum": 2}, ValueError, ("renorm_momentum", "2")),
+    ({"epsilon": None}, TypeError, ("epsilon", "None")),
+    ({"epsilon": "small"}, TypeError, ("epsilon", "small")),
+    ({"epsilon": -1e-3}, ValueError, ("epsilon", "-0.001")),
+    ({"epsilon": math.inf}, ValueError, ("epsilon", "inf")),
+    ({"epsilon": math.nan}, ValueError, ("epsilon", "nan")),
+    ({"fused": "yes"}, TypeError, ("fused", "yes")),
+    ({"fused": 2}, TypeError, ("fused", "2")),
+    ({"bessel_correction": "yes"}, TypeError, ("bessel_correction", "yes")),
+    ({"renorm": True, "bessel_correction": True}, ValueError, ("bessel_correction", "True", "renorm")),
+    ({"virtual_batch_size": 2.0}, TypeError, ("virtual_batch_size", "2.0")),
+    ({"virtual_batch_size": True}, TypeError, ("virtual_batch_size", "True")),
+    ({"virtual_batch_size": 0}, ValueError, ("virtual_batch_size", "0")),
+    ({"virtual_batch_size": -2}, ValueError, ("virtual_batch_size", "-2")),
+    ({"adjustment": 3}, TypeError, ("adjustment", "3")),
+    ({"adjustment": abs, "virtual_batch_size": 2}, ValueError, ("adjustment", "virtual_batch_size", "2")),
+    ({"renorm": True, "renorm_clipping": [3]}, TypeError, ("renorm_clipping", "[3]")),
+    ({"renorm": True, "renorm_clipping": {"r_max": 3}}, ValueError, ("renorm_clipping", "r_max", "rmax")),
+    ({"renorm": True, "renorm_clipping": {1: 3}}, ValueError, ("renorm_clipping", "1", "rmax")),
+    ({"renorm": True, "renorm_clipping": {"rmax": "3"}}, TypeError, ("renorm_clipping", "rmax", "'3'")),
+    ({"renorm": True, "renorm_clipping": {"rmax": True}}, TypeError, ("renorm_clipping", "rmax", "True")),
+    ({"renorm": True, "renorm_clipping": {"rmax": 0.5, "rmin": 2}}, ValueError, ("rmin", "rmax", "0.5", "2")),
+    ({"renorm": True, "renorm_clipping": {"dmax": -1}}, ValueError, ("dmax", "-1")),
+    ({"renorm": True, "renorm_clipping": {"dmax": math.nan}}, ValueError, ("dmax", "nan")),
+    ({"renorm": True, "renorm_clipping": {"rmax": math.nan}}, ValueError, ("rmax", "nan")),
+    ({"fused": True, "renorm": True}, ValueError, ("fused", "renorm")),
+    ({"fused": True, "virtual_batch_size": 2}, ValueError, ("fused", "virtual_batch_size=2")),
+    ({"fused": True, "adjustment": abs}, ValueError, ("fused", "adjustment")),
+    ({"fused": True, "axis": (1, 2)}, ValueError, ("fused", "axis", "[1, 2]")),
+    ({"fused": True, "axis": 0}, ValueError, ("fused", "axis", "0")),
+    ({"fused": True, "dtype": np.dtype(np.float64)}, ValueError, ("fused", "float64")),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "fragments"), ERRORS, ids=[str(e[0])[:60] for e in ERRORS])
+def test_options_errors(options, error, fragments):
+    with pytest.raises(error) as caught:
+        Options(**options)
+    for fragment in fragments:
+        assert fragment in str(caught.value), f"{fragment!r} is not in the message: {caught.value}"
+
+
+def test_version_1_takes_fused_for_a_wish():
+    Options(fused=True, renorm=True, strict_fused=False)
+
+
+def test_options_cannot_change():
+    options = Options()
+    with pytest.raises(AttributeError):
+        options.axis = 3
+
+
+DTYPES = ["float8", "f4,f4", "f4,(", {}, [], 5, object(), np.array([1, 2]), np.int32, "complex64", "S4", ("f4", 2)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=repr)
+def test_dtypes_that_are_not_possible(dtype):
+    with pytest.raises(TypeError, match="dtype must be one of float16, bfloat16, float32, float64; received"):
+        nbbn.BatchNormalization(dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [("float32", "float32"), (np.float64, "float64"), (float, "float64"), (">f4", "float32"), ("bfloat16", "bfloat16")],
+)
+def test_dtypes_that_are_possible(dtype, name):
+    layer = nbbn.BatchNormalization(dtype=dtype)
+    assert layer.dtype == name
+    y = layer(np.ones((4, 3), np.float64))
+    assert y.dtype.name == name
+    assert y.dtype.isnative

@@ -1,0 +1,218 @@
+"""The rules as plain Python functions: exact values, NaN, and float32 that stays float32."""
+
+import inspect
+import math
+
+import numba
+import numpy as np
+import pytest
+
+from nbbn import rules
+
+INF, NAN = math.inf, math.nan
+
+
+def same(found, expected):
+    """Equal to the last bit; NaN equals NaN."""
+    return np.array_equal(found, expected, equal_nan=True)
+
+
+# --- exact values: all of these are exact in binary -------------------------
+
+VALUES = [
+    # 3, 5, 7 seen from 3: the mean is 5, and 4 + 0 + 4 = 8
+    (rules.shifted_moments, (3.0, 3.0, 6.0, 20.0), (5.0, 8.0)),
+    (rules.shifted_moments, (1.0, -7.5, 0.0, 0.0), (-7.5, 0.0)),
+    (rules.shifted_moments, (0.0, 3.0, 0.0, 0.0), (0.0, 0.0)),
+    (rules.shifted_moments, (4.0, 1.0, 4.0, 3.875), (2.0, 0.0)),  # rounding made m2 negative
+    (rules.shifted_moments, (2.0, 1.0, NAN, NAN), (NAN, NAN)),
+    (rules.shifted_moments, (2.0, 1.0, INF, INF), (INF, NAN)),
+    (rules.combine, (2.0, 4.0, 2.0, 2.0, 8.0, 2.0), (4.0, 6.0, 20.0)),  # 3, 5 and 7, 9
+    (rules.biased_variance, (4.0, 10.0), 2.5),
+    (rules.biased_variance, (0.0, 0.0), 0.0),
+    (rules.biased_variance, (4.0, NAN), NAN),
+    (rules.bessel_factor, (18.0,), 18 / 17),
+    (rules.bessel_factor, (40.0,), 40 / 39),
+    (rules.bessel_factor, (24.0,), 24 / 23),
+    (rules.bessel_factor, (2.0,), 2.0),
+    (rules.bessel_factor, (1.5,), 1.5),
+    (rules.bessel_factor, (1.0,), 1.0),
+    (rules.bessel_factor, (0.0,), 0.0),
+    (rules.moving_average, (2.0, 4.0, 0.75), 2.5),
+    (rules.moving_average, (4.0, 2.0, 0.25), 2.5),
+    (rules.moving_average, (NAN, 2.0, 0.5), NAN),
+    (rules.moving_average, (2.0, NAN, 0.5), NAN),
+    (rules.stddev, (3.75, 0.25), 2.0),
+    (rules.stddev, (0.0, 0.0), 0.0),
+    (rules.stddev, (NAN, 0.25), NAN),
+    (rules.clip, (2.0, 1.0, 3.0), 2.0),
+    (rules.clip, (0.0, 1.0, 3.0), 1.0),
+    (rules.clip, (4.0, 1.0, 3.0), 3.0),
+    (rules.clip, (1.0, 1.0, 1.0), 1.0),
+    (rules.clip, (INF, 0.0, INF), INF),
+    (rules.clip, (-INF, -INF, INF), -INF),
+    (rules.clip, (NAN, 1.0, 3.0), NAN),
+    (rules.clip, (NAN, -INF, INF), NAN),
+    # mean 5, sigma 4 against renorm_mean 1, renorm_stddev 2
+    (rules.renorm_correction, (5.0, 4.0, 1.0, 2.0, 0.25, 0.0, INF, INF), (2.0, 2.0)),
+    (rules.renorm_correction, (5.0, 4.0, 1.0, 2.0, 0.25, 0.0, 1.5, 0.5), (1.5, 0.5)),
+    (rules.renorm_correction, (-5.0, 1.0, 1.0, 2.0, 0.25, 0.75, 1.5, 0.5), (0.75, -0.5)),
+    (rules.renorm_correction, (5.0, 4.0, 1.0, 2.0, 0.25, 1.0, 1.0, 0.0), (1.0, 0.0)),
+    (rules.renorm_correction, (5.0, 4.0, 1.0, 0.0, 0.25, 0.0, INF, INF), (8.0, 8.0)),  # the floor is sqrt(0.25)
+    (rules.renorm_correction, (NAN, 4.0, 1.0, 2.0, 0.25, 0.0, 3.0, 5.0), (2.0, NAN)),
+    (rules.renorm_correction, (5.0, NAN, 1.0, 2.0, 0.25, 0.0, 3.0, 5.0), (NAN, 2.0)),
+    (rules.renorm_correction, (5.0, 4.0, 1.0, NAN, 0.25, 0.0, 3.0, 5.0), (NAN, NAN)),
+    (rules.variance_of_stddev, (2.0, 0.25), 3.75),
+    (rules.variance_of_stddev, (0.25, 0.25), 0.0),
+    (rules.variance_of_stddev, (NAN, 0.25), NAN),
+    (rules.input_gradient_terms, (4.0, 8.0, 16.0, 0.25), (2.0, 0.25)),
+    (rules.input_gradient_terms, (0.0, 8.0, 16.0, 0.25), (0.0, 0.0)),
+    (rules.input_gradient_terms, (4.0, INF, 16.0, 0.25), (INF, 0.25)),
+    (rules.gamma_gradient, (3.0, 8.0, 0.25, 2.0, 5.0), 19.0),
+    (rules.normalize, (5.0, 3.0, 0.5, 7.0), 8.0),
+    (rules.normalize, (NAN, 3.0, 0.5, 7.0), NAN),
+    (rules.adjust, (6.0, 0.5, 3.0, 2.0, 7.0), 16.0),
+    (rules.input_gradient, (8.0, 5.0, 3.0, 0.5, 1.0, 0.25, 2.0), 2.5),
+    (rules.input_gradient, (8.0, 5.0, 3.0, 0.5, 1.0, 0.25, 0.0), 4.0),
+]
+
+
+@pytest.mark.parametrize(("rule", "arguments", "expected"), VALUES, ids=lambda v: getattr(v, "__name__", None))
+def test_exact_values(rule, arguments, expected):
+    assert same(rule(*arguments), expected), f"{rule.__name__}{arguments} = {rule(*arguments)}, expected {expected}"
+
+
+def public_rules():
+    functions = inspect.getmembers(rules, inspect.isfunction)
+    return [f for _, f in functions if f.__module__ == rules.__name__]
+
+
+def test_every_rule_has_values():
+    assert set(public_rules()) == {rule for rule, _, _ in VALUES}
+
+
+# --- the type of the result ---------------------------------------------------
+
+
+@pytest.mark.parametrize(("rule", "arguments", "expected"), VALUES, ids=lambda v: getattr(v, "__name__", None))
+def test_float32_stays_float32_in_python(rule, arguments, expected):
+    """math.sqrt() makes a Python float, which NumPy lets give way to float32."""
+    with np.errstate(invalid="ignore"):  # unlike Python's numbers NumPy's warn of inf - inf
+        results = np.atleast_1d(np.array(rule(*map(np.float32, arguments)), dtype=object))
+    for result in results:
+        assert isinstance(result, float | np.float32), type(result)
+        assert np.result_type(result, np.float32(1)) == np.float32, type(result)
+
+
+@pytest.mark.parametrize("rule", public_rules(), ids=lambda r: r.__name__)
+def test_float32_stays_float32_when_compiled(rule):
+    signature = (numba.float32,) * len(inspect.signature(rule).parameters)
+    compiled = numba.njit(rule)
+    compiled.compile(signature)
+    result = compiled.overloads[signature].signature.return_type
+    assert set(getattr(result, "types", (result,))) == {numba.float32}
+
+
+# --- moments ------------------------------------------------------------------
+
+
+def moments_of(x, shift):
+    x = np.asarray(x, np.float64)
+    return rules.shifted_moments(float(x.size), float(shift), (x - shift).sum(), ((x - shift) ** 2).sum())
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 1e4, -1e8, 1e12])
+def test_shifted_moments_at_large_means(mean):
+    """x - x[0] is exact, so NumPy's moments of that are those of x without the digits that the mean would cost."""
+    x = mean + np.random.default_rng(0).normal(size=1000)
+    found_mean, m2 = moments_of(x, x[0])
+    np.testing.assert_allclose(found_mean, x[0] + (x - x[0]).mean(), rtol=1e-15, atol=1e-15)
+    np.testing.assert_allclose(m2 / 1000, (x - x[0]).var(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 17, 999, 1000])
+@pytest.mark.parametrize("mean", [0.0, 1e6])
+def test_combine_agrees_with_numpy(cut, mean):
+    x = mean + np.random.default_rng(1).normal(size=1000)
+    parts = [(float(p.size), *moments_of(p, p[0] if p.size else 0.0)) for p in (x[:cut], x[cut:])]
+    count, found_mean, m2 = rules.combine(*parts[0], *parts[1])
+    assert count == 1000
+    np.testing.assert_allclose(found_mean, x.mean(), rtol=1e-15, atol=1e-15)
+    np.testing.assert_allclose(m2, x.var() * 1000, rtol=1e-12)
+
+
+def test_combine_is_symmetric():
+    one, two = (3.0, 5.0, 8.0), (7.0, -2.0, 1.5)
+    np.testing.assert_allclose(rules.combine(*one, *two), rules.combine(*two, *one), rtol=1e-14)
+
+
+def test_combine_many_parts_in_any_order():
+    rng = np.random.default_rng(2)
+    x = 1e3 + rng.normal(size=4096)
+    for order in (range(64), reversed(range(64)), rng.permutation(64)):
+        total = (0.0, 0.0, 0.0)
+        for i in order:
+            part = x[64 * i : 64 * i + 64]
+            total = rules.combine(*total, 64.0, *moments_of(part, part[0]))
+        np.testing.assert_allclose(total, (4096, x.mean(), x.var() * 4096), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("power", [-0.9, 0.0, 0.4, 0.9])
+def test_combine_with_nothing_changes_nothing(dtype, power):
+    """Also where the square of the mean is no number of this dtype: most lanes of a small reduction are empty."""
+    nothing = tuple(map(dtype, (0, 0, 0)))
+    something = (dtype(4), dtype(np.finfo(dtype).max ** power), dtype(8))
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert rules.combine(*nothing, *something) == something
+        assert rules.combine(*something, *nothing) == something
+    assert rules.combine(*nothing, *nothing) == nothing
+
+
+# --- moving averages ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [float, np.float32, np.float64])
+@pytest.mark.parametrize("other", [INF, -INF, NAN, 1e300, 0.0])
+@pytest.mark.parametrize("value", [0.1, INF, NAN])
+def test_moving_average_copies_and_freezes_exactly(value, other, dtype):
+    with np.errstate(over="ignore"):
+        value, other = dtype(value), dtype(other)
+    assert same(rules.moving_average(other, value, dtype(0)), value)
+    assert same(rules.moving_average(value, other, dtype(1)), value)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.99, 1.0])
+def test_moving_average_of_equal_values_is_that_value(momentum):
+    assert rules.moving_average(0.1, 0.1, momentum) == 0.1
+
+
+def test_clip_at_the_bounds_of_no_clipping_is_the_identity():
+    for value in (0.0, 5e-324, 1.0, 1.7e308, INF):
+        assert rules.clip(value, 0.0, INF) == value
+
+
+# --- gradients --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("r", [1.0, 1.75])
+def test_gradient_rules_are_the_formula(r):
+    """(g - mean(g) - x_hat * mean(g * x_hat)) / sigma with g = dy * gamma * r, and sum dy * (x_hat * r + d)."""
+    rng = np.random.default_rng(3)
+    x, dy = rng.normal(3, 2, size=50), rng.normal(size=50)
+    gamma, d, epsilon = 1.5, 0.25, 1e-3
+    mean, sigma = x.mean(), math.sqrt(x.var() + epsilon)
+    x_hat, g = (x - mean) / sigma, dy * gamma * r
+    sums = dy.sum(), (dy * (x - mean)).sum()
+    bias, slope = rules.input_gradient_terms(50.0, *sums, 1 / sigma)
+    dx = [rules.input_gradient(*pair, mean, gamma * r / sigma, bias, slope, 1.0) for pair in zip(dy, x, strict=True)]
+    np.testing.assert_allclose(dx, (g - g.mean() - x_hat * (g * x_hat).mean()) / sigma, rtol=1e-12, atol=1e-14)
+    found = rules.gamma_gradient(*sums, 1 / sigma, r, d)
+    np.testing.assert_allclose(found, (dy * (x_hat * r + d)).sum(), rtol=1e-12)
+
+
+def test_adjust_is_the_formula():
+    x_hat, a, b, gamma, beta = 0.7, 1.3, -0.4, 1.9, 0.6
+    np.testing.assert_allclose(
+        rules.adjust(x_hat * gamma, a, b, gamma, beta), (x_hat * a + b) * gamma + beta, rtol=1e-15
+    )
