@@ -2,11 +2,11 @@
 
 import contextlib
 import importlib
-import sys
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy import ma  # Numba's first call would import it, in reach of a fork by another thread
 
 NAMES = ("float16", "bfloat16", "float32", "float64")
 
@@ -42,8 +42,7 @@ def as_float_array(value: Any, argument: str) -> np.ndarray:
 
     Raises: TypeError for a masked array, or a dtype that is not float16, bfloat16, float32 or float64.
     """
-    masked = sys.modules.get("numpy.ma")  # NumPy imports it at its first use, which a call must not be
-    if masked is not None and isinstance(value, masked.MaskedArray):
+    if isinstance(value, ma.MaskedArray):
         raise TypeError(
             f"{argument} must be a plain array; received a masked array (pass its data, and mask=~array.mask)"
         )

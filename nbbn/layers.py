@@ -330,6 +330,8 @@ class BatchNormalization:
         return y, lambda dy: self._pull_back(dy, residuals, x.dtype)
 
     def _uses_batch(self, training: bool | None) -> bool:
+        if training is not None and not isinstance(training, (bool, int, np.bool_, np.integer)):
+            raise TypeError(f"training must be True, False or None; received {training!r}")
         return bool(training) and (self.trainable or not self._FREEZES)
 
     def _forward(

@@ -399,3 +399,10 @@ def test_every_float_dtype_is_accepted():
     """The counterpart of the errors above."""
     for dtype in (np.float16, bfloat16, np.float32, np.float64):
         assert nbbn.BatchNormalization()(ones(dtype=dtype), training=True).dtype == dtype
+
+
+@pytest.mark.parametrize("training", ["False", 1.0, np.ones(2, bool)])
+def test_training_that_is_no_bool(training):
+    """A text would be true, whatever it says."""
+    with pytest.raises(TypeError, match="training"):
+        nbbn.BatchNormalization()(np.ones((4, 3), np.float32), training=training)

@@ -110,7 +110,13 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
         folder = cache_folder()
         if folder is None:
             return None
-        versions = (_SOURCES, numba.__version__, llvmlite.__version__, sys.implementation.cache_tag)
+        versions = (
+            _SOURCES,
+            numba.__version__,
+            llvmlite.__version__,
+            sys.implementation.cache_tag,
+            numba.config.BOUNDSCHECK,
+        )
         key = repr((self._name, str(sig), codegen.magic_tuple(), versions))
         return folder / f"{hashlib.sha256(key.encode()).hexdigest()}.kernel", key
 
