@@ -1,12 +1,14 @@
 """The TensorFlow 1 faces without TensorFlow: names, reuse, and updates that wait to be run."""
 
 import copy
+import os
 import pickle
 import sys
 import threading
 
 import numpy as np
 import pytest
+from processes import check
 
 import nbbn
 import nbbn.compat.v1 as tf1
@@ -655,3 +657,33 @@ def test_an_update_that_several_threads_run_is_applied_once():
     updates = layer.updates
     assert in_threads(lambda i: [update.run() for update in updates], 4) == []
     check_count(layer, 200)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+def test_a_lock_held_at_the_fork_is_open_in_the_child():
+    """A child of a server must not wait for a thread that it does not have."""
+    assert check(FORK_WITH_LOCK_HELD) == "m/bn\n"
+
+
+FORK_WITH_LOCK_HELD = """
+import os, signal, threading
+import numpy as np
+import nbbn.compat.v1 as tf1
+from nbbn.compat.v1.graph import default_graph
+held, finish = threading.Event(), threading.Event()
+def hold():
+    with default_graph().lock:
+        held.set(); finish.wait()
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    layer = tf1.layers.BatchNormalization(name="bn")
+    with tf1.variable_scope("m"):
+        layer.build((None, 3))
+    print(layer.scope_name, flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+finish.set()
+"""

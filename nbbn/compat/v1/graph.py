@@ -5,6 +5,7 @@ Variables and collections belong to the process, the stack of open scopes to the
 
 import enum
 import itertools
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -104,6 +105,14 @@ class Graph:
 _graph = Graph()
 
 
+def _open_lock_in_child() -> None:
+    _graph.lock = threading.RLock()  # the thread that may have held it does not exist in a forked child
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_open_lock_in_child)
+
+
 def default_graph() -> Graph:
     return _graph
 
@@ -140,8 +149,9 @@ def variable_scope(
             raise TypeError("variable_scope() needs name_or_scope or default_name; received neither")
         if reuse:
             raise ValueError(f"reuse={reuse!r} needs a name; received only default_name={default_name!r}")
-        name = outer.unique(default_name)
-        outer.used.add(name)
+        with default_graph().lock:  # threads share the outermost scope
+            name = outer.unique(default_name)
+            outer.used.add(name)
         inner = Scope(outer.join(name), outer.reuse)
     elif isinstance(name_or_scope, Scope):
         inner = Scope(name_or_scope.name, reuse or name_or_scope.reuse)
