@@ -343,13 +343,12 @@ class BatchNormalization:
         shapes = self._check_input(x)
         if out is not None:
             check_out(out, x)
+        dtype = dtypes.statistic(x.dtype)
         if not self._uses_batch(training):
             variables = self._build(shapes)
-            dtype = dtypes.statistic(x.dtype)
             params, state = variables.params.astype(dtype), variables.state.astype(dtype)
             return self._dispatcher.infer(x, params, state, out), Residuals(x, params, state)
-        self._dispatcher.layout(x.shape, training=True)
-        dtype = dtypes.statistic(x.dtype)
+        self._dispatcher.layout(x.shape, training=True)  # raises where a virtual batch does not fit
         weights = None if mask is None else as_weights(mask, x.shape, tuple(shapes.features), dtype)
         adjustment = None if self.adjustment is None else as_adjustment(self.adjustment, x.shape, dtype)
         hyper = self._hyper(x)

@@ -43,7 +43,8 @@ def as_weights(mask: Any, shape: Sizes, axis: Sizes, dtype: np.dtype, argument: 
     array = np.asarray(mask)
     check_real(array, argument)
     reduced = tuple(s for i, s in enumerate(shape) if i not in axis)
-    full = array.astype(dtype)
+    with np.errstate(over="ignore"):  # what does not fit is infinite, and refused below
+        full = array.astype(dtype)
     if array.ndim <= len(reduced):
         full = np.expand_dims(full.reshape((1,) * (len(reduced) - array.ndim) + array.shape), axis)
     try:
@@ -55,9 +56,10 @@ def as_weights(mask: Any, shape: Sizes, axis: Sizes, dtype: np.dtype, argument: 
             f"{argument} must broadcast against the input's non-feature dimensions {reduced} or its shape {shape}; "
             f"received shape {array.shape}"
         ) from None
-    if array.dtype.kind != "b" and not (np.isfinite(array).all() and (array >= 0).all()):
+    if not (np.isfinite(full).all() and (full >= 0).all()):
         raise ValueError(
-            f"{argument} must be finite and not negative; received values from {array.min()} to {array.max()}"
+            f"{argument} must be finite in {dtype.name} and not negative; "
+            f"received values from {array.min()} to {array.max()}"
         )
     return weights
 

@@ -406,3 +406,9 @@ def test_training_that_is_no_bool(training):
     """A text would be true, whatever it says."""
     with pytest.raises(TypeError, match="training"):
         nbbn.BatchNormalization()(np.ones((4, 3), np.float32), training=training)
+
+
+def test_a_weight_beyond_the_range_of_the_statistics():
+    """1e300 is no float32: an infinite weight would make every statistic NaN."""
+    with pytest.raises(ValueError, match=r"mask.*float32.*1e\+300"):
+        nbbn.BatchNormalization()(np.ones((4, 3), np.float32), training=True, mask=np.full(4, 1e300))

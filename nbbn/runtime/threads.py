@@ -101,9 +101,8 @@ def _thread_count(limit: int) -> Iterator[None]:
 class StateLock:
     """A lock that a forked child finds open.
 
-    For data that is replaced whole by one assignment: what the child inherits is consistent, and the thread that
-        held the
-    lock does not exist there. Pickles and copies as a new lock.
+    For data that is replaced whole by one assignment: what the child inherits is consistent, and the thread that held
+    the lock does not exist there. Pickles and copies as a new lock.
     """
 
     def __init__(self) -> None:

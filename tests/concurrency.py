@@ -1,0 +1,30 @@
+"""Functions in threads that change places often."""
+
+import sys
+import threading
+
+
+def in_threads(functions):
+    """Run all functions at once; fail with what any of them raised, or if one hangs."""
+    errors, barrier = [], threading.Barrier(len(functions))
+
+    def guarded(function):
+        barrier.wait()
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=guarded, args=(f,), daemon=True) for f in functions]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(60)
+        assert not any(t.is_alive() for t in threads), "a thread hangs"
+    finally:
+        sys.setswitchinterval(interval)
+    if errors:
+        raise errors[0]

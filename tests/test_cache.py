@@ -1,0 +1,282 @@
+"""The cache of compiled kernels: what damages it, who may write to it, what its keys depend on."""
+
+import os
+import pickle
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numba import types
+from processes import PACKAGE, check
+
+from nbbn.runtime import cache
+
+# --- the cache of compiled kernels, seen from one kernel that is quickly compiled ---------
+
+SIGNATURE = types.void(types.float64[::1])
+
+
+def compile_add(amount, signature=SIGNATURE, name="add"):
+    """A kernel that adds `amount`, and whether it came from the cache."""
+
+    def add(x):
+        for i in range(x.size):
+            x[i] += amount
+
+    kernel = cache.compile_kernel(add, f"{name}_{amount}", signature, parallel=False)
+    x = np.zeros(3)
+    kernel(x.astype(kernel.signatures[0][0].dtype.name))
+    kernel(x) if signature is SIGNATURE else None
+    return x.tolist(), sum(kernel.stats.cache_hits.values()) == 1
+
+
+ADDED = [1.0, 1.0, 1.0]
+
+
+@pytest.fixture
+def use_folder(monkeypatch):
+    """A function that makes a folder the cache, as NBBN_CACHE_DIR would."""
+
+    def use(folder):
+        monkeypatch.setenv("NBBN_CACHE_DIR", str(folder))
+        cache.cache_folder.cache_clear()
+        return cache.cache_folder()
+
+    yield use
+    monkeypatch.undo()
+    cache.cache_folder.cache_clear()
+
+
+@pytest.fixture
+def folder(use_folder, tmp_path):
+    return use_folder(tmp_path / "cache")
+
+
+def files(folder):
+    return sorted(p for p in Path(folder).iterdir())
+
+
+def test_second_time_comes_from_the_cache(folder):
+    assert compile_add(1) == (ADDED, False)
+    assert compile_add(1) == (ADDED, True)
+    assert len(files(folder)) == 1
+
+
+def test_name_and_signature_tell_kernels_apart(folder):
+    compile_add(1)
+    assert compile_add(2) == ([2.0, 2.0, 2.0], False)
+    other = types.void(types.Array(types.float64, 1, "A"))
+    assert compile_add(1, other)[1] is False
+    assert compile_add(1, types.void(types.float32[::1]))[1] is False
+    assert len(files(folder)) == 4
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "one byte": lambda content: content[:1],
+    "seal only": lambda content: content[:64],
+    "truncated": lambda content: content[: len(content) // 2],
+    "last byte missing": lambda content: content[:-1],
+    "one byte more": lambda content: content + b"\0",
+    "garbage": lambda content: bytes(range(256)) * 20,
+    "one bit": lambda content: content[:-100] + bytes([content[-100] ^ 1]) + content[-99:],
+    "other pickle": lambda content: content[:64] + pickle.dumps([1, 2, 3]),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_files_heal(folder, kind):
+    compile_add(1)
+    (path,) = files(folder)
+    content = path.read_bytes()
+    path.write_bytes(DAMAGE[kind](content))
+    assert compile_add(1) == (ADDED, False)
+    assert compile_add(1) == (ADDED, True)
+    assert files(folder) == [path]
+
+
+def test_swapped_files_heal(folder):
+    compile_add(1)
+    compile_add(2)
+    one, two = files(folder)
+    contents = one.read_bytes(), two.read_bytes()
+    one.write_bytes(contents[1])
+    two.write_bytes(contents[0])
+    assert compile_add(1) == (ADDED, False)
+    assert compile_add(2) == ([2.0, 2.0, 2.0], False)
+    assert compile_add(1) == (ADDED, True)
+
+
+def test_a_sealed_file_that_cannot_be_loaded_costs_a_compilation(folder, monkeypatch):
+    """As one that another build of Numba wrote under the same version."""
+    compile_add(1)
+
+    def rebuild(*arguments):
+        raise RuntimeError("what is this?")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.CompileResult, "_rebuild", rebuild)
+        assert compile_add(1) == (ADDED, False)
+    assert compile_add(1) == (ADDED, True)
+
+
+def test_a_folder_in_place_of_the_file(folder):
+    compile_add(1)
+    (path,) = files(folder)
+    path.unlink()
+    path.mkdir()
+    assert compile_add(1) == (ADDED, False)
+    assert compile_add(1) == (ADDED, False)
+
+
+def test_the_folder_vanishes(folder):
+    compile_add(1)
+    shutil.rmtree(folder)
+    assert compile_add(1) == (ADDED, False)
+
+
+class FullDisk:
+    """A temporary file that nothing can be written to."""
+
+    def __init__(self, make, **options):
+        self._file = make(**options)
+        self.name = self._file.name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._file.close()
+
+    def write(self, content):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("failing", ["replace", "write"])
+def test_a_full_disk_leaves_nothing_behind(folder, failing, monkeypatch):
+    if failing == "replace":
+        monkeypatch.setattr(cache.os, "replace", FullDisk.write)
+    else:
+        make = cache.tempfile.NamedTemporaryFile
+        monkeypatch.setattr(cache.tempfile, "NamedTemporaryFile", lambda **options: FullDisk(make, **options))
+    assert compile_add(1) == (ADDED, False)
+    assert files(folder) == []
+
+
+# --- which folder ---------------------------------------------------------------------------
+
+
+def test_the_folder_is_made_private(use_folder, tmp_path):
+    folder = use_folder(tmp_path / "a" / "b")
+    assert folder == tmp_path / "a" / "b"
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_an_empty_name_switches_the_cache_off(use_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert use_folder("") is None
+    assert compile_add(1) == (ADDED, False)
+    assert compile_add(1) == (ADDED, False)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions are POSIX's")
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
+def test_a_folder_that_others_can_write_to_is_not_used(use_folder, tmp_path, mode):
+    """Its files are unpickled."""
+    tmp_path.chmod(mode)
+    assert use_folder(tmp_path) is None
+    assert compile_add(1) == (ADDED, False)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_somebody_else_is_not_used(use_folder, tmp_path):
+    os.chown(tmp_path, 12345, 12345)
+    assert use_folder(tmp_path) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root can write everywhere")
+def test_an_unwritable_folder_is_not_used(use_folder, tmp_path):
+    tmp_path.chmod(0o500)
+    assert use_folder(tmp_path) is None
+    assert use_folder(tmp_path / "deeper") is None
+    assert compile_add(1) == (ADDED, False)
+
+
+@pytest.mark.parametrize("name", ["file", "file/deeper"])
+def test_a_file_in_the_way(use_folder, tmp_path, name):
+    (tmp_path / "file").write_text("mine")
+    assert use_folder(tmp_path / name) is None
+    assert compile_add(1) == (ADDED, False)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+LAYER = """
+import os, numpy as np, nbbn
+from nbbn.runtime import cache, cache_folder
+saved = []
+save = cache.KernelCache.save_overload
+cache.KernelCache.save_overload = lambda self, *a: (saved.append(self._name), save(self, *a))[1]
+y = nbbn.BatchNormalization()(np.ones((4, 3), np.float32))
+print(cache_folder(), len(saved), y.ravel()[:1])
+"""
+USED = 1 / np.sqrt(np.float32(1.001))
+
+
+def run_layer(**variables):
+    """The cache folder, the number of kernels that were compiled, and an element of the result."""
+    folder, compiled, value = check(LAYER, **variables).split(maxsplit=2)
+    return folder, int(compiled), float(value.strip("[]\n"))
+
+
+def test_without_a_home(tmp_path):
+    (tmp_path / "file").write_text("")
+    nowhere = str(tmp_path / "file" / "home")
+    found = run_layer(HOME=nowhere, XDG_CACHE_HOME=None, NBBN_CACHE_DIR=None, LOCALAPPDATA=nowhere)
+    assert found == ("None", 1, pytest.approx(USED))
+
+
+def test_the_users_cache_folder(tmp_path):
+    if sys.platform in ("win32", "darwin"):
+        pytest.skip("XDG_CACHE_HOME is Linux's")
+    code = "from nbbn.runtime import cache_folder; print(cache_folder())"
+    for xdg, expected in ((str(tmp_path / "xdg"), "xdg/nbbn"), (None, ".cache/nbbn")):
+        found = check(code, HOME=str(tmp_path), XDG_CACHE_HOME=xdg, NBBN_CACHE_DIR=None)
+        assert found.strip() == str(tmp_path / expected)
+
+
+def test_an_edited_rule_is_compiled_anew(tmp_path):
+    """Kernels call rules.py: the machine code of one depends on the text of the other. An undone edit costs nothing."""
+    shutil.copytree(PACKAGE, tmp_path / "nbbn", ignore=shutil.ignore_patterns("__pycache__"))
+    rules, cached = tmp_path / "nbbn" / "rules.py", str(tmp_path / "cache")
+    original = rules.read_text()
+
+    def result():
+        return run_layer(root=tmp_path, NBBN_CACHE_DIR=cached)[1:]
+
+    assert result() == (1, pytest.approx(USED))
+    edit = "def normalize(x, mean, scale, shift):\n    return x * type(x)(0) + type(x)(7)\n"
+    rules.write_text(f"{original}\n\n@register_jitable\n{edit}")
+    assert result() == (1, 7.0)
+    rules.write_text(original)
+    assert result() == (0, pytest.approx(USED))
+
+
+def test_processes_that_start_together_share_a_cold_cache(tmp_path):
+    """Each result is right, and afterwards nobody compiles."""
+    results = []
+
+    def one():
+        results.append(run_layer(NBBN_CACHE_DIR=str(tmp_path / "cache"))[2])
+
+    starters = [threading.Thread(target=one) for _ in range(2)]
+    for t in starters:
+        t.start()
+    for t in starters:
+        t.join()
+    assert results == [pytest.approx(USED)] * 2
+    assert run_layer(NBBN_CACHE_DIR=str(tmp_path / "cache"))[1] == 0
