@@ -452,8 +452,7 @@ class BatchNormalization:
     @property
     def weights(self) -> list[Array]:
         """gamma, beta, moving_mean, moving_variance, with renorm moving_stddev, renorm_mean, renorm_stddev, as far
-        as they
-        exist; the order and the shapes are TensorFlow's."""
+        as they exist; the order and the shapes are TensorFlow's."""
         return self._weights((*PARAMETERS, *STATISTICS))
 
     @property
