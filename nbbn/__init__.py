@@ -2,8 +2,12 @@
 
 from nbbn import constraints, initializers, nn, regularizers
 from nbbn.dispatcher import Dispatcher, Force
-from nbbn.layers import BatchNormalization, Gradients, explain, force
+from nbbn.folding import fold_into
+from nbbn.inspection import explain, force
+from nbbn.layers import BatchNormalization
 from nbbn.options import Options
+from nbbn.pullback import Gradients
+from nbbn.warming import warmup
 
 __version__ = "0.1.0"
 
@@ -15,8 +19,10 @@ __all__ = [
     "Options",
     "constraints",
     "explain",
+    "fold_into",
     "force",
     "initializers",
     "nn",
     "regularizers",
+    "warmup",
 ]

@@ -14,28 +14,31 @@ from numpy.lib.stride_tricks import as_strided
 
 from nbbn import dtypes
 from nbbn.kernels.cpu import channel
+from nbbn.kernels.cpu.elements import STORE
+from nbbn.kernels.cpu.memory import STREAMED
 from nbbn.kernels.cpu.steps import Step, compiled
-from nbbn.layout import Layout, Sizes, collapse, contiguous_strides, copy_order, grid, layout, resolve_axis
+from nbbn.layout import Layout, Sizes, collapse, contiguous_strides, copy_order, layout, resolve_axis
 from nbbn.options import Options
-from nbbn.runtime import parallel_region, thread_limit
+from nbbn.runtime import buffers, parallel_region, thread_limit
+from nbbn.schedule import Schedule, choose
 
-# From here on a second core saves more than a parallel region costs: 2 us when the cores are idle, but a scheduler's
-# time slice when they are not (libgomp's threads spin until the last one arrives), which a small call must not risk.
-PARALLEL_ELEMENTS = 1 << 17
 _MAX_PLANS = 512  # plans are small; a server with endless shapes must not collect them for ever
 
 Array = np.ndarray
+Flags = tuple[bool | None, ...]  # True or None: whether there is an activation, a renorm
 
 
 @dataclass(frozen=True)
 class Force:
     """Choices made by hand, for tests and measurements; None leaves them to the Dispatcher.
 
-    schedule: "planes" or "rows". parallel: use the thread pool (where it is free) or not.
+    schedule: "planes" or "rows". parallel: use the thread pool (where it is free) or not. one_pass: reduce and apply
+    tile by tile (where tiles are independent) or not.
     """
 
     schedule: str | None = None
     parallel: bool | None = None
+    one_pass: bool | None = None
 
     def __post_init__(self) -> None:
         if self.schedule not in (None, "planes", "rows"):
@@ -52,58 +55,72 @@ class Plan:
     strides: list[Sizes | None]  # per array, of its canonical view; None where that is a reshape
     contiguous: bool  # whether the arrays of `dtype` are, in that view
     copied: Sizes | None  # the order of dimensions of contiguous copies, where no canonical view exists
-    schedule: str
-    parallel: bool
+    schedule: Schedule
     absent: tuple[int, ...]  # the positions of the arguments that are None
-    grid: Sizes = field(init=False)
-    shape: Sizes = field(init=False)
+    carrier: np.dtype | None = field(init=False)  # what the arrays of `dtype` are viewed as
     _kernels: dict[bool, Step] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.grid = grid(self.view)
-        self.shape = self.view[:3] if self.schedule == "planes" else self.view
+        carrier = dtypes.carrier(self.dtype)
+        self.carrier = None if carrier is self.dtype else carrier
+
+    @property
+    def parallel(self) -> bool:
+        return self.schedule.parallel
+
+    def variant(self, parallel: bool) -> tuple[Any, ...]:
+        """What compiled() is to be asked for."""
+        types = dtypes.carrier(self.dtype), dtypes.statistic(self.dtype)
+        s = self.schedule
+        return self.step, s.loops, s.one_pass, parallel, *types, self.contiguous, self.absent
 
     def kernel(self, parallel: bool) -> Step:
         if parallel not in self._kernels:
-            types = dtypes.carrier(self.dtype), dtypes.statistic(self.dtype)
-            self._kernels[parallel] = compiled(self.step, self.schedule, parallel, *types, self.contiguous, self.absent)
+            self._kernels[parallel] = compiled(*self.variant(parallel))
         return self._kernels[parallel]
 
     def run(self, *arguments: Any) -> None:
-        if self.parallel:
-            with parallel_region() as granted:
+        if self.schedule.parallel:
+            elements = math.prod(self.view) if True in self._kernels else None  # that call compiles
+            with parallel_region(elements) as granted:
                 self.kernel(granted)(*arguments)
         else:
             self.kernel(False)(*arguments)
 
-    def views(self, arrays: Sequence[Array | None]) -> list[Array | None]:
-        """The arrays in the shape and carrier dtype of the kernels."""
-        last = len(arrays) - 1  # the output, which alone is written
-        return [None if a is None else self._view(a, self.strides[i], i == last) for i, a in enumerate(arrays)]
-
-    def _view(self, array: Array, strides: Sizes | None, writeable: bool) -> Array:
-        carrier = dtypes.carrier(array.dtype)
-        if carrier is not array.dtype:
-            array = array.view(carrier)
-        if strides is None:
-            return array.reshape(self.shape)
-        return as_strided(array, self.shape, strides[: len(self.shape)], writeable=writeable)
+    def views(self, arrays: Sequence[Array | None], outputs: int) -> list[Array | None]:
+        """The arrays, of which the last ones are written, in the shape and carrier dtype of the kernels."""
+        shape, last = self.schedule.shape, len(arrays) - outputs
+        views: list[Array | None] = []
+        for i, array in enumerate(arrays):
+            if array is None:
+                views.append(None)
+                continue
+            if self.carrier is not None and array.dtype == self.dtype:
+                array = array.view(self.carrier)
+            strides = self.strides[i]
+            if strides is None:
+                views.append(array.reshape(shape))
+            else:
+                views.append(as_strided(array, shape, strides[: len(shape)], writeable=i >= last))
+        return views
 
     def __str__(self) -> str:
         r0, k0, r1, k1 = self.view
-        b0, b1, bk = self.grid
-        threads = f"up to {thread_limit()}" if self.parallel else "1"
+        s = self.schedule
+        values, chunks = s.values
         memory = "contiguous" if self.contiguous else "strided, read in place"
         if self.copied is not None:
             memory = f"no canonical view: copied in the order of dimensions {self.copied}"
+        passes = "one, tile by tile" if s.one_pass else "two" if self.step in ("train", "backward") else "one"
+        store = "past the caches" if s.grid[STORE] == STREAMED else "through the caches"
         return "\n".join(
             (
                 f"step          {self.step}",
                 f"dtype         {self.dtype.name}; statistics {dtypes.statistic(self.dtype).name}, sums in float64",
                 f"view          R0={r0} K0={k0} R1={r1} K1={k1} ({memory})",
-                f"schedule      {self.schedule}",
-                f"chunks        {-(-r0 // b0) * -(-r1 // b1)} per statistic, {b0} x {b1} values x {bk} statistics each",
-                f"threads       {threads}",
+                f"schedule      {s.loops} {'x'.join(map(str, s.shape))}; passes: {passes}; results written {store}",
+                f"chunks        {chunks} of {-(-values // chunks)} of {values} values",
+                f"threads       {f'up to {thread_limit()}' if s.parallel else '1'}",
             )
         )
 
@@ -123,6 +140,8 @@ class Dispatcher:
         self._axis: dict[int, Sizes] = {}
         self._hyper: dict[tuple[int, np.dtype], Array] = {}
         self._epsilon = np.array([options.epsilon])
+        self._renorm = True if options.renorm else None
+        self._relu = True if options.activation == "relu" else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Dispatcher, (self.options, self.force)
@@ -144,15 +163,15 @@ class Dispatcher:
             )
         return layout(shape, self.axis(len(shape)), size)
 
-    def hyper(self, shape: Sizes, dtype: np.dtype) -> Array:
-        """The numbers that the channel stage reads, in a new array; momentum is 0 where the options have none."""
-        key = (len(shape), dtype)
-        if key not in self._hyper:
-            values = self._new_hyper(*key)
-            if any(callable(v) for v in (self.options.renorm_clipping or {}).values()):
-                return values
-            self._hyper[key] = values
-        return self._hyper[key].copy()
+    def hyper(self, rank: int, dtype: np.dtype) -> Array:
+        """The numbers that the channel stage reads, as a read-only array; momentum is 0 where the options have none."""
+        found = self._hyper.get((rank, dtype))
+        if found is None:
+            found = self._new_hyper(rank, dtype)
+            found.flags.writeable = False
+            if not any(callable(v) for v in (self.options.renorm_clipping or {}).values()):
+                self._hyper[rank, dtype] = found
+        return found
 
     def _new_hyper(self, rank: int, dtype: np.dtype) -> Array:
         o = self.options
@@ -165,6 +184,10 @@ class Dispatcher:
         values[channel.RMIN], values[channel.RMAX], values[channel.DMAX] = clips["rmin"], clips["rmax"], clips["dmax"]
         return values
 
+    def flags(self, step: str) -> Flags:
+        """What follows the outputs in the arguments of a step that normalizes."""
+        return (self._relu, self._renorm) if step == "train" else (self._relu,)
+
     def train(
         self,
         x: Array,
@@ -172,32 +195,42 @@ class Dispatcher:
         state: Array,
         hyper: Array,
         *,
+        residual: Array | None = None,
         weights: Array | None = None,
         adjustment: tuple[Array, Array] | None = None,
         out: Array | None = None,
     ) -> tuple[Array, Array, Array]:
         """Normalize with the statistics of `x`; returns y, the new state and saved. `state` itself is left alone.
 
-        weights and both of `adjustment` broadcast against x, in the statistics' dtype.
+        residual: shape and dtype of x. weights and both of `adjustment` broadcast against x, in the statistics' dtype.
         """
         lay = self.layout(x.shape, training=True)
-        y = np.empty_like(x, subok=False) if out is None else out
-        saved = np.zeros((5, lay.groups * lay.channels))
-        new_state = np.empty_like(state)
+        y = buffers.empty_like(x) if out is None else out
         if x.size == 0:
-            saved[channel.RSTD] = 1
-            return y, state.copy(), saved
+            return y, state.copy(), _saved_of_nothing(lay)
+        saved, new_state = np.empty((5, lay.groups * lay.channels)), np.empty_like(state)
         operands = _spread(x, weights, adjustment)
-        self._run("train", lay, [x], operands, [params, state, hyper], y, [new_state, saved])
+        rest = [params, state, hyper, new_state, saved]
+        self._run("train", lay, [x, residual], operands, [y], self.flags("train"), rest, out)
         return y, new_state, saved
 
-    def infer(self, x: Array, params: Array, state: Array, out: Array | None = None) -> Array:
-        """Normalize with the moving statistics."""
-        y = np.empty_like(x, subok=False) if out is None else out
+    def infer(
+        self,
+        x: Array,
+        params: Array,
+        state: Array,
+        *,
+        residual: Array | None = None,
+        out: Array | None = None,
+        activate: bool = True,
+    ) -> Array:
+        """Normalize with the moving statistics; activate=False leaves out the activation."""
+        y = buffers.empty_like(x) if out is None else out
         if x.size == 0:
             return y
         lay = self.layout(x.shape, training=False)
-        self._run("infer", lay, [x], [], [params, state, self._epsilon], y, [])
+        flags = self.flags("infer") if activate else (None,)
+        self._run("infer", lay, [x, residual], [], [y], flags, [params, state, self._epsilon], out)
         return y
 
     def saved_of(self, state: Array) -> Array:
@@ -217,95 +250,157 @@ class Dispatcher:
         saved: Array,
         *,
         training: bool,
+        residual: Array | None = None,
         weights: Array | None = None,
         adjustment: tuple[Array, Array] | None = None,
-    ) -> tuple[Array, Array]:
-        """The gradients of x, and of gamma and beta as one (2, C) array."""
+        out: Array | None = None,
+        activated: bool = False,
+    ) -> tuple[Array, Array, Array | None]:
+        """The gradients of x, of gamma and beta as one (2, C) array, and of what the activation gets, if asked for.
+
+        Without an activation the latter is dy.
+        """
         lay = self.layout(x.shape, training)
-        dx, dparams = np.empty_like(x, subok=False), np.zeros_like(params)
-        if x.size == 0:
-            return dx, dparams
-        if training:
+        dx, dparams = buffers.empty_like(x) if out is None else out, np.zeros_like(params)
+        dz = buffers.empty_like(x) if activated and self._relu else None
+        if x.size:
             operands = _spread(x, weights, adjustment)
-            self._run("backward", lay, [x, dy], operands, [params, saved], dx, [dparams])
-        else:
-            self._run("frozen_backward", lay, [x, dy], [], [params, saved], dx, [dparams])
-        return dx, dparams
+            if training or self._relu:
+                rest = [params, saved, dparams]
+                self._run("backward", lay, [x, dy, residual], operands, [dx, dz], (self._relu,), rest, out)
+            else:
+                self._run("frozen_backward", lay, [x, dy], [], [dx], (), [params, saved, dparams], out)
+        return dx, dparams, dy if activated and dz is None else dz
 
     def moments(self, x: Array, weights: Array | None = None) -> Array:
         """Count, mean and biased variance as a (3, C) float64 array. `x` is not empty."""
         lay = self.layout(x.shape, training=False)
         saved = np.zeros((5, lay.channels))
-        self._run("moments", lay, [x], [weights], [], None, [saved])
+        self._run("moments", lay, [x], [weights], [], (), [saved], None)
         return saved[:3]
 
     def _run(
         self,
         step: str,
         lay: Layout,
-        elements: list[Array],
+        elements: list[Array | None],
         operands: list[Array | None],
-        before: list[Array],
-        output: Array | None,
-        after: list[Array],
+        outputs: list[Array | None],
+        flags: Flags,
+        rest: list[Array],
+        out: Array | None,
     ) -> None:
-        """One step. `elements` and `output` have the input's dtype, `operands` the statistics'; all have its shape."""
-        inputs = [*elements, *operands]
-        target = output
-        if output is not None and any(_overlaps(output, a) for a in inputs if a is not None):
-            target = np.empty_like(elements[0], subok=False)
-        plan = self.plan(step, lay, elements, operands, target)
-        arrays = [*inputs, target]
-        if plan.copied is not None:
-            ordered = [None if a is None else _in_order(a, lay, plan.copied) for a in inputs]
-            arrays = [None if a is None else np.ascontiguousarray(a) for a in ordered]
-            arrays.append(None if target is None else np.empty([lay.sizes[i] for i in plan.copied], target.dtype))
-        *views, result = plan.views(arrays)
-        plan.run(*views, *before, plan.grid, *(() if output is None else (result,)), *after)
-        if output is None:
-            return
-        assert target is not None
-        if plan.copied is not None:
-            _in_order(target, lay, plan.copied, writeable=True)[...] = arrays[-1]
-        if target is not output:
-            output[...] = target
+        """One step. `elements` and `outputs` have the input's dtype, `operands` the statistics'; all have its shape.
+
+        out: the first output if it is the caller's, which may share memory with an input; the others are new.
+        """
+        in_place = False
+        targets = outputs
+        if out is not None:
+            inputs = [a for a in (*elements, *operands) if a is not None and np.may_share_memory(out, a)]
+            in_place = bool(inputs)
+            if not all(_same_memory(out, a) for a in inputs):
+                targets = [buffers.empty_like(out) if o is out else o for o in outputs]
+        plan = self.plan(step, lay, elements, operands, targets, flags, in_place)
+        arrays = [*elements, *operands, *targets]
+        if plan.copied is None:
+            plan.run(*plan.views(arrays, len(outputs)), *flags, plan.schedule.grid, *rest)
+        else:
+            self._run_copied(plan, lay, arrays, len(outputs), flags, rest)
+        if targets is not outputs:
+            out[...] = targets[0]  # type: ignore[index]
+
+    def _run_copied(
+        self, plan: Plan, lay: Layout, arrays: list[Array | None], outputs: int, flags: Flags, rest: list[Array]
+    ) -> None:
+        """The same on contiguous copies, as there is no canonical view."""
+        assert plan.copied is not None
+        first = len(arrays) - outputs
+        shape = [lay.sizes[i] for i in plan.copied]
+        ordered = [None if a is None else _in_order(a, lay, plan.copied) for a in arrays[:first]]
+        copies: list[Array | None] = [None if a is None else np.ascontiguousarray(a) for a in ordered]
+        copies += [None if a is None else np.empty(shape, a.dtype) for a in arrays[first:]]
+        plan.run(*plan.views(copies, outputs), *flags, plan.schedule.grid, *rest)
+        for target, copy in zip(arrays[first:], copies[first:], strict=True):
+            if target is not None:
+                _in_order(target, lay, plan.copied, writeable=True)[...] = copy
 
     def plan(
-        self, step: str, lay: Layout, elements: list[Array], operands: list[Array | None], output: Array | None
+        self,
+        step: str,
+        lay: Layout,
+        elements: list[Array | None],
+        operands: list[Array | None],
+        outputs: list[Array | None],
+        flags: Flags = (),
+        in_place: bool = False,
     ) -> Plan:
         """The plan for a step on arrays of one shape, the first of which decides the order in memory."""
-        arrays = [*elements, *operands, output]
-        key = (step, lay, elements[0].dtype, *[None if a is None else a.strides for a in arrays])
+        arrays = [*elements, *operands, *outputs]
+        key = (
+            step,
+            lay,
+            elements[0].dtype,  # type: ignore[union-attr]  # the input is always there
+            flags,
+            in_place,
+            *[None if a is None else a.strides for a in arrays],
+        )
         found = self._plans.get(key)
         if found is None:
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
-            found = self._plans[key] = self._new_plan(step, lay, elements, operands, output)
+            found = self._plans[key] = self._new_plan(step, lay, elements, operands, outputs, flags, in_place)
         return found
 
     def _new_plan(
-        self, step: str, lay: Layout, elements: list[Array], operands: list[Array | None], output: Array | None
+        self,
+        step: str,
+        lay: Layout,
+        elements: list[Array | None],
+        operands: list[Array | None],
+        outputs: list[Array | None],
+        flags: Flags,
+        in_place: bool,
     ) -> Plan:
-        present = [a for a in (*elements, output, *operands) if a is not None]
-        view, strides, copied = _canonical_view(lay, present)
-        dense = [_is_dense(s, view, a.itemsize) for a, s in zip(present, strides, strict=True)]
-        reshaped = [d and (copied is not None or a.flags.c_contiguous) for a, d in zip(present, dense, strict=True)]
-        by_array = {id(a): None if r else s for a, s, r in zip(present, strides, reshaped, strict=True)}
-        schedule = self.force.schedule or ("planes" if view[3] == 1 else "rows")
-        if schedule == "planes" and view[3] != 1:
-            raise ValueError(f"schedule 'planes' needs K1 = 1; this input's view is [R0, K0, R1, K1] = {list(view)}")
-        large = math.prod(view) >= PARALLEL_ELEMENTS if self.force.parallel is None else self.force.parallel
+        data = [a for a in (*elements, *outputs) if a is not None]
+        others = [a for a in operands if a is not None]
+        view, strides, copied = _canonical_view(lay, [*data, *others])
+        dense = [_is_dense(s, view, a.itemsize) for a, s in zip([*data, *others], strides, strict=True)]
+        reshaped = [
+            d and (copied is not None or a.flags.c_contiguous) for a, d in zip([*data, *others], dense, strict=True)
+        ]
+        by_array = {id(a): None if r else s for a, s, r in zip([*data, *others], strides, reshaped, strict=True)}
+        contiguous = all(dense[: len(data)])
+        schedule = choose(
+            step,
+            view,
+            lay.groups,
+            data[0].itemsize,
+            len(data),
+            contiguous=contiguous,
+            foldable=all(reshaped) and not others,
+            in_place=in_place,
+            loops=self.force.schedule,
+            parallel=self.force.parallel,
+            one_pass=self.force.one_pass,
+        )
+        arrays = [*elements, *operands, *outputs]
         return Plan(
             step=step,
-            dtype=elements[0].dtype,
+            dtype=data[0].dtype,
             view=view,
-            strides=[by_array.get(id(a)) for a in (*elements, *operands, output)],
-            contiguous=all(dense[: len(elements) + (output is not None)]),
+            strides=[by_array.get(id(a)) for a in arrays],
+            contiguous=contiguous,
             copied=copied,
             schedule=schedule,
-            parallel=large and thread_limit() > 1,
-            absent=tuple(i for i, a in enumerate((*elements, *operands)) if a is None),
+            absent=tuple(i for i, a in enumerate((*arrays, *flags)) if a is None),
         )
+
+
+def _saved_of_nothing(lay: Layout) -> Array:
+    saved = np.zeros((5, lay.groups * lay.channels))
+    saved[channel.RSTD] = 1
+    return saved
 
 
 def _canonical_view(lay: Layout, arrays: list[Array]) -> tuple[Sizes, list[Sizes], Sizes | None]:
@@ -330,12 +425,10 @@ def _spread(x: Array, weights: Array | None, adjustment: tuple[Array, Array] | N
     return [None if v is None else np.broadcast_to(v, x.shape) for v in (weights, *(adjustment or (None, None)))]
 
 
-def _overlaps(output: Array, array: Array) -> bool:
-    """Whether writing `output` could change elements of `array` still to be read; the very same memory is fine."""
-    if not np.may_share_memory(output, array):
-        return False
-    same_start = output.__array_interface__["data"][0] == array.__array_interface__["data"][0]
-    return not (same_start and output.strides == array.strides and output.dtype == array.dtype)
+def _same_memory(a: Array, b: Array) -> bool:
+    """Whether two arrays of one shape are the same elements."""
+    same_start = a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+    return same_start and a.strides == b.strides and a.dtype == b.dtype
 
 
 def _in_order(array: Array, lay: Layout, order: Sizes, writeable: bool = False) -> Array:

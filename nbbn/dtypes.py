@@ -42,6 +42,8 @@ def as_float_array(value: Any, argument: str) -> np.ndarray:
 
     Raises: TypeError for a masked array, or a dtype that is not float16, bfloat16, float32 or float64.
     """
+    if type(value) is np.ndarray and _is_accepted(value.dtype) and value.flags.aligned:
+        return value
     if isinstance(value, ma.MaskedArray):
         raise TypeError(
             f"{argument} must be a plain array; received a masked array (pass its data, and mask=~array.mask)"

@@ -4,17 +4,17 @@ import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from nbbn import constraints, dtypes, initializers, regularizers
-from nbbn.dispatcher import Dispatcher, Force, Plan
+from nbbn import constraints, dtypes, folding, initializers, regularizers
+from nbbn.dispatcher import Dispatcher
 from nbbn.kernels.cpu import channel
 from nbbn.layout import Sizes, resolve_axis
-from nbbn.operands import Array, as_adjustment, as_input, as_weights, check_out, sum_to
+from nbbn.operands import Array, as_adjustment, as_input, as_residual, as_weights, check_out
 from nbbn.options import Options
+from nbbn.pullback import Gradients, Record, pull_back
 from nbbn.runtime import StateLock
 from nbbn.variables import PARAMETERS, PARTS, STATISTICS, Shapes, Variables
 
@@ -23,38 +23,6 @@ _REGULARIZERS = ("beta_regularizer", "gamma_regularizer")
 _CONSTRAINTS = ("beta_constraint", "gamma_constraint")
 # What other frameworks put into a config and what has no effect here.
 _FOREIGN_KEYS = ("batch_input_shape", "build_input_shape", "synchronized")
-
-
-class Gradients(NamedTuple):
-    """What a pullback returns; None for what does not exist.
-
-    inputs: shape and dtype of the input. gamma, beta: shape and dtype of the parameters.
-    adjustment: a pair with the shapes of what `adjustment` returned.
-    """
-
-    inputs: Array | None = None
-    gamma: Array | None = None
-    beta: Array | None = None
-    adjustment: tuple[Array, Array] | None = None
-
-
-@dataclass(frozen=True)
-class Residuals:
-    """What a forward pass leaves behind; after inference, which used `state`, without `saved` and `new_state`."""
-
-    x: Array
-    params: Array
-    state: Array
-    saved: Array | None = None
-    new_state: Array | None = None
-    weights: Array | None = None
-    adjustment: tuple[Array, Array] | None = None
-
-    def counted(self) -> Array:
-        """(C,) bool: the channels of which the batch has any value."""
-        assert self.saved is not None
-        groups = self.saved[channel.COUNT].reshape(-1, self.params.shape[1])
-        return np.asarray(groups.any(axis=0))
 
 
 _named = itertools.count()
@@ -110,6 +78,8 @@ class BatchNormalization:
         bessel_correction: whether the moving variance is the unbiased one. None does what TensorFlow does for this
             input: yes where its fused kernel runs (rank 4 or 5, one channel axis, not float64, none of the options
             above), else no.
+        activation: "relu" makes the output max(y, 0), after a `residual` of the call is added; None is none. Neither
+            costs another pass over memory.
 
     The attributes gamma, beta, moving_mean, moving_variance and with renorm moving_stddev, renorm_mean,
     renorm_stddev are arrays in TensorFlow's shapes: (C,) for one axis, else the input's rank with 1 in every reduced
@@ -148,6 +118,7 @@ class BatchNormalization:
         *,
         dtype: Any = None,
         bessel_correction: bool | None = None,
+        activation: str | None = None,
     ) -> None:
         options = Options(
             axis=axis,  # type: ignore[arg-type]  # Options takes any sequence and stores a tuple
@@ -160,10 +131,14 @@ class BatchNormalization:
             virtual_batch_size=virtual_batch_size,
             adjustment=adjustment,
             bessel_correction=bessel_correction,
+            activation=activation,
             dtype=None if dtype is None else dtypes.resolve(dtype),
             strict_fused=self._STRICT_FUSED,
         )
         self._dispatcher = Dispatcher(options)
+        self._dtype = options.dtype
+        self._is_special = options.virtual_batch_size is not None or options.adjustment is not None
+        self._known: tuple[Sizes, np.dtype] | None = None  # shape and dtype of the last input, once built
         self.axis: int | list[int] = list(options.axis) if isinstance(options.axis, tuple) else options.axis
         self.center, self.scale = bool(center), bool(scale)
         self.beta_initializer = initializers.get(beta_initializer)
@@ -198,6 +173,7 @@ class BatchNormalization:
     virtual_batch_size = property(lambda self: self.options.virtual_batch_size)
     adjustment = property(lambda self: self.options.adjustment)
     bessel_correction = property(lambda self: self.options.bessel_correction)
+    activation = property(lambda self: self.options.activation)
 
     @property
     def trainable(self) -> bool:
@@ -279,8 +255,10 @@ class BatchNormalization:
         if self._variables is None:
             return self._derive_shapes(x.shape, x.dtype)
         shapes = self._variables.shapes
-        shapes.check_input(x.shape)
-        self.options.check_fused(x.ndim, x.dtype)
+        if self._known != (x.shape, x.dtype):
+            shapes.check_input(x.shape)
+            self.options.check_fused(x.ndim, x.dtype)
+            self._known = x.shape, x.dtype
         return shapes
 
     # -- calling -----------------------------------------------------------------------------------------------------
@@ -292,6 +270,7 @@ class BatchNormalization:
         mask: Any = None,
         update_statistics: bool = True,
         out: Array | None = None,
+        residual: Any = None,
     ) -> Array:
         """The normalized input: an array of its shape and dtype.
 
@@ -301,10 +280,11 @@ class BatchNormalization:
             mask: bool or real weights >= 0 of the elements in the batch's statistics; broadcast against the non-feature
                 dimensions, or of the input's rank. Ignored in inference.
             update_statistics: False leaves the moving statistics alone.
-            out: an array for the result; may be `inputs` itself.
+            out: an array for the result; may be `inputs` or `residual` itself.
+            residual: array of the input's shape that is added to the normalized input, before the activation.
         Raises: TypeError, ValueError; the layer is then as it was.
         """
-        return self._forward(inputs, training, mask, update_statistics, out)[0]
+        return self._forward(inputs, training, mask, update_statistics, out, residual)[0]
 
     def apply(self, *args: Any, **kwargs: Any) -> Array:
         """The same as calling the layer."""
@@ -317,73 +297,81 @@ class BatchNormalization:
         mask: Any = None,
         update_statistics: bool = True,
         out: Array | None = None,
-    ) -> tuple[Array, Callable[[Any], Gradients]]:
+        residual: Any = None,
+    ) -> tuple[Array, Callable[..., Gradients]]:
         """The normalized input, and a function from the gradient of the output to Gradients.
 
-        The function may be called any number of times, from any thread. It refers to `inputs`, which must not change
-        until then; parameters and statistics are those of this call.
+        The function, `pullback(dy, out=None)`, may be called any number of times, from any thread; `out` takes the
+        gradient of the input. It refers to `inputs` and `residual`, which must not change until then; parameters and
+        statistics are those of this call.
         """
         x = as_input(inputs)
-        if isinstance(out, np.ndarray) and np.may_share_memory(out, x):
-            raise ValueError("out must not share memory with inputs in vjp(), because the gradient needs them")
-        y, residuals = self._forward(inputs, training, mask, update_statistics, out)
-        return y, lambda dy: self._pull_back(dy, residuals, x.dtype)
+        for kept in (x, residual):
+            if isinstance(out, np.ndarray) and isinstance(kept, np.ndarray) and np.may_share_memory(out, kept):
+                raise ValueError(
+                    "out must not share memory with inputs or residual in vjp(), because the gradient needs them"
+                )
+        y, record = self._forward(inputs, training, mask, update_statistics, out, residual, keep=True)
+        return y, lambda dy, out=None: self._pull_back(dy, record, out, x.dtype)
 
     def _uses_batch(self, training: bool | None) -> bool:
-        if training is not None and not isinstance(training, (bool, int, np.bool_, np.integer)):
+        if training is None or training is False:
+            return False
+        if training is not True and not isinstance(training, (int, np.bool_, np.integer)):
             raise TypeError(f"training must be True, False or None; received {training!r}")
         return bool(training) and (self.trainable or not self._FREEZES)
 
     def _forward(
-        self, inputs: Any, training: bool | None, mask: Any, update: bool, out: Array | None
-    ) -> tuple[Array, Residuals]:
+        self,
+        inputs: Any,
+        training: bool | None,
+        mask: Any,
+        update: bool,
+        out: Array | None,
+        residual: Any,
+        keep: bool = False,
+    ) -> tuple[Array, Record]:
+        """The output and its record; one to be kept, for a gradient, has parameters and statistics of its own."""
         x = as_input(inputs)
-        if self.options.dtype is not None:
-            x = x.astype(self.options.dtype, copy=False)
+        if self._dtype is not None:
+            x = x.astype(self._dtype, copy=False)
         shapes = self._check_input(x)
         if out is not None:
             check_out(out, x)
+        if residual is not None:
+            residual = as_residual(residual, x)
         dtype = dtypes.statistic(x.dtype)
         if not self._uses_batch(training):
-            variables = self._build(shapes)
-            params, state = variables.params.astype(dtype), variables.state.astype(dtype)
-            return self._dispatcher.infer(x, params, state, out), Residuals(x, params, state)
-        self._dispatcher.layout(x.shape, training=True)  # raises where a virtual batch does not fit
-        weights = None if mask is None else as_weights(mask, x.shape, tuple(shapes.features), dtype)
-        adjustment = None if self.adjustment is None else as_adjustment(self.adjustment, x.shape, dtype)
+            variables = self._variables or self._build(shapes)
+            params, state = variables.params.astype(dtype, copy=keep), variables.state.astype(dtype, copy=keep)
+            y = self._dispatcher.infer(x, params, state, residual=residual, out=out)
+            return y, Record(x, params, state, residual=residual)
+        weights = adjustment = None
+        if self._is_special:
+            self._dispatcher.layout(x.shape, training=True)  # raises where a virtual batch does not fit
+            if self.adjustment is not None:
+                adjustment = as_adjustment(self.adjustment, x.shape, dtype)
+        if mask is not None:
+            weights = as_weights(mask, x.shape, tuple(shapes.features), dtype)
         hyper = self._hyper(x)
-        return self._train(x, weights, adjustment, hyper, self._build(shapes), update, out)
-
-    def _hyper(self, x: Array) -> Array:
-        hyper = self._dispatcher.hyper(x.shape, x.dtype)
-        if self.momentum is None:
-            channel.keep_batch(hyper)
-        return hyper
-
-    def _train(
-        self,
-        x: Array,
-        weights: Array | None,
-        adjustment: tuple[Array, Array] | None,
-        hyper: Array,
-        variables: Variables,
-        update: bool,
-        out: Array | None,
-    ) -> tuple[Array, Residuals]:
-        dtype = dtypes.statistic(x.dtype)
-        params = variables.params.astype(dtype)
+        variables = self._variables or self._build(shapes)
+        params = variables.params.astype(dtype, copy=keep)
         # The lock makes the update one step of a sequence: threads that train one layer lose none.
         with variables.lock if update else contextlib.nullcontext():
             state = variables.state.astype(dtype, copy=False)
             y, new_state, saved = self._dispatcher.train(
-                x, params, state, hyper, weights=weights, adjustment=adjustment, out=out
+                x, params, state, hyper, residual=residual, weights=weights, adjustment=adjustment, out=out
             )
-            residuals = Residuals(x, params, state, saved, new_state, weights, adjustment)
+            record = Record(x, params, state, saved, new_state, residual, weights, adjustment)
             if update and x.size:
-                self._update(variables, residuals)
-        return y, residuals
+                self._update(variables, record)
+        return y, record
 
-    def _update(self, variables: Variables, step: Residuals) -> None:
+    def _hyper(self, x: Array) -> Array:
+        hyper = self._dispatcher.hyper(x.ndim, x.dtype)
+        return channel.keep_batch(hyper) if self.momentum is None else hyper
+
+    def _update(self, variables: Variables, step: Record) -> None:
         """Make the statistics after a training step those of the layer. The caller holds the lock."""
         assert step.new_state is not None
         if self.momentum is None:
@@ -391,44 +379,17 @@ class BatchNormalization:
         else:
             variables.state = step.new_state.astype(variables.shapes.dtype, copy=False)
 
-    def _pull_back(self, dy: Any, r: Residuals, dtype: np.dtype) -> Gradients:
-        dy = dtypes.as_float_array(dy, "dy")
-        if dy.shape != r.x.shape:
-            raise ValueError(f"dy must have the shape of the output, {r.x.shape}; received {dy.shape}")
-        dy = dy.astype(r.x.dtype, copy=False)
-        if r.saved is None:
-            saved = self._dispatcher.saved_of(r.state)
-            dx, dparams = self._dispatcher.backward(dy, r.x, r.params, saved, training=False)
-        else:
-            dx, dparams = self._dispatcher.backward(
-                dy, r.x, r.params, r.saved, training=True, weights=r.weights, adjustment=r.adjustment
-            )
+    def _pull_back(self, dy: Any, record: Record, out: Array | None, dtype: np.dtype) -> Gradients:
+        found, dparams = pull_back(self._dispatcher, record, dy, out)
         assert self._variables is not None
+        assert found.inputs is not None
         shapes = self._variables.shapes
         dgamma, dbeta = dparams.astype(shapes.dtype, copy=False).reshape(2, *shapes.params)
-        return Gradients(
-            dx.astype(dtype, copy=False),
-            dgamma if self.scale else None,
-            dbeta if self.center else None,
-            None if r.adjustment is None else self._pull_back_adjustment(dy, r),
+        return found._replace(
+            inputs=found.inputs.astype(dtype, copy=False),
+            gamma=dgamma if self.scale else None,
+            beta=dbeta if self.center else None,
         )
-
-    def _pull_back_adjustment(self, dy: Array, r: Residuals) -> tuple[Array, Array]:
-        """da = dy * gamma * (x_hat * r + d) and db = dy * gamma, summed to the shapes of a and b."""
-        assert r.adjustment is not None
-        assert r.saved is not None
-        gamma, saved = r.params[channel.GAMMA], r.saved
-        # An inference step whose parameters and statistics make it compute gamma * (x_hat * r + d).
-        scale = gamma * saved[channel.R] * saved[channel.RSTD]
-        state = np.stack([saved[channel.BATCH_MEAN], np.ones_like(gamma)]).astype(gamma.dtype)
-        shift = gamma * saved[channel.D] - (saved[channel.BATCH_MEAN] - state[channel.MEAN]) * scale
-        params = np.stack([scale * np.sqrt(1 + self.epsilon), shift]).astype(gamma.dtype)
-        z = self._dispatcher.infer(r.x.astype(gamma.dtype, copy=False), params, state)
-        axis = self._dispatcher.axis(r.x.ndim)
-        per_channel = gamma.reshape([s if i in axis else 1 for i, s in enumerate(r.x.shape)])
-        a, b = r.adjustment
-        dy64 = dy.astype(np.float64)
-        return sum_to(dy64 * z, a.shape, gamma.dtype), sum_to(dy64 * per_channel, b.shape, gamma.dtype)
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -484,6 +445,10 @@ class BatchNormalization:
         self._built_variables("count_params()")
         return sum(w.size for w in self.weights)
 
+    def fold(self, dtype: Any = None) -> tuple[Array, Array]:
+        """scale and shift of inference, y = x * scale + shift before any activation: see nbbn.folding."""
+        return folding.scale_and_shift(self, dtype)
+
     # -- losses, updates, constraints --------------------------------------------------------------------------------
 
     def _regularized(self) -> list[tuple[Any, str]]:
@@ -538,7 +503,7 @@ class BatchNormalization:
         if self.renorm:
             config |= {"renorm": True, "renorm_clipping": self._clipping_config()}
             config |= {"renorm_momentum": self.renorm_momentum}
-        optional = ("virtual_batch_size", "fused", "bessel_correction")
+        optional = ("virtual_batch_size", "fused", "bessel_correction", "activation")
         config |= {k: getattr(self, k) for k in optional if getattr(self, k) is not None}
         clips = (self.renorm_clipping or {}).values()
         left_out = {"adjustment": callable(self.adjustment), "callables of renorm_clipping": any(map(callable, clips))}
@@ -562,21 +527,3 @@ class BatchNormalization:
         if isinstance(dtype, str):  # float32 parameters for 16-bit inputs are what "mixed" means
             arguments["dtype"] = dtype.removeprefix("mixed_")
         return cls(**arguments)
-
-
-def explain(layer: BatchNormalization, inputs: Any, training: bool = False) -> Plan:
-    """How `layer` would run on `inputs`: step, view, schedule, chunks, dtypes and threads; print it to read it."""
-    x = as_input(inputs)
-    if layer.options.dtype is not None:
-        x = x.astype(layer.options.dtype, copy=False)
-    layer._check_input(x)
-    dispatcher = layer._dispatcher
-    step = "train" if layer._uses_batch(training) else "infer"
-    operands: list[Array | None] = [None] * 3 if step == "train" else []
-    lay = dispatcher.layout(x.shape, step == "train")
-    return dispatcher.plan(step, lay, [x], operands, np.empty_like(x, subok=False))
-
-
-def force(layer: BatchNormalization, **choices: Any) -> None:
-    """Make `layer` run with a given schedule or thread mode (see Force); for tests and measurements."""
-    layer._dispatcher = Dispatcher(layer.options, Force(**choices))

@@ -115,22 +115,3 @@ def copy_order(sizes: Sizes, kept: tuple[bool, ...]) -> Sizes:
     if collapse(sizes, kept, [contiguous_strides(sizes)]) is not None:
         return tuple(range(len(sizes)))
     return tuple(sorted(range(len(sizes)), key=lambda i: kept[i]))
-
-
-# Elements per chunk of one statistic's row or plane: big enough to hide a parallel task's cost (2 us), small enough to
-# stay in a core's L2. At most MAX_CHUNKS partial sums per statistic, so that adding them stays cheap. Neither may
-# depend on the number of threads: the chunks decide the order of the sums.
-CHUNK_ELEMENTS = 1 << 15
-MAX_CHUNKS = 64
-TILE_CHANNELS = 1024  # float64 accumulators of a row tile: 3 x 8 KiB, inside L1
-
-
-def grid(view: Sizes) -> Sizes:
-    """How a canonical view is cut into tasks: R0 rows, R1 rows and K1 channels per task."""
-    r0, _, r1, k1 = view
-    run = max(1, r1 * k1)
-    elements = max(CHUNK_ELEMENTS, -(-r0 * run // MAX_CHUNKS))
-    if run < elements:
-        return min(max(1, r0), -(-elements // run)), max(1, r1), min(max(1, k1), TILE_CHANNELS)
-    columns = min(-(-run // elements), MAX_CHUNKS // r0)  # r0 <= MAX_CHUNKS here
-    return 1, -(-r1 // columns), min(k1, TILE_CHANNELS)

@@ -159,7 +159,7 @@ def fused_batch_norm(
         state = _per_channel([mean, variance], ["mean", "variance"], x, dispatcher)
     if not is_training:
         return dispatcher.infer(x, params, state), state[channel.MEAN], state[channel.VARIANCE]
-    y, new_state, _ = dispatcher.train(x, params, state, dispatcher.hyper(x.shape, x.dtype))
+    y, new_state, _ = dispatcher.train(x, params, state, dispatcher.hyper(x.ndim, x.dtype))
     return y, new_state[channel.MEAN], new_state[channel.VARIANCE]
 
 
@@ -189,7 +189,7 @@ def fused_batch_norm_grad(
         saved = _saved_of_batch(dispatcher, x)
     else:
         saved = dispatcher.saved_of(_per_channel([mean, variance], ["mean", "variance"], x, dispatcher))
-    dx, (dscale, doffset) = dispatcher.backward(dy, x, params, saved, training=is_training)
+    dx, (dscale, doffset), _ = dispatcher.backward(dy, x, params, saved, training=is_training)
     return dx, dscale, doffset
 
 

@@ -33,6 +33,14 @@ def check_out(out: Any, x: Array) -> None:
         raise ValueError("out must be writable memory of its own; received a read-only, unaligned or broadcast array")
 
 
+def as_residual(value: Any, x: Array) -> Array:
+    """An array of the shape and dtype of `x`. Raises: TypeError, ValueError for another shape or no float dtype."""
+    residual = dtypes.as_float_array(value, "residual")
+    if residual.shape != x.shape:
+        raise ValueError(f"residual must have the input's shape {x.shape}; received {residual.shape}")
+    return residual.astype(x.dtype, copy=False)
+
+
 def as_weights(mask: Any, shape: Sizes, axis: Sizes, dtype: np.dtype, argument: str = "mask") -> Array:
     """The weight of every element in the moments: a copy in `dtype`, broadcast to `shape` without taking its memory.
 

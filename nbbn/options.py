@@ -32,6 +32,7 @@ class Options:
     adjustment: Callable[[tuple[int, ...]], tuple[Any, Any]] | None = None
     bessel_correction: bool | None = None
     dtype: np.dtype | None = None
+    activation: str | None = None
     strict_fused: bool = field(default=True, repr=False)  # TensorFlow 2; version 1 ignores what cannot be fused
 
     def __post_init__(self) -> None:
@@ -57,6 +58,8 @@ class Options:
             object.__setattr__(self, name, None if value is None else bool(value))
         self._check_virtual_batch()
         self._check_clipping()
+        if self.activation not in (None, "relu"):
+            raise ValueError(f"activation must be 'relu' or None; received {self.activation!r}")
         if self.adjustment is not None and not callable(self.adjustment):
             raise TypeError(f"adjustment must be a callable of the input's shape; received {self.adjustment!r}")
         if self.renorm and self.bessel_correction:

@@ -128,6 +128,35 @@ def adjust(value, a, b, gamma, beta):
 
 
 @register_jitable
-def input_gradient(dy, x, mean, scale, bias, slope, weight):
-    """One dx, with the terms of input_gradient_terms() and the weight of x in the moments."""
-    return scale * (dy - weight * (bias + (x - mean) * slope))
+def output(x, mean, scale, shift, a, b, gamma, beta, residual):
+    """One output before its activation; a and b, residual: None where there is none."""
+    z = normalize(x, mean, scale, shift)
+    if a is not None:
+        z = adjust(z, a, b, gamma, beta)
+    if residual is not None:
+        z = z + residual
+    return z
+
+
+@register_jitable
+def relu(z):
+    """z where it is positive, else 0; NaN stays NaN."""
+    return type(z)(0) if z <= 0 else z
+
+
+@register_jitable
+def relu_gradient(dy, z):
+    """What relu(z) lets through of the gradient of its result."""
+    return type(dy)(0) if z <= 0 else dy
+
+
+@register_jitable
+def input_gradient(dy, x, mean, scale, bias, slope, a, weight):
+    """One dx, with the terms of input_gradient_terms(), the a of an adjustment and the weight of x in the moments;
+    None where there is none."""
+    term = bias + (x - mean) * slope
+    if a is not None:
+        dy = dy * a
+    if weight is not None:
+        term = weight * term
+    return scale * (dy - term)

@@ -8,6 +8,7 @@ dtype on the size of the terms that are left after the cancellation, and units o
 terms before it. A 16-bit result adds half a unit in the last place of what is stored.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -94,13 +95,14 @@ class Terms:
 def output(step: Step, dtype: Any) -> Array:
     """Bound for y."""
     terms = Terms(step, dtype)
-    return (terms.unit * (terms.adjusted * np.abs(step.gamma) + np.abs(step.beta))).reshape(step.input_shape)
+    bound = (terms.unit * (terms.adjusted * np.abs(step.gamma) + np.abs(step.beta))).reshape(step.input_shape)
+    return bound if step.residual is None else bound + terms.unit * np.abs(step.residual)
 
 
 def gradients(step: Step, dy: ArrayLike, dtype: Any) -> Gradients:
     """Bounds for the gradients, of every parameter whether it exists or not."""
     terms = Terms(step, dtype)
-    dy = np.asarray(dy, dtype=np.float64).reshape(step.x.shape)
+    dy = step.gated(dy).reshape(step.x.shape)
     g = dy * step.gamma * (1.0 if step.a is None else step.a) * step.r
 
     def parameter(values: Array, sizes: Array) -> Array:
@@ -133,6 +135,17 @@ def state(name: str, before: Array, after: Array, step: Step, dtype: Any) -> Arr
     return terms.unit * size
 
 
+def gated_as(step: Step, y: ArrayLike, dtype: Any) -> Step:
+    """`step` with the gate of another output of it: that may differ where the sign of z is lost in its rounding."""
+    if step.activation is None:
+        return step
+    gate = ~(np.asarray(y).astype(np.float64) <= 0)
+    underflow = float(finfo(dtype).smallest_subnormal)
+    wrong = (gate != step.gate) & ~(np.abs(step.z) <= output(step, dtype) + underflow)
+    assert not wrong.any(), f"gate: {int(wrong.sum())} of {wrong.size} elements are on the wrong side of 0"
+    return replace(step, gate=gate)
+
+
 def check_gradients(found: Any, step: Step, dy: ArrayLike, dtype: Any) -> None:
     """Fail unless every gradient agrees; the adjustment's dtype is not the layer's to choose."""
     expected, bound, parameters = step.gradients(dy), gradients(step, dy, dtype), state_dtype(dtype)
@@ -143,6 +156,11 @@ def check_gradients(found: Any, step: Step, dy: ArrayLike, dtype: Any) -> None:
             assert getattr(found, name) is None, f"grads.{name} must be None"
         else:
             check(f"grads.{name}", getattr(found, name), value, getattr(bound, name), parameters)
+    if expected.residual is None:
+        assert found.residual is None, "grads.residual must be None"
+    else:  # dy itself, or nothing of it
+        exact = np.where(step.gate, np.asarray(dy), np.zeros((), dtype))
+        np.testing.assert_array_equal(found.residual, exact.astype(dtype), err_msg="grads.residual", strict=True)
     if expected.adjustment is None:
         assert found.adjustment is None, "grads.adjustment must be None"
     else:
@@ -167,6 +185,7 @@ def check_step(
     step = oracle(x, training, mask, **options)
     y, pullback = layer.vjp(x, training=training, mask=mask, **options)
     check("y", y, step.y, output(step, x.dtype), x.dtype)
+    step = gated_as(step, y, x.dtype)
     found = layer.get_weights()
     for name, one, old, value in zip(oracle.weight_names, found, before, oracle.get_weights(), strict=True):
         check(name, one, value, state(name, old, value, step, x.dtype), state_dtype(x.dtype))

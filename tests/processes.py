@@ -1,14 +1,17 @@
 """Python in a process of its own, for what must not happen in the tests' process."""
 
 import os
+import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import nbbn
 
 PACKAGE = Path(nbbn.__file__).parent
-FROM_OUTSIDE = ("NBBN_NUM_THREADS", "NUMBA_THREADING_LAYER", "NUMBA_CPU_NAME")  # the tests set what they need
+# The tests set what they need.
+FROM_OUTSIDE = ("NBBN_NUM_THREADS", "NUMBA_THREADING_LAYER", "NUMBA_THREADING_LAYER_PRIORITY", "NUMBA_CPU_NAME")
 
 
 def run(code: str, *arguments: str, timeout: float = 60, root: Path | None = None, **variables: str | None):
@@ -39,3 +42,30 @@ def check(code: str, *arguments: str, **options) -> str:
     done = run(code, *arguments, **options)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def in_children(functions, limit=60):
+    """Run each function in a forked child of this process, all at once.
+
+    Raises: AssertionError if one fails, is killed, or takes longer than `limit` seconds.
+    """
+    children = [_fork(f, limit) for f in functions]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert not any(codes), f"children ended with {codes}"
+
+
+def in_child(function, limit=60):
+    in_children([function], limit)
+
+
+def _fork(function, limit):
+    child = os.fork()
+    if child:
+        return child
+    signal.alarm(limit)  # its default is to end the process
+    try:
+        function()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(4)
+    os._exit(0)

@@ -22,6 +22,7 @@ class Gradients(NamedTuple):
     gamma: Array | None
     beta: Array | None
     adjustment: tuple[Array, Array] | None
+    residual: Array | None = None
 
 
 def ema(value: Array, new: Array, k: float) -> Array:
@@ -93,6 +94,11 @@ def divide(numerator: Array, denominator: Array) -> Array:
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)
 
 
+def activate(z: Array, activation: str | None) -> Array:
+    """0 where z is not positive; NaN stays NaN."""
+    return z if activation is None else np.where(z <= 0, 0.0, z)
+
+
 @dataclass
 class Step:
     """One forward pass: everything its backward pass needs.
@@ -121,6 +127,13 @@ class Step:
     scale: bool
     input_shape: tuple[int, ...]
     parameter_shape: tuple[int, ...]
+    residual: Array | None = None
+    activation: str | None = None
+    gate: NDArray[np.bool_] | None = None
+
+    def __post_init__(self) -> None:
+        if self.gate is None:
+            self.gate = np.ones(self.input_shape, bool) if self.activation is None else ~(self.z <= 0)
 
     @property
     def adjusted(self) -> Array:
@@ -129,12 +142,23 @@ class Step:
         return z if self.a is None else z * self.a + self.b
 
     @property
+    def z(self) -> Array:
+        """What the activation gets."""
+        z = (self.adjusted * self.gamma + self.beta).reshape(self.input_shape)
+        return z if self.residual is None else z + self.residual
+
+    @property
     def y(self) -> Array:
-        return (self.adjusted * self.gamma + self.beta).reshape(self.input_shape)
+        return activate(self.z, self.activation)
+
+    def gated(self, dy: ArrayLike) -> Array:
+        """The gradient of z."""
+        return np.where(self.gate, np.asarray(dy, dtype=np.float64), 0.0)
 
     def gradients(self, dy: ArrayLike) -> Gradients:
         """Gradients of sum(y * dy); r and d are constants."""
-        dy = np.asarray(dy, dtype=np.float64).reshape(self.x.shape)
+        dz = self.gated(dy)
+        dy = dz.reshape(self.x.shape)
         a = 1.0 if self.a is None else self.a
         g = dy * self.gamma * a * self.r
         return Gradients(
@@ -142,6 +166,7 @@ class Step:
             gamma=self._parameter_sum(dy * self.adjusted) if self.scale else None,
             beta=self._parameter_sum(dy) if self.center else None,
             adjustment=self._adjustment_gradient(dy),
+            residual=None if self.residual is None else dz,
         )
 
     def _input_gradient(self, g: Array) -> Array:
@@ -184,6 +209,7 @@ class Reference:
     virtual_batch_size: int | None = None
     adjustment: Callable[[tuple[int, ...]], tuple[ArrayLike, ArrayLike]] | None = None
     bessel_correction: bool | None = None
+    activation: str | None = None
     dtype: str = "float32"
     version: int = 2
 
@@ -224,14 +250,15 @@ class Reference:
         training: bool | None = None,
         mask: ArrayLike | None = None,
         update_statistics: bool = True,
+        residual: ArrayLike | None = None,
     ) -> Step:
         """One call of the layer; y and the gradients are the result's."""
         frozen = not training or (self.version == 2 and not self.trainable)
         if frozen:
-            return self.inference(x)
-        return self.training(x, mask, update_statistics and self.trainable)
+            return self.inference(x, residual)
+        return self.training(x, mask, update_statistics and self.trainable, residual)
 
-    def inference(self, x: ArrayLike) -> Step:
+    def inference(self, x: ArrayLike, residual: ArrayLike | None = None) -> Step:
         x = np.asarray(x, dtype=np.float64)
         # Any batch size: each sample is a group of its own, as TensorFlow 2 does it.
         view = (len(x), 1, *x.shape[1:]) if self.virtual_batch_size is not None else x.shape
@@ -253,9 +280,16 @@ class Reference:
             b=None,
             frozen=True,
             input_shape=x.shape,
+            residual=residual,
         )
 
-    def training(self, x: ArrayLike, mask: ArrayLike | None = None, update_statistics: bool = True) -> Step:
+    def training(
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = None,
+        update_statistics: bool = True,
+        residual: ArrayLike | None = None,
+    ) -> Step:
         x = np.asarray(x, dtype=np.float64)
         w = spread_mask(mask, x.shape, self.features)
         a = b = None
@@ -280,19 +314,22 @@ class Reference:
             b=b,
             frozen=False,
             input_shape=x.shape,
+            residual=residual,
         )
         if update_statistics and x.size:
             self._update(W, mean, var)
         return step
 
-    def output(self, x: Array, mask: ArrayLike | None, r: Any, d: Any, a: Any, b: Any) -> Array:
+    def output(
+        self, x: Array, mask: ArrayLike | None, r: Any, d: Any, a: Any, b: Any, residual: Array | float = 0.0
+    ) -> Array:
         """y of a training step for given r, d, a and b: the function whose derivative `Step.gradients` is."""
         w = self._split(spread_mask(mask, x.shape, self.features))
         viewed = self._split(x)
         _, mean, var = self.moments(viewed, w)
         x_hat = (viewed - mean) / np.sqrt(var + self.epsilon)
         y = ((x_hat * r + d) * a + b) * self._spread(self.gamma) + self._spread(self.beta)
-        return y.reshape(x.shape)
+        return activate(y.reshape(x.shape) + residual, self.activation)
 
     def moments(self, x: Array, w: Array) -> tuple[Array, Array, Array]:
         """W, mean and biased variance of each statistic, reduced dimensions kept."""
@@ -396,9 +433,11 @@ class Reference:
     def _group_any(self, valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
         return valid if self.virtual_batch_size is None else valid.any(axis=1, keepdims=True)
 
-    def _step(self, **arrays: Any) -> Step:
+    def _step(self, residual: ArrayLike | None, **arrays: Any) -> Step:
         return Step(
             **arrays,
+            residual=None if residual is None else np.asarray(residual, dtype=np.float64),
+            activation=self.activation,
             gamma=self._spread(self.gamma) if self.scale else np.ones_like(self._spread(self.gamma)),
             beta=self._spread(self.beta) if self.center else np.zeros_like(self._spread(self.beta)),
             axes=self._reduced_axes(),

@@ -54,7 +54,7 @@ def arrange(values: NDArray[Any], form: str) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration and its data.
+    """One configuration and its data. residual_form: the memory layout of the residual; None is none.
 
     `mask` is None or (kind, form): kind "bool" or "weights"; form "plain" (the dimensions that are not
     features), "trailing" (without the first of them), "thin" (with ones in them) or "full" (the input's
@@ -69,6 +69,7 @@ class Case:
     form: str
     dy_form: str
     seed: int
+    residual_form: str | None = None
 
     def adjustment(self) -> Any:
         """The adjustment function, or None. Eighths are exact in every dtype."""
@@ -111,6 +112,13 @@ class Case:
             arrange(dy.astype(self.dtype), self.dy_form),
             self._mask(rng),
         )
+
+    def residual(self, step: int) -> NDArray[Any] | None:
+        """About as large as the normalized input, so that an activation lets half of the sums through."""
+        if self.residual_form is None:
+            return None
+        values = np.random.default_rng([self.seed, 3, step]).normal(size=self.shape)
+        return arrange(values.astype(self.dtype), self.residual_form)
 
     def _mask(self, rng: np.random.Generator) -> NDArray[Any] | None:
         if self.mask is None:
@@ -160,8 +168,8 @@ def clippings(draw: Any) -> dict[str, float] | None:
 
 
 @st.composite
-def cases(draw: Any, dtypes: list[Any] = DTYPES, forms: list[str] = FORMS) -> Case:
-    """Legal configurations only."""
+def cases(draw: Any, dtypes: list[Any] = DTYPES, forms: list[str] = FORMS, epilogue: bool = False) -> Case:
+    """Legal configurations only; with `epilogue` all of them have a residual and an activation."""
     family = draw(st.sampled_from(FAMILIES))
     dtype = draw(st.sampled_from(dtypes))
     shape = draw(shapes())
@@ -192,6 +200,11 @@ def cases(draw: Any, dtypes: list[Any] = DTYPES, forms: list[str] = FORMS) -> Ca
     if dtype is not np.float32:
         mask = None if adjustment_shapes else mask
         forms = ["C", "read-only"] if mask or adjustment_shapes else forms
+    if epilogue:
+        options["activation"] = "relu"
+        mask = None if adjustment_shapes else mask
+        special = mask or adjustment_shapes or "renorm" in family or dtype is not np.float32
+        forms = ["C", "read-only"] if special else forms
     eligible = family == "plain" and fused_eligible(len(shape), options["axis"], np.dtype(dtype).name)
     options["fused"] = draw(st.sampled_from([None, False, True] if eligible else [None, False]))
     return Case(
@@ -203,6 +216,7 @@ def cases(draw: Any, dtypes: list[Any] = DTYPES, forms: list[str] = FORMS) -> Ca
         form=draw(st.sampled_from(forms)),
         dy_form=draw(st.sampled_from(forms)),
         seed=draw(st.integers(0, 2**16)),
+        residual_form=draw(st.sampled_from(forms)) if epilogue else None,
     )
 
 

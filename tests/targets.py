@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbbn import Dispatcher, Force, Options, dtypes
-from nbbn.kernels.cpu.scalars import convert, load
+from nbbn.kernels.cpu.elements import STORE
+from nbbn.kernels.cpu.memory import STREAMED
+from nbbn.kernels.cpu.scalars import load, store
 
 Array = NDArray[Any]
 
@@ -19,23 +21,42 @@ Array = NDArray[Any]
 class Cpu:
     """nbbn/kernels/cpu."""
 
-    def __init__(self, options: dict[str, Any], schedule: str | None = None, parallel: bool | None = None) -> None:
-        self.dispatcher = Dispatcher(Options(**options), Force(schedule, parallel))
+    def __init__(
+        self,
+        options: dict[str, Any],
+        schedule: str | None = None,
+        parallel: bool | None = None,
+        one_pass: bool | None = None,
+    ) -> None:
+        self.dispatcher = Dispatcher(Options(**options), Force(schedule, parallel, one_pass))
 
     def train(self, x: Array, params: Array, state: Array, **operands: Any) -> tuple[Array, Array, Array]:
-        """y, the new state and saved; operands are weights, adjustment (a pair) and out."""
-        hyper = self.dispatcher.hyper(x.shape, x.dtype)
+        """y, the new state and saved; operands are residual, weights, adjustment (a pair) and out."""
+        hyper = self.dispatcher.hyper(x.ndim, x.dtype)
         return self.dispatcher.train(x, params, state, hyper, **operands)
 
-    def infer(self, x: Array, params: Array, state: Array, out: Array | None = None) -> Array:
-        return self.dispatcher.infer(x, params, state, out)
+    def infer(self, x: Array, params: Array, state: Array, **operands: Any) -> Array:
+        """y; operands are residual and out."""
+        return self.dispatcher.infer(x, params, state, **operands)
 
-    def backward(self, dy: Array, x: Array, params: Array, saved: Array, **operands: Any) -> tuple[Array, Array]:
-        """dx, and the gradients of gamma and beta as one (2, C) array."""
-        return self.dispatcher.backward(dy, x, params, saved, training=True, **operands)
+    def backward(
+        self, dy: Array, x: Array, params: Array, saved: Array, **operands: Any
+    ) -> tuple[Array, Array, Array | None]:
+        """dx, the gradients of gamma and beta as one (2, C) array, and what the activation lets through of dy."""
+        return self.dispatcher.backward(dy, x, params, saved, training=True, activated=True, **operands)
 
-    def frozen_backward(self, dy: Array, x: Array, params: Array, state: Array) -> tuple[Array, Array]:
-        return self.dispatcher.backward(dy, x, params, self.dispatcher.saved_of(state), training=False)
+    def frozen_backward(
+        self, dy: Array, x: Array, params: Array, state: Array, **operands: Any
+    ) -> tuple[Array, Array, Array | None]:
+        saved = self.dispatcher.saved_of(state)
+        return self.dispatcher.backward(dy, x, params, saved, training=False, activated=True, **operands)
+
+    def kernels(self) -> list[tuple[str, str, bool, bool]]:
+        """Step, loops, whether it is one pass, and whether results go past the caches: of all that has run."""
+        return [
+            (p.step, p.schedule.loops, p.schedule.one_pass, p.schedule.grid[STORE] == STREAMED)
+            for p in self.dispatcher._plans.values()
+        ]
 
     def moments(self, x: Array, weights: Array | None = None) -> Array:
         """Count, mean and biased variance, (3, C)."""
@@ -53,12 +74,12 @@ class CpuScalars:
         @numba.njit
         def read(stored, values):
             for i in range(stored.size):
-                values[i] = load(stored[i])
+                values[i] = load(stored, i)
 
         @numba.njit
         def write(values, stored):
             for i in range(stored.size):
-                stored[i] = convert(values[i], stored)
+                store(stored, i, values[i])
 
         return read, write
 

@@ -14,16 +14,18 @@ FLOORS = [
     ["rules", "layout", "dtypes", "runtime", "_registry"],
     ["initializers", "regularizers", "constraints"],
     ["kernels"],
-    ["options", "operands", "dispatcher", "variables"],
-    ["nn"],
+    ["options", "operands", "schedule", "dispatcher", "variables"],
+    ["nn", "pullback", "folding"],
     ["layers"],
+    ["inspection", "planning"],
+    ["warming"],
     [""],  # nbbn itself, the face
     ["compat", "adapters", "info", "demo"],
     ["__main__"],
 ]
 RUNTIME_DEPENDENCIES = {"numba", "numpy", "llvmlite"}
 # What else a module may import, and only inside a function; an adapter its framework.
-OPTIONAL = {"info": {"ml_dtypes"}, "demo": {"sklearn", "matplotlib", "tqdm"}}
+OPTIONAL = {"info": {"ml_dtypes"}, "demo": {"sklearn", "matplotlib", "tqdm"}, "warming": {"tqdm"}}
 
 
 def name_of(path):

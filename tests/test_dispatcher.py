@@ -11,17 +11,18 @@ from agreement import check_step
 from reference import Reference
 
 import nbbn
-from nbbn import Dispatcher, Force, Options, dispatcher
+from nbbn import Dispatcher, Force, Options, dispatcher, schedule
 from nbbn.kernels.cpu import channel
 from nbbn.runtime import thread_limit
 
 F32 = np.dtype(np.float32)
 
 
-def plan_of(x, step="infer", force=None, **options):
-    run = Dispatcher(Options(**options), force)
+def plan_of(x, step="infer", force=None, run=None, out=None, **options):
+    run = run or Dispatcher(Options(**options), force)
     lay = run.layout(x.shape, training=step == "train")
-    return run.plan(step, lay, [x], [None] * 3 if step == "train" else [], np.empty_like(x))
+    operands = [None] * 3 if step == "train" else []
+    return run.plan(step, lay, [x, None], operands, [np.empty_like(x) if out is None else out], run.flags(step))
 
 
 def zeros(shape, dtype=F32):
@@ -45,7 +46,7 @@ VIEWS = [
 @pytest.mark.parametrize(("x", "options", "view", "schedule"), [v[1:] for v in VIEWS], ids=[v[0] for v in VIEWS])
 def test_view_and_schedule(x, options, view, schedule):
     plan = plan_of(x, **options)
-    assert (plan.view, plan.schedule, plan.copied, plan.contiguous) == (view, schedule, None, True)
+    assert (plan.view, plan.schedule.loops, plan.copied, plan.contiguous) == (view, schedule, None, True)
 
 
 def test_virtual_batch_splits_training_only():
@@ -64,27 +65,52 @@ def test_five_runs_are_copied():
     assert (plan.view, plan.copied, plan.contiguous) == ((1, 1, 48, 15), (0, 2, 4, 1, 3), True)
 
 
-@pytest.mark.parametrize(("elements", "parallel"), [(-1, False), (0, True)])
-def test_small_inputs_stay_serial(elements, parallel, monkeypatch):
-    monkeypatch.setattr(dispatcher, "PARALLEL_ELEMENTS", 24)
-    monkeypatch.setattr(dispatcher, "thread_limit", lambda: 2)
-    assert plan_of(zeros(24 + elements), axis=0).parallel == parallel
+def test_short_planes_and_few_channels_are_folded(monkeypatch):
+    """Only where all arrays lie as the view says: rows of other strides have no longer runs."""
+    monkeypatch.setattr(schedule, "FOLDED_ELEMENTS", 0)
+    assert plan_of(zeros((8, 3, 5, 4)), axis=1).schedule.shape == (1, 1, 8, 60)
+    assert plan_of(zeros((8, 5, 4, 3)), axis=-1).schedule.shape == (1, 1, 4, 120)
+    for x, axis, loops in [
+        (zeros((16, 3, 5, 4))[::2], 1, "planes"),
+        (zeros((8, 5, 4, 6))[..., :3], -1, "rows"),
+        (np.asfortranarray(zeros((8, 3, 5, 4))), -1, "planes"),
+    ]:
+        assert plan_of(x, axis=axis).schedule.loops == loops, (x.strides, axis)
+        assert plan_of(np.ascontiguousarray(x), axis=axis).schedule.loops == "folded"
+        mixed = plan_of(np.ascontiguousarray(x), axis=axis, out=x)
+        assert mixed.copied is not None or mixed.schedule.loops != "folded"
 
 
-def test_one_thread_is_serial(monkeypatch):
-    monkeypatch.setattr(dispatcher, "thread_limit", lambda: 1)
-    x = zeros((dispatcher.PARALLEL_ELEMENTS, 2))
-    assert not plan_of(x).parallel
-    assert not plan_of(x, force=Force(parallel=True)).parallel
+def test_operands_keep_rows_from_being_folded(monkeypatch):
+    monkeypatch.setattr(schedule, "FOLDED_ELEMENTS", 0)
+    run, x = Dispatcher(Options()), zeros((8, 5, 4, 3))
+    found = []
+    for weights in (None, np.broadcast_to(zeros((8, 1, 1, 1)), x.shape)):
+        run.train(x, *zeros((2, 2, 3)), run.hyper(4, F32), weights=weights)
+        found.append(next(reversed(run._plans.values())).schedule.loops)
+    assert found == ["folded", "rows"]
 
 
 def test_plans_are_kept():
-    run = Dispatcher(Options())
-    x, lay = zeros((8, 3)), Dispatcher(Options()).layout((8, 3), training=False)
-    first = run.plan("infer", lay, [x], [], np.empty_like(x))
-    assert run.plan("infer", lay, [x + 1], [], np.empty_like(x)) is first
-    assert run.plan("infer", lay, [x], [], np.asfortranarray(x)) is not first
-    assert run.plan("infer", lay, [x.astype(np.float64)], [], np.empty((8, 3))) is not first
+    run, x = Dispatcher(Options()), zeros((8, 3))
+    first = plan_of(x, run=run)
+    assert plan_of(x + 1, run=run) is first
+    assert plan_of(x, run=run, out=np.asfortranarray(x)) is not first
+    assert plan_of(x.astype(np.float64), run=run) is not first
+    assert plan_of(x, "train", run=run) is not first
+
+
+def test_plans_of_calls_that_differ_in_what_is_none():
+    """Each of these is a kernel of its own, on arrays of the same strides."""
+    run = Dispatcher(Options(activation="relu"))
+    x, ones = np.full((8, 3), 2.0, F32), np.ones((2, 3), F32)
+    plain = run.infer(x, ones, ones, activate=False)
+    residual = run.infer(x, ones, ones, residual=-3 * x)
+    assert (run.infer(x, ones, ones) == plain).all()
+    assert (plain > 1).all()
+    assert (residual == 0).all()
+    assert (run.infer(x, ones, ones, residual=-3 * x, activate=False) < 0).all()
+    assert len(run._plans) == 4
 
 
 def test_plans_of_endless_shapes_do_not_pile_up(monkeypatch):
@@ -110,8 +136,8 @@ def test_explain_of_training():
         "step": "train",
         "dtype": "float16; statistics float32, sums in float64",
         "view": "R0=8 K0=3 R1=20 K1=1 (contiguous)",
-        "schedule": "planes",
-        "chunks": "1 per statistic, 8 x 20 values x 1 statistics each",
+        "schedule": "planes 8x3x20; passes: one, tile by tile; results written through the caches",
+        "chunks": "1 of 160 of 160 values",
         "threads": "1",
     }
     assert not layer.built, "explain() must not build the layer"
@@ -133,18 +159,35 @@ def test_explain_of_a_frozen_layer_is_inference():
     assert lines(nbbn.explain(layer, zeros((8, 3)), training=True))["step"] == "infer"
 
 
-def test_explain_of_a_large_input():
-    text = lines(nbbn.explain(nbbn.BatchNormalization(axis=1), zeros((64, 2, 64, 64)), training=True))
-    assert text["chunks"].startswith("8 per statistic, 8 x 4096 values x 1 ")
+def test_explain_of_a_large_input(monkeypatch):
+    monkeypatch.setattr(schedule, "last_level_cache", lambda: 4 << 20)
+    text = lines(nbbn.explain(nbbn.BatchNormalization(axis=1), zeros((64, 2, 64, 128)), training=True))
+    assert text["schedule"].endswith("results written past the caches")
+    assert text["chunks"] == "8 of 65536 of 524288 values"
     expected = f"up to {thread_limit()}" if thread_limit() > 1 else "1"
     assert text["threads"].startswith(expected)
 
 
-def test_explain_is_what_runs(monkeypatch):
+def test_explain_of_folded_rows(monkeypatch):
+    """160 values of each statistic, whatever the rows of the schedule."""
+    monkeypatch.setattr(schedule, "FOLDED_ELEMENTS", 0)
+    monkeypatch.setattr(schedule, "CHUNK_ELEMENTS", 1)
+    for shape, axis, chunks in [
+        ((8, 3, 5, 4), 1, "2 of 80 of 160 values"),
+        ((8, 5, 4, 3), -1, "1 of 160 of 160 values"),
+    ]:
+        text = lines(nbbn.explain(nbbn.BatchNormalization(axis=axis), zeros(shape), training=True))
+        assert text["schedule"].startswith("folded")
+        assert text["chunks"] == chunks
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", [{}, {"activation": "relu"}, {"renorm": True}], ids=str)
+def test_explain_is_what_runs(options, training):
     """The plan that explain() shows is the one that the call takes."""
-    layer, x = nbbn.BatchNormalization(axis=1), zeros((8, 3, 5, 4))
-    shown = nbbn.explain(layer, x, training=True)
-    layer(x, training=True)
+    layer, x = nbbn.BatchNormalization(axis=1, **options), zeros((8, 3, 5, 4))
+    shown = nbbn.explain(layer, x, training=training)
+    layer(x, training=training)
     assert list(layer._dispatcher._plans.values()) == [shown]
 
 
@@ -152,7 +195,8 @@ def test_explain_is_what_runs(monkeypatch):
 @pytest.mark.parametrize("training", [False, True])
 def test_explain_of_an_empty_input(shape, training):
     """Such a call is legal, so is the question."""
-    assert str(nbbn.explain(nbbn.BatchNormalization(), zeros(shape), training=training))
+    for options in ({}, {"virtual_batch_size": 2}):
+        assert str(nbbn.explain(nbbn.BatchNormalization(**options), zeros(shape), training=training))
 
 
 def test_explain_refuses_what_the_call_refuses():
@@ -165,12 +209,15 @@ def test_explain_refuses_what_the_call_refuses():
 # --- Force --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", ["planes", "rows"])
+@pytest.mark.parametrize("loops", ["planes", "rows"])
 @pytest.mark.parametrize("parallel", [False, True])
-def test_force(schedule, parallel, monkeypatch):
-    monkeypatch.setattr(dispatcher, "thread_limit", lambda: 2)
-    plan = plan_of(zeros((8, 3, 5, 4)), force=Force(schedule, parallel), axis=1)
-    assert (plan.schedule, plan.parallel) == (schedule, parallel)
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_force(loops, parallel, one_pass, monkeypatch):
+    """Rows have no tiles of whole statistics of one group: they stay two passes."""
+    monkeypatch.setattr(schedule, "thread_limit", lambda: 2)
+    plan = plan_of(zeros((8, 3, 5, 4)), "train", Force(loops, parallel, one_pass), axis=1)
+    found = plan.schedule
+    assert (found.loops, plan.parallel, found.one_pass) == (loops, parallel, one_pass and loops == "planes")
 
 
 def test_force_planes_where_there_are_none():
@@ -286,7 +333,7 @@ def test_out_may_have_dimensions_of_size_one_of_any_stride():
 
 def test_vjp_refuses_an_out_that_shares_memory_with_its_input():
     x, out = windows(0, 60)
-    with pytest.raises(ValueError, match=r"out must not share memory with inputs in vjp\(\)"):
+    with pytest.raises(ValueError, match=r"out must not share memory with inputs or residual in vjp\(\)"):
         nbbn.BatchNormalization().vjp(x, training=True, out=out)
 
 
@@ -337,7 +384,7 @@ def test_the_output_keeps_the_order_of_the_input():
 
 def test_hyper():
     options = Options(momentum=0.25, epsilon=0.5, renorm=True, renorm_momentum=0.75)
-    hyper = Dispatcher(options).hyper((4, 3), F32)
+    hyper = Dispatcher(options).hyper(2, F32)
     assert hyper.dtype == np.float64
     assert hyper[[channel.EPSILON, channel.MOMENTUM, channel.RENORM_MOMENTUM]].tolist() == [0.5, 0.25, 0.75]
     assert hyper[[channel.RMIN, channel.RMAX, channel.DMAX]].tolist() == [0, math.inf, math.inf]
@@ -347,9 +394,9 @@ def test_clip_values_are_read_at_each_step():
     now = {"rmax": 1.0, "rmin": 1.0, "dmax": 0.0}
     clipping = {k: (lambda k=k: now[k]) for k in now}
     run = Dispatcher(Options(renorm=True, renorm_clipping=clipping))
-    assert run.hyper((4, 3), F32)[[channel.RMIN, channel.RMAX, channel.DMAX]].tolist() == [1, 1, 0]
+    assert run.hyper(2, F32)[[channel.RMIN, channel.RMAX, channel.DMAX]].tolist() == [1, 1, 0]
     now.update(rmax=3.0, rmin=0.5, dmax=5.0)
-    assert run.hyper((4, 3), F32)[[channel.RMIN, channel.RMAX, channel.DMAX]].tolist() == [0.5, 3, 5]
+    assert run.hyper(2, F32)[[channel.RMIN, channel.RMAX, channel.DMAX]].tolist() == [0.5, 3, 5]
 
 
 def test_a_schedule_of_clip_values_changes_the_steps():
@@ -371,7 +418,7 @@ def test_a_schedule_of_clip_values_changes_the_steps():
 
 @pytest.mark.parametrize("value", [np.float32(2.5), np.array(2.5), np.int64(2), 2])
 def test_clip_values_of_other_number_types(value):
-    hyper = Dispatcher(Options(renorm=True, renorm_clipping={"rmax": value, "dmax": lambda: value})).hyper((4, 3), F32)
+    hyper = Dispatcher(Options(renorm=True, renorm_clipping={"rmax": value, "dmax": lambda: value})).hyper(2, F32)
     assert hyper[channel.RMAX] == hyper[channel.DMAX] == float(value)
 
 
@@ -398,7 +445,7 @@ BESSEL = [
 
 @pytest.mark.parametrize(("options", "shape", "dtype", "expected"), BESSEL)
 def test_bessel(options, shape, dtype, expected):
-    assert bool(Dispatcher(Options(**options)).hyper(shape, dtype)[channel.BESSEL]) == expected
+    assert bool(Dispatcher(Options(**options)).hyper(len(shape), dtype)[channel.BESSEL]) == expected
 
 
 NUMBERS = [0, 1, 0.5, np.float32(0.5), np.float64(0.5), np.array(0.5), np.int64(1)]

@@ -53,6 +53,8 @@ CONFIGS = {
     "fused": {"fused": True, "axis": 3},
     "not fused": {"fused": False},
     "bessel": {"bessel_correction": False},
+    "activation": {"activation": "relu"},
+    "no activation": {"activation": None},
     "dtype": {"dtype": "bfloat16"},
     "NumPy dtype": {"dtype": np.float64},
     "components": {
@@ -84,8 +86,8 @@ def test_config_round_trip_through_json(options):
 
 def test_config_keys():
     assert set(BatchNormalization().get_config()) == KERAS_KEYS
-    more = set(BatchNormalization(renorm=True, bessel_correction=False).get_config()) - KERAS_KEYS
-    assert more == {"renorm", "renorm_clipping", "renorm_momentum", "bessel_correction"}
+    more = set(BatchNormalization(renorm=True, bessel_correction=False, activation="relu").get_config()) - KERAS_KEYS
+    assert more == {"renorm", "renorm_clipping", "renorm_momentum", "bessel_correction", "activation"}
 
 
 @pytest.mark.parametrize("options", [{}, {"axis": [1, -1]}, {"renorm": True}, {"axis": -2}], ids=str)

@@ -73,6 +73,12 @@ CONSTRUCTION = [
     ({"dtype": "complex64"}, TypeError, ("dtype", "complex64", "float32")),
     ({"dtype": "float31"}, TypeError, ("dtype", "float31", "float32")),
     ({"adjustment": 2.0}, TypeError, ("adjustment", "2.0", "callable")),
+    # activation
+    ({"activation": "tanh"}, ValueError, ("activation", "'tanh'", "'relu'", "None")),
+    ({"activation": "RELU"}, ValueError, ("activation", "'RELU'", "'relu'", "None")),
+    ({"activation": True}, ValueError, ("activation", "True", "'relu'", "None")),
+    ({"activation": abs}, ValueError, ("activation", "abs", "'relu'", "None")),
+    ({"activation": ["relu"]}, ValueError, ("activation", "['relu']", "'relu'", "None")),
 ]
 
 
@@ -197,10 +203,22 @@ OUTS = [
     ([1.0], TypeError, ("out", "list", "array")),
 ]
 
+RESIDUALS = [
+    (ones((6, 4, 2, 1)), ValueError, ("residual", "(6, 4, 2, 1)", str(SHAPE))),
+    (ones((3,)), ValueError, ("residual", "(3,)", str(SHAPE))),
+    (1.0, ValueError, ("residual", "()", str(SHAPE))),
+    (ones(dtype=np.int32), TypeError, ("residual", "int32", "float32")),
+    (ones(dtype=bool), TypeError, ("residual", "bool", "float32")),
+    (ones(dtype=np.complex64), TypeError, ("residual", "complex64", "float32")),
+    ("zeros", TypeError, ("residual", "str", "float32")),
+    (np.ma.masked_array(ones()), TypeError, ("residual", "masked")),
+]
+
 CALLS = [
     *[({"inputs": x}, error, fragments) for x, error, fragments in INPUTS],
     *[({"mask": mask}, error, fragments) for mask, error, fragments in MASKS],
     *[({"out": out}, error, fragments) for out, error, fragments in OUTS],
+    *[({"residual": residual}, error, fragments) for residual, error, fragments in RESIDUALS],
 ]
 
 
@@ -255,6 +273,15 @@ def test_first_call_with_a_bad_mask(mask, error):
     layer = nbbn.BatchNormalization()
     with pytest.raises(error):
         layer(ones(), training=True, mask=mask)
+    assert not layer.built
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("residual", "error"), [(r, e) for r, e, _ in RESIDUALS], ids=range(len(RESIDUALS)))
+def test_first_call_with_a_bad_residual(residual, error, training):
+    layer = nbbn.BatchNormalization()
+    with pytest.raises(error):
+        layer(ones(), training=training, residual=residual)
     assert not layer.built
 
 

@@ -8,7 +8,6 @@ import pytest
 from numpy.lib.stride_tricks import as_strided
 
 from nbbn import layout
-from nbbn.kernels.cpu import elements
 
 SHAPES = [(6,), (4, 3), (4, 3, 2), (4, 3, 2, 5), (4, 3, 2, 5, 2)]
 # Sizes of 1 must not change which view exists, wherever they are.
@@ -217,73 +216,3 @@ def test_contiguous_strides_are_those_of_numpy(sizes):
     array = np.zeros([max(s, 1) for s in sizes], np.float32)
     assert all(f == s for f, s, n in zip(found, array.strides, sizes, strict=True) if n > 1 and 0 not in sizes)
     assert len(found) == len(sizes)
-
-
-# --- chunks ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(layout, "CHUNK_ELEMENTS", 8)
-    monkeypatch.setattr(layout, "MAX_CHUNKS", 5)
-    monkeypatch.setattr(layout, "TILE_CHANNELS", 4)
-
-
-VIEWS = [
-    (1, 1, 1, 1),
-    (1, 1, 100, 3),
-    (7, 3, 11, 1),
-    (30, 2, 1, 1),
-    (5, 2, 3, 9),
-    (1, 1, 2, 17),
-    (3, 1, 50, 5),
-    (1, 4, 1, 7),
-]
-
-
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("view", VIEWS, ids=str)
-def test_chunks_cover_everything_exactly_once(view):
-    """No two tasks share an element; each partial sum (chunk, k0, k1) belongs to one task, and none is left out."""
-    grid = layout.grid(view)
-    count, chunks = elements.tasks.py_func(view, grid)
-    covered, written = np.zeros(view, int), np.zeros((chunks, view[1], view[3]), int)
-    for task in range(count):
-        chunk, k0, r0, r0_end, r1, r1_end, k1, k1_end = elements.tile.py_func(task, view, grid)
-        assert r0 < r0_end
-        assert r1 < r1_end
-        assert k1 < k1_end
-        covered[r0:r0_end, k0, r1:r1_end, k1:k1_end] += 1
-        written[chunk, k0, k1:k1_end] += 1
-    assert (covered == 1).all()
-    assert (written == 1).all()
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_small_chunks_are_many():
-    """Or the test above would test little."""
-    assert max(elements.tasks.py_func(view, layout.grid(view))[1] for view in VIEWS) >= 5
-
-
-LARGE = [
-    (1, 1, 10**7, 3),
-    (64, 3, 10**5, 1),
-    (63, 1, 40_000, 1),
-    (127, 2, 30_000, 1),
-    (10**6, 2, 3, 1),
-    (9, 1, 9, 10**6),
-]
-
-
-def test_partial_sums_per_statistic_are_limited():
-    views = [*LARGE, *((n, 1, 40_000, 1) for n in range(1, 300))]
-    chunks = {view: elements.tasks.py_func(view, layout.grid(view))[1] for view in views}
-    worst = max(chunks, key=chunks.get)
-    assert chunks[worst] <= layout.MAX_CHUNKS, f"{chunks[worst]} chunks for {worst}"
-
-
-@pytest.mark.parametrize("view", LARGE, ids=str)
-def test_chunks_are_worth_a_task(view):
-    """A chunk of a large input has at least half of CHUNK_ELEMENTS, tiles of K1 taken together."""
-    r0, r1, _ = layout.grid(view)
-    assert r0 * r1 * view[3] >= layout.CHUNK_ELEMENTS / 2

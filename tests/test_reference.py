@@ -35,25 +35,30 @@ def numeric_gradient(function, value):
     return gradient
 
 
-def check_training_gradients(layer, x, dy, mask=None):
+def check_training_gradients(layer, x, dy, mask=None, residual=None):
     adjustment = layer.adjustment
     a, b = [np.ones(()), np.zeros(())] if adjustment is None else adjustment(x.shape)
     layer.adjustment = None if adjustment is None else lambda shape: (a, b)
-    step = layer.training(x, mask, update_statistics=False)
+    step = layer.training(x, mask, update_statistics=False, residual=residual)
     found = step.gradients(dy)
 
-    def loss():
-        return np.sum(layer.output(x, mask, step.r, step.d, a, b) * dy)
+    def output():
+        return layer.output(x, mask, step.r, step.d, a, b, 0.0 if residual is None else residual)
 
-    np.testing.assert_allclose(
-        layer.output(x, mask, step.r, step.d, a, b), step.y, rtol=1e-13, atol=1e-13
-    )  # two roundings apart
+    def loss():
+        return np.sum(output() * dy)
+
+    np.testing.assert_allclose(output(), step.y, rtol=1e-13, atol=1e-13)  # two roundings apart
     for name, value, gradient in [
         ("inputs", x, found.inputs),
         ("gamma", layer.gamma, found.gamma),
         ("beta", layer.beta, found.beta),
     ]:
         np.testing.assert_allclose(gradient, numeric_gradient(loss, value), TOLERANCE, TOLERANCE, err_msg=name)
+    if residual is None:
+        assert found.residual is None
+    else:
+        np.testing.assert_allclose(found.residual, numeric_gradient(loss, residual), TOLERANCE, TOLERANCE)
     if adjustment is None:
         assert found.adjustment is None
     else:
@@ -114,6 +119,57 @@ def test_gradients_mask(options, weighted, full_rank):
     mask = rng.random(shape if full_rank else plain) < 0.7
     mask = mask * rng.uniform(0.5, 2.0, mask.shape) if weighted else mask
     check_training_gradients(*make(shape, **options), mask=mask)
+
+
+PAIR = np.full((4, 1, 1), 1.25), np.array([0.5, -0.25, 0.0])
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"axis": 1},
+        {"axis": [1, 2]},
+        {"renorm": True},
+        {"virtual_batch_size": 2},
+        {"adjustment": lambda shape: PAIR},
+    ],
+    ids=str,
+)
+def test_gradients_residual_and_activation(options, with_residual, activation):
+    layer, x, dy = make((4, 2, 3), activation=activation, **options)
+    layer.beta -= 1.0
+    residual = np.random.default_rng(1).normal(size=x.shape) if with_residual else None
+    step = layer.training(x, update_statistics=False, residual=residual)
+    if activation is not None:
+        assert np.abs(step.z).min() > 100 * STEP, "no element may cross 0, where there is no derivative"
+        assert 0 < step.gate.sum() < step.gate.size
+    check_training_gradients(layer, x, dy, residual=residual)
+
+
+def test_gradients_inference_with_residual_and_activation():
+    layer, x, dy = make((4, 3, 2), axis=1, activation="relu")
+    residual = np.random.default_rng(1).normal(-1.0, 1.0, x.shape)
+    step = layer(x, residual=residual)
+    assert np.abs(step.z).min() > 100 * STEP
+    assert 0 < step.gate.sum() < step.gate.size
+    found = step.gradients(dy)
+
+    def loss():
+        return np.sum(layer(x, residual=residual).y * dy)
+
+    for value, gradient in [(x, found.inputs), (layer.gamma, found.gamma), (residual, found.residual)]:
+        np.testing.assert_allclose(gradient, numeric_gradient(loss, value), TOLERANCE, TOLERANCE)
+
+
+def test_activation_worked_by_hand():
+    layer = Reference(epsilon=0.0, activation="relu").build((4, 1))
+    step = layer(np.array([[-2.0], [0.0], [3.0], [np.nan]]), residual=np.array([[1.0], [-0.0], [-1.0], [1.0]]))
+    np.testing.assert_array_equal(step.y, [[0], [0], [2], [np.nan]])
+    np.testing.assert_array_equal(np.signbit(step.y[:2]), [[False], [False]])
+    np.testing.assert_array_equal(step.gradients(np.full((4, 1), 5.0)).residual, [[0], [0], [5], [5]])
 
 
 def test_gradients_inference():

@@ -72,8 +72,24 @@ VALUES = [
     (rules.normalize, (5.0, 3.0, 0.5, 7.0), 8.0),
     (rules.normalize, (NAN, 3.0, 0.5, 7.0), NAN),
     (rules.adjust, (6.0, 0.5, 3.0, 2.0, 7.0), 16.0),
-    (rules.input_gradient, (8.0, 5.0, 3.0, 0.5, 1.0, 0.25, 2.0), 2.5),
-    (rules.input_gradient, (8.0, 5.0, 3.0, 0.5, 1.0, 0.25, 0.0), 4.0),
+    # x_hat * gamma = 6, as in adjust(), plus a residual of 0.25
+    (rules.output, (15.0, 3.0, 0.5, 0.0, 0.5, 3.0, 2.0, 7.0, 0.25), 16.25),
+    (rules.output, (NAN, 3.0, 0.5, 0.0, 0.5, 3.0, 2.0, 7.0, 0.25), NAN),
+    (rules.relu, (2.5,), 2.5),
+    (rules.relu, (-2.5,), 0.0),
+    (rules.relu, (INF,), INF),
+    (rules.relu, (-INF,), 0.0),
+    (rules.relu, (NAN,), NAN),
+    (rules.relu_gradient, (3.0, 2.5), 3.0),
+    (rules.relu_gradient, (3.0, -2.5), 0.0),
+    (rules.relu_gradient, (3.0, 0.0), 0.0),
+    (rules.relu_gradient, (NAN, -1.0), 0.0),
+    (rules.relu_gradient, (INF, 0.0), 0.0),
+    (rules.relu_gradient, (NAN, 1.0), NAN),
+    (rules.relu_gradient, (3.0, NAN), 3.0),
+    (rules.input_gradient, (8.0, 5.0, 3.0, 0.5, 1.0, 0.25, 1.0, 2.0), 2.5),
+    (rules.input_gradient, (8.0, 5.0, 3.0, 0.5, 1.0, 0.25, 1.0, 0.0), 4.0),
+    (rules.input_gradient, (4.0, 5.0, 3.0, 0.5, 1.0, 0.25, 2.0, 2.0), 2.5),
 ]
 
 
@@ -205,10 +221,29 @@ def test_gradient_rules_are_the_formula(r):
     x_hat, g = (x - mean) / sigma, dy * gamma * r
     sums = dy.sum(), (dy * (x - mean)).sum()
     bias, slope = rules.input_gradient_terms(50.0, *sums, 1 / sigma)
-    dx = [rules.input_gradient(*pair, mean, gamma * r / sigma, bias, slope, 1.0) for pair in zip(dy, x, strict=True)]
+    dx = [
+        rules.input_gradient(*pair, mean, gamma * r / sigma, bias, slope, None, None)
+        for pair in zip(dy, x, strict=True)
+    ]
     np.testing.assert_allclose(dx, (g - g.mean() - x_hat * (g * x_hat).mean()) / sigma, rtol=1e-12, atol=1e-14)
     found = rules.gamma_gradient(*sums, 1 / sigma, r, d)
     np.testing.assert_allclose(found, (dy * (x_hat * r + d)).sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0, -5e-324, -1.0])
+def test_relu_gives_a_zero_without_a_sign(zero):
+    assert math.copysign(1.0, rules.relu(zero)) == 1.0
+    assert math.copysign(1.0, rules.relu_gradient(-1.0, zero)) == 1.0
+
+
+def test_what_is_none_is_left_out():
+    """As adding zeros and multiplying by ones, but without the cost."""
+    assert rules.output(15.0, 3.0, 0.5, 0.25, None, None, None, None, None) == 6.25
+    assert rules.output(15.0, 3.0, 0.5, 0.25, None, None, None, None, 2.0) == 8.25
+    assert rules.output(15.0, 3.0, 0.5, 0.0, 0.5, 3.0, 2.0, 7.0, None) == 16.0
+    assert rules.input_gradient(8.0, 5.0, 3.0, 0.5, 1.0, 0.25, None, None) == 3.25
+    assert rules.input_gradient(8.0, 5.0, 3.0, 0.5, 1.0, 0.25, 2.0, None) == 7.25
+    assert rules.input_gradient(8.0, 5.0, 3.0, 0.5, 1.0, 0.25, None, 2.0) == 2.5
 
 
 def test_adjust_is_the_formula():

@@ -5,14 +5,14 @@ import os
 import pickle
 import textwrap
 import threading
-from functools import lru_cache
+from importlib import metadata
 
 import numba
 import pytest
 from processes import check, run
 
 from nbbn import runtime
-from nbbn.runtime import threads
+from nbbn.runtime import threadpool, threads
 
 # --- import ----------------------------------------------------------------------------------------
 
@@ -110,6 +110,83 @@ def test_cgroup(tmp_path, contents, expected):
     assert threads._cgroup_cpus(tmp_path) == expected
 
 
+# --- which pool --------------------------------------------------------------------------------------------
+
+# What Numba would take without nbbn.
+FOUND = "import numba; numba.get_num_threads(); print(numba.threading_layer())"
+
+
+def has_tbb():
+    try:
+        return metadata.version("tbb") != ""
+    except metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not has_tbb(), reason="the wheel tbb is not installed (extra: tbb)")
+class TestTbb:
+    """Processes of their own, in which NUMBA_THREADING_LAYER is not set unless the test does."""
+
+    @pytest.mark.parametrize("setting", [None, "default", "tbb", "threadsafe", "forksafe", "safe"])
+    def test_the_wheel_is_used(self, setting):
+        code = "import numba; from nbbn.runtime import start_pool; print(start_pool(), numba.threading_layer())"
+        assert check(code, NUMBA_THREADING_LAYER=setting) == "tbb tbb\n"
+
+    @pytest.mark.parametrize("setting", ["omp", "workqueue"])
+    def test_a_chosen_layer_stays(self, setting):
+        done = run("from nbbn.runtime import start_pool; print(start_pool())", NUMBA_THREADING_LAYER=setting)
+        assert done.stdout in (f"{setting}\n", "None\n")
+
+    def test_an_order_that_prefers_another_layer_stays(self):
+        code = "from nbbn.runtime import start_pool; print(start_pool())"
+        order = "workqueue omp tbb"
+        assert check(code, NUMBA_THREADING_LAYER_PRIORITY=order, NUMBA_THREADING_LAYER=None) == "workqueue\n"
+
+    def test_a_pool_that_runs_stays(self):
+        found = check(FOUND)
+        assert check(f"{FOUND}; import nbbn; from nbbn.runtime import start_pool; print(start_pool())") == found * 2
+
+    def test_an_import_leaves_the_choice_to_numba(self):
+        assert check(f"import nbbn; {FOUND}") == check(FOUND)
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            "nbbn.BatchNormalization()(np.ones((1024, 1024), np.float32))",
+            "runtime.compile_kernel(lambda x: None, 'nothing', numba.void(numba.float64[:]), parallel=True)",
+        ],
+    )
+    def test_whatever_starts_the_pool_offers_tbb(self, call):
+        if runtime.thread_limit() < 2:
+            pytest.skip("this machine, or NBBN_NUM_THREADS, allows one thread only")
+        code = f"import numba, numpy as np, nbbn; from nbbn import runtime; {call}; print(numba.threading_layer())"
+        assert check(code, NUMBA_NUM_THREADS="2") == "tbb\n"
+
+    def test_a_damaged_library_is_passed_over(self):
+        """As if the wheel had a file that cannot be loaded."""
+        code = """
+from importlib import metadata
+class File:
+    name = {name!r}
+    def locate(self): return "/nowhere/" + self.name
+from nbbn.runtime import threadpool
+metadata.files = lambda name: [File()]
+print(threadpool.start_pool())
+"""
+        assert check(code.format(name=threadpool._TBB)) == check(FOUND)
+
+
+def test_without_the_wheel():
+    code = """
+from importlib import metadata
+def files(name): raise metadata.PackageNotFoundError(name)
+metadata.files = files
+from nbbn.runtime import start_pool
+print(start_pool())
+"""
+    assert check(code) == check(FOUND)
+
+
 # --- who may use the pool -----------------------------------------------------------------------------
 
 
@@ -151,6 +228,45 @@ def test_an_exception_gives_the_pool_back():
     with pytest.raises(KeyError), runtime.parallel_region():
         raise KeyError
     assert is_granted()
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_runs_that_take_too_long_are_followed_by_serial_ones(monkeypatch):
+    """Durations are set, not measured: nothing here depends on the machine."""
+    now = 100.0
+    monkeypatch.setattr(threads, "perf_counter", lambda: now)
+    monkeypatch.setattr(threads, "_serial_until", 0.0)
+    monkeypatch.setattr(threads, "_lost", 0.0)
+
+    def granted(seconds=0.0, elements=1000):
+        nonlocal now
+        with runtime.parallel_region(elements) as granted:
+            now += seconds
+        return granted
+
+    assert granted(10, None)  # compiles
+    assert granted(10, 10**10)  # 1 ns per element
+    assert granted(0.4)
+    assert granted()  # not yet worth the twin
+    assert granted(0.2)
+    assert not granted()
+    assert not granted(1)
+    assert granted(0, None)
+    now += 1
+    assert granted()
+    assert granted(0.0009)
+    assert granted(0.004)
+    assert not granted()
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_signal_handler_inside_a_region_gets_the_serial_twin_and_can_fork():
+    with runtime.parallel_region():
+        threads._before_fork()
+        assert not is_granted()
+        threads._after_fork_in_parent()
+        assert not in_thread(is_granted)
+    assert in_thread(is_granted)
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -199,8 +315,9 @@ def test_state_lock_excludes():
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda lock: pickle.loads(pickle.dumps(lock))])
 def test_state_lock_is_duplicated_open(duplicate):
     lock = runtime.StateLock()
-    with lock, duplicate(lock) as nothing:
-        assert nothing is None
+    with lock:
+        assert in_thread(duplicate(lock).acquire)
+        assert not in_thread(lambda: lock.acquire(blocking=False))
 
 
 def test_state_lock_is_released_by_an_exception():
@@ -211,143 +328,16 @@ def test_state_lock_is_released_by_an_exception():
         pass
 
 
-# --- threads and forks, each in a process of its own -----------------------------------------------------------
-
-LAYERS = ["omp", "workqueue", "tbb"]
-
-# Large enough for several threads; `work` checks every result against the first.
-COMMON = """
-import os, sys, signal, threading
-import numba, numpy as np, nbbn
-x = np.random.default_rng(0).normal(size=(2048, 128)).astype(np.float32)
-layer = nbbn.BatchNormalization()
-assert nbbn.explain(layer, x, training=True).parallel
-expected = layer(x, training=True, update_statistics=False)
-def work(times=20):
-    for _ in range(times):
-        y = layer(x, training=True, update_statistics=False)
-        if not np.array_equal(y, expected):
-            print("wrong result"); os._exit(3)
-def in_child(function):
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)  # a child that hangs is killed
-        try:
-            function()
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), flush=True)
-            os._exit(4)
-    status = os.waitpid(child, 0)[1]
-    if status:
-        print("child ended with", os.waitstatus_to_exitcode(status)); os._exit(5)
-def in_threads(function, count=8):
-    failures = []
-    def guarded():
-        try: function()
-        except BaseException as error: failures.append(repr(error))
-    threads = [threading.Thread(target=guarded) for _ in range(count)]
-    for t in threads: t.start()
-    for t in threads: t.join()
-    if failures: print(failures); os._exit(6)
-"""
-
-SCENARIOS = {
-    "8 threads": "in_threads(work)",
-    "fork after a parallel kernel": "work(); in_child(work); work(); in_child(work)",
-    "fork of a fork": "work(); in_child(lambda: (work(2), in_child(work), work(2)))",
-    "threads in a child": "work(); in_child(lambda: in_threads(work))",
-    "training in a child": """
-layer(x, training=True)
-def train():
-    before = layer.moving_mean.copy()
-    in_threads(lambda: layer(x, training=True), 4)
-    assert not np.array_equal(before, layer.moving_mean)
-in_child(train)
-""",
-    "fork while threads run kernels": """
-stop = threading.Event()
-def busy():
-    while not stop.is_set():
-        layer(x, training=True); work(1)
-threads = [threading.Thread(target=busy) for _ in range(2)]
-for t in threads: t.start()
-for _ in range(20):
-    in_child(lambda: (layer(x, training=True), work(2)))
-stop.set()
-for t in threads: t.join()
-work()
-""",
-    "multiprocessing": """
-import multiprocessing
-work()
-with multiprocessing.get_context("fork").Pool(2) as pool:
-    pool.map_async(work, [2] * 4).get(60)
-""",
-    "foreign kernel in another thread": """
-@numba.njit(parallel=True)
-def foreign(values):
-    total = 0.0
-    for i in numba.prange(values.size):
-        total += values.flat[i]
-    return total
-foreign(x)
-lonely = threading.Thread(target=lambda: [foreign(x) for _ in range(200)], name="lonely")
-lonely.start()
-work(100)
-lonely.join()
-""",
-}
-FORKING = [name for name, code in SCENARIOS.items() if "child" in code or "fork" in code]
-
-
-@lru_cache
-def obstacle(layer):
-    """Why Numba cannot use a threading layer here, or None."""
-    if runtime.thread_limit() < 2:
-        return "this machine, or NBBN_NUM_THREADS, allows one thread only"
-    done = run("import numba; numba.get_num_threads()", NUMBA_THREADING_LAYER=layer)
-    return None if done.returncode == 0 else f"Numba finds no threading layer {layer}"
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_scenario(layer, scenario):
-    if scenario in FORKING and not hasattr(os, "fork"):
-        pytest.skip("there is no fork on this system")
-    if scenario == "foreign kernel in another thread" and layer != "workqueue":
-        pytest.skip("only workqueue aborts when two threads enter it")
-    if obstacle(layer):
-        pytest.skip(obstacle(layer))
-    code = f"{COMMON}\n{SCENARIOS[scenario]}\nprint('done', numba.threading_layer())"
-    printed = check(code, NUMBA_THREADING_LAYER=layer, timeout=120)
-    assert printed == f"done {layer}\n"
-
-
-COMPILING = """
-thread = threading.Thread(target=lambda: layer(x.astype(np.float64)))
-thread.start()
-in_child(lambda: layer(x))
-thread.join()
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
-def test_fork_while_another_thread_compiles():
-    """The child needs the compiler's lock too: nothing is cached."""
-    common = COMMON.partition("assert")[0] + "".join(COMMON.partition("def in_child")[1:])
-    printed = check(f"{common}\n{COMPILING}\nprint('done')", NBBN_CACHE_DIR="", NBBN_NUM_THREADS="1", timeout=120)
-    assert printed == "done\n"
-
+# --- locks and forks, each in a process of its own; test_harmless.py has what users do -------------------------------
 
 IMPORTS = """
 import sys
 import numpy as np, nbbn
-from nbbn.runtime import threads
+from nbbn.runtime import threadpool, threads
 from numba.core.compiler_lock import global_compiler_lock
 class Watch:
     def find_spec(name, path=None, target=None):
-        if not (global_compiler_lock.is_locked() or threads._pool.locked()):
+        if not (global_compiler_lock.is_locked() or threads._is_in_region()):
             print(name)
 sys.meta_path.insert(0, Watch)
 layer = nbbn.BatchNormalization()
@@ -376,8 +366,6 @@ held.wait()
 child = os.fork()
 if child == 0:
     signal.alarm(10)
-    getpid = os.getpid
-    os.getpid = lambda: (time.sleep(0.01), getpid())[1]  # threads change places here
     inside, errors = [], []
     def work():
         try:
@@ -388,7 +376,7 @@ if child == 0:
         except BaseException as error:
             errors.append(repr(error))
     threads = [threading.Thread(target=work) for _ in range(4)]
-    for t in threads: t.start(); time.sleep(0.005)
+    for t in threads: t.start()
     for t in threads: t.join()
     print(errors, flush=True)
     os._exit(0)

@@ -11,6 +11,8 @@ import os
 import pickle
 import sys
 import tempfile
+import time
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +23,8 @@ import numba
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
+
+from nbbn.runtime.threadpool import start_pool
 
 
 def _hash_sources() -> str | None:
@@ -51,11 +55,22 @@ def cache_folder() -> Path | None:
     try:
         folder = Path(named) if named else _user_cache() / "nbbn"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = folder.stat()
+        if _is_private(folder.stat()) and os.access(folder, os.W_OK):
+            return folder
     except (OSError, RuntimeError):  # RuntimeError: there is no home folder
-        return None
-    private = not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
-    return folder if private and os.access(folder, os.W_OK) else None
+        pass
+    if named:
+        warnings.warn(
+            f"NBBN_CACHE_DIR={named!r} is not a folder that this user alone can write to: "
+            "every process compiles its kernels anew",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return None
+
+
+def _is_private(status: os.stat_result) -> bool:
+    return not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
 
 
 def _user_cache() -> Path:
@@ -87,6 +102,7 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
             content = path.read_bytes()
             if content[:64] != _seal(key, content[64:]):
                 return None
+            os.utime(path)  # _prune() deletes what nobody has used
             return CompileResult._rebuild(target_context, *pickle.loads(content[64:]))
         except Exception:  # a damaged file, or one that this Numba cannot read, only costs a compilation
             return None
@@ -98,13 +114,15 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
         path, key = entry
         payload = dumps(data._reduce())
         # A full or vanished disk costs a compilation next time. Readers see the old file or the new one, never a part.
-        with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        new_file = tempfile.NamedTemporaryFile
+        with contextlib.suppress(OSError), new_file(dir=path.parent, suffix=".kernel", delete=False) as file:
             try:
                 file.write(_seal(key, payload) + payload)
                 file.close()
                 os.replace(file.name, path)
             except OSError:
                 os.unlink(file.name)
+        _prune(path.parent)
 
     def _entry(self, sig: Any, codegen: Any) -> tuple[Path, str] | None:
         folder = cache_folder()
@@ -132,8 +150,22 @@ def _seal(key: str, payload: bytes) -> bytes:
     return hashlib.sha256(key.encode() + payload).hexdigest().encode()
 
 
+@lru_cache
+def _prune(folder: Path) -> None:
+    """Delete, once in a process, what other versions have left behind: kernels that nobody has loaded for 90 days.
+
+    A process that wanted to load such a file at this very moment compiles.
+    """
+    for path in folder.glob("*.kernel"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 90 * 86400:
+                path.unlink()
+
+
 def compile_kernel(function: Callable[..., Any], name: str, signature: Any, parallel: bool) -> Callable[..., Any]:
     """`function` compiled for exactly `signature`, or taken from the cache. `name` tells it from every other kernel."""
+    if parallel:
+        start_pool()  # or Numba does, without a look for TBB
     function.__qualname__ = name  # part of the symbol's name: two cached kernels must never share one
     dispatcher = numba.njit(nogil=True, error_model="numpy", parallel=parallel)(function)
     dispatcher._cache = KernelCache(name)

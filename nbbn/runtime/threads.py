@@ -1,28 +1,32 @@
 """When a kernel may use Numba's thread pool.
 
 Numba's pools abort or hang when two threads enter them at once (workqueue) or when a forked child uses its parent's
-(omp).
-So every kernel has a serial twin that gives the same bits, and one lock decides: whoever gets it without waiting runs
-in parallel, everybody else runs the twin at once.
+(omp). So every kernel has a serial twin that gives the same bits, and one lock decides: whoever gets it without
+waiting runs in parallel, everybody else runs the twin at once.
 """
 
+import _thread
 import math
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from time import perf_counter
 
 import numba
 from numba.core.compiler_lock import global_compiler_lock
 from numba.np.ufunc import parallel as numba_pool
 
-_pool = threading.Lock()
-_owner: int | None = None
+from nbbn.runtime.threadpool import leave_pool, start_pool
+
+_pool = threading.RLock()
+_is_in_region = _pool._is_owned  # type: ignore[attr-defined]  # what threading.Condition uses, too
 _inherited_pool = False
-_generation = 0  # how many forks lie between this process and the first
-_renewal = threading.Lock()
+_lost = 0.0  # seconds that parallel runs took too long
+_serial_until = 0.0  # of perf_counter()
 
 
 @lru_cache(maxsize=1)
@@ -58,88 +62,106 @@ def _cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 @contextmanager
-def parallel_region() -> Iterator[bool]:
-    """Yields whether the kernel may run in parallel now; the pool is this caller's until the block ends."""
-    global _owner
-    if thread_limit() == 1 or _inherited_pool or not _pool.acquire(blocking=False):
+def parallel_region(elements: int | None = None) -> Iterator[bool]:
+    """Yields whether the kernel may run in parallel now; if so, the pool is this caller's until the block ends.
+
+    Args:
+        elements: how many the block goes over, compiling nothing. It then takes part in what _note_run() decides.
+    """
+    busy = elements is not None and perf_counter() < _serial_until
+    if busy or thread_limit() == 1 or _inherited_pool or _is_in_region():
         yield False
         return
-    _owner = threading.get_ident()
+    # A KeyboardInterrupt can follow any call, also that of acquire(): so it stands inside, and release() comes first.
     try:
-        if not _pool_is_safe():
+        if _pool.acquire(blocking=False) and _pool_is_safe():
+            before, start = _limit_thread_count(), perf_counter()
+            try:
+                yield True
+                if elements is not None:
+                    _note_run(perf_counter() - start, elements)
+            finally:
+                if before is not None:
+                    numba.set_num_threads(before)
+                leave_pool()
+        else:
             yield False
-            return
-        with _thread_count(thread_limit()):
-            yield True
     finally:
-        _owner = None
-        _pool.release()
+        try:  # noqa: SIM105  # suppress() would be a call before the release
+            _pool.release()
+        except RuntimeError:  # it was another thread's
+            pass
+
+
+def _note_run(seconds: float, elements: int) -> None:
+    """Run serially for a while after a parallel run that other processes have held up.
+
+    A thread that finds no free core lets all others wait, libgomp's 4 to 40 ms, for a share that takes 0.05 ms. The
+    twin may have to be compiled, so this begins when as much time has been lost as that takes.
+    """
+    global _lost, _serial_until
+    late = seconds - (1e-3 + 4e-9 * elements)  # a slow core needs less than 2 ns for an element
+    if late > 0:
+        _lost += late
+        if _lost > 0.5:
+            _serial_until = perf_counter() + 0.05
+
+
+def _limit_thread_count() -> int | None:
+    """Keep this thread's kernels to the limit. Returns the number of threads to be restored, None if it is the same."""
+    limit = thread_limit()
+    if limit >= numba.config.NUMBA_NUM_THREADS:
+        return None
+    before: int = numba.get_num_threads()
+    if before <= limit:
+        return None
+    numba.set_num_threads(limit)
+    return before
 
 
 def _pool_is_safe() -> bool:
-    try:
-        numba.get_num_threads()  # starts the pool, whose kind is not known before
-    except ValueError:  # no threading layer can be loaded
-        return False
+    layer = start_pool()
     # A foreign kernel in another thread would make workqueue abort the process.
-    return numba.threading_layer() != "workqueue" or threading.active_count() == 1
+    return layer is not None and (layer != "workqueue" or threading.active_count() == 1)
 
 
-@contextmanager
-def _thread_count(limit: int) -> Iterator[None]:
-    previous = numba.get_num_threads()
-    if previous <= limit:
-        yield
-        return
-    numba.set_num_threads(limit)
-    try:
-        yield
-    finally:
-        numba.set_num_threads(previous)
-
-
-class StateLock:
+class StateLock(_thread.RLock):  # type: ignore[misc]  # typeshed calls it final; CPython does not
     """A lock that a forked child finds open.
 
     For data that is replaced whole by one assignment: what the child inherits is consistent, and the thread that held
-    the lock does not exist there. Pickles and copies as a new lock.
+    the lock does not exist there. `with` takes and releases it in C, where no KeyboardInterrupt can come between.
+    Pickles and copies as a new lock.
     """
 
     def __init__(self) -> None:
-        self._lock, self._generation = threading.Lock(), _generation
-
-    def __enter__(self) -> None:
-        if self._generation != _generation:
-            with _renewal:  # the child's threads must agree on one new lock
-                if self._generation != _generation:
-                    self._lock, self._generation = threading.Lock(), _generation
-        self._lock.acquire()
-
-    def __exit__(self, *exc: object) -> None:
-        self._lock.release()
+        _state_locks.add(self)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return StateLock, ()
 
 
+_state_locks: weakref.WeakSet[StateLock] = weakref.WeakSet()
+
+
+# A kernel in another thread, or the compiler, would leave a child with a pool or a lock that nobody ever releases.
+# Both locks are reentrant: a signal handler that forks may have interrupted this very thread inside a region.
+
+
 def _before_fork() -> None:
-    # A signal handler that forks may interrupt this very thread inside a region: it must not wait for itself.
-    if _owner != threading.get_ident():
-        _pool.acquire()
+    _pool.acquire()
     global_compiler_lock.acquire()
 
 
 def _after_fork_in_parent() -> None:
     global_compiler_lock.release()
-    if _owner != threading.get_ident():
-        _pool.release()
+    _pool.release()
 
 
 def _after_fork_in_child() -> None:
-    global _inherited_pool, _generation, _renewal
+    global _inherited_pool
     _inherited_pool = _inherited_pool or numba_pool._is_initialized
-    _generation += 1
-    _renewal = threading.Lock()
+    for lock in _state_locks:
+        lock._at_fork_reinit()  # type: ignore[attr-defined]  # what the standard library does, too
     _after_fork_in_parent()
 
 

@@ -2,6 +2,8 @@
 
 import numba
 
+from nbbn.runtime.linking import LinkedCompiler
+
 # Sums may be reordered and contracted; NaN, infinity and zeros' order are left as IEEE has them. Functions without
 # sums get no fast math.
 SUMS = {"reassoc", "contract", "arcp", "nsz"}
@@ -9,34 +11,47 @@ SUMS = {"reassoc", "contract", "arcp", "nsz"}
 # They are only called from other kernels: without wrappers for Python a step compiles in half the time.
 INTERNAL = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
-element = numba.njit(**INTERNAL)
-summing = numba.njit(**INTERNAL, fastmath=SUMS)
+element = numba.njit(
+    **INTERNAL, pipeline_class=LinkedCompiler, fastmath=False
+)  # stated, or a function takes that of whichever caller comes first
+summing = numba.njit(**INTERNAL, pipeline_class=LinkedCompiler, fastmath=SUMS)
+
+# What a step is told about its loops, all int64: how many elements of R0, R1 and K1 one task covers; how results are
+# written (memory.py); which statistic a column of K1 belongs to: (column // RUN) % PERIOD, of those of its k0.
+R0_STEP, R1_STEP, K1_STEP, STORE, RUN, PERIOD = range(6)
+GRID_SIZE = 6
 
 
 @element
-def tasks(extent, grid):
-    """The number of tasks, and of chunks per statistic: chunks cut R0 x R1, tiles cut K1."""
+def chunks_and_tiles(extent, grid):
+    """Chunks cut R0 x R1: partial sums of one statistic. Tiles cut K0 x K1: statistics."""
     r0, k0, r1, k1 = extent
-    chunks = -(-r0 // grid[0]) * -(-r1 // grid[1])
-    return chunks * k0 * -(-k1 // grid[2]), chunks
+    return -(-r0 // grid[R0_STEP]) * -(-r1 // grid[R1_STEP]), k0 * -(-k1 // grid[K1_STEP])
 
 
 @element
-def tile(task, extent, grid):
-    """What one task covers: chunk, k0, and the bounds of r0, r1 and k1. Consecutive tasks are close in memory."""
-    r0, k0, r1, k1 = extent
-    tiles, columns = -(-k1 // grid[2]), -(-r1 // grid[1])
-    rest, tile_index = divmod(task, tiles)
+def chunk_and_tile(task, extent, grid):
+    """Of the task-th task in the order of memory."""
+    tiles, columns = -(-extent[3] // grid[K1_STEP]), -(-extent[2] // grid[R1_STEP])
+    rest, tile = divmod(task, tiles)
     rest, column = divmod(rest, columns)
-    row, kept = divmod(rest, k0)
-    r0_begin, r1_begin, k1_begin = row * grid[0], column * grid[1], tile_index * grid[2]
+    row, k0 = divmod(rest, extent[1])
+    return row * columns + column, k0 * tiles + tile
+
+
+@element
+def bounds_of(chunk, tile, extent, grid):
+    """What one task covers: chunk, k0, and the bounds of r0, r1 and k1."""
+    row, column = divmod(chunk, -(-extent[2] // grid[R1_STEP]))
+    k0, k1_tile = divmod(tile, -(-extent[3] // grid[K1_STEP]))
+    r0_begin, r1_begin, k1_begin = row * grid[R0_STEP], column * grid[R1_STEP], k1_tile * grid[K1_STEP]
     return (
-        row * columns + column,
-        kept,
+        chunk,
+        k0,
         r0_begin,
-        min(r0, r0_begin + grid[0]),
+        min(extent[0], r0_begin + grid[R0_STEP]),
         r1_begin,
-        min(r1, r1_begin + grid[1]),
+        min(extent[2], r1_begin + grid[R1_STEP]),
         k1_begin,
-        min(k1, k1_begin + grid[2]),
+        min(extent[3], k1_begin + grid[K1_STEP]),
     )

@@ -1,137 +1,312 @@
-"""Loops for contiguous runs across statistics: arrays are [R0, K0, R1, K1], statistics flat, at k0 * K1 + k1.
+"""Loops for contiguous runs across statistics: arrays are [R0, K0, R1, W], a row is one x[r0, k0, r1].
 
-The same functions as in planes.py, with a vector of accumulators in place of a scalar one. One row at a time: the
-compiler vectorizes that, and an unrolled block of rows needs more alias checks than it saves.
+The same functions as in planes.py, with vectors of accumulators in place of scalar ones. A column of W is a statistic
+of its own, or several belong to one (columns.py): short planes lie side by side in a row, and of few channels several
+periods do, so that the loops are long.
+
+Sums take four rows at a time, which halves the time that the accumulators cost. The four are a quarter of the chunk
+apart: each is a long sequence for the processor's prefetcher, which four neighbours disturb (14 instead of 33 GB/s).
 """
+
+from types import SimpleNamespace
 
 import numpy as np
 
 from nbbn import rules
-from nbbn.kernels.cpu.elements import element, summing
-from nbbn.kernels.cpu.scalars import convert, load
+from nbbn.kernels.cpu.columns import FOLDED, PLAIN
+from nbbn.kernels.cpu.elements import RUN, STORE, element, summing
+from nbbn.kernels.cpu.epilogue import gradient, output
+from nbbn.kernels.cpu.memory import DIRECT, STREAMED, expect, fence, local, run, write
+from nbbn.kernels.cpu.scalars import load, store
 
 
 @element
 def extent(x):
-    return x.shape
+    """R1 counts all rows of a k0: r0 * R1 + r1."""
+    return 1, x.shape[1], x.shape[0] * x.shape[2], x.shape[3]
 
 
 @element
-def shifts(x, weights, shift):
-    """Write each statistic's first value that counts, in float64; 0 where none does."""
-    r0_size, k0_size, r1_size, k1_size = x.shape
-    for k0 in range(k0_size):
-        for k1 in range(k1_size):
-            shift[k0 * k1_size + k1] = 0.0 if weights is not None else load(x[0, k0, 0, k1])
+def place(x, r, k0):
+    return r // x.shape[2], k0, r % x.shape[2]
+
+
+@summing
+def moment_terms(v, w, i, origin):
+    """What one element adds to the sum, the squares and the count."""
+    centered = np.float64(load(v, i)) - origin
+    if w is None:
+        return centered, centered * centered, 1.0
+    weight = np.float64(load(w, i))
+    centered = centered if weight > 0 else 0.0  # what does not count may be NaN
+    return weight * centered, weight * centered * centered, weight
+
+
+@summing
+def gradient_terms(g, v, rv, av, bv, i, mean, scale, shift, gamma, beta, relu, exact_mean):
+    """What one element adds to the four sums of gradient_sums()."""
+    xi, ai, bi = load(v, i), load(av, i), load(bv, i)
+    gi = np.float64(gradient(load(g, i), xi, mean, scale, shift, ai, bi, gamma, beta, load(rv, i), relu))
+    if av is None:
+        return gi, gi * (np.float64(xi) - exact_mean), 0.0, 0.0
+    return gi * ai, gi * ai * (np.float64(xi) - exact_mean), gi, gi * bi
+
+
+def loops(columns: SimpleNamespace) -> SimpleNamespace:
+    """The functions for one way of the columns."""
+    statistics, expand, fold = columns.statistics, columns.expand, columns.fold
+
+    @element
+    def shifts(x, weights, bounds, grid, shift):
+        """Write each statistic's first value that counts, in float64; 0 where none does."""
+        first, last = statistics(bounds, grid)
+        k0, begin, end = bounds[1], bounds[6], bounds[7]
+        if weights is None:
+            v = run(x, (0, k0, 0), begin, end)
+            for s in range(first, last):
+                shift[s] = load(v, (s - first) * grid[RUN])
+        else:  # a column is a statistic where there are weights
+            missing = np.ones(last - first, np.bool_)
+            shift[first:last] = 0.0
+            for r in range(x.shape[0] * x.shape[2]):
+                v, w = run(x, place(x, r, k0), begin, end), run(weights, place(x, r, k0), begin, end)
+                for i in range(end - begin):
+                    if missing[i] and load(w, i) > 0:
+                        shift[first + i] = load(v, i)
+                        missing[i] = False
+
+    @summing
+    def moments(x, weights, shift, bounds, grid, partial):
+        """Write sum (x - shift), sum (x - shift)^2 and, with weights, their count."""
+        chunk, k0, _, _, r_begin, r_end, begin, end = bounds
+        origin, total, squares, count = local(shift), local(shift), local(shift), local(shift)
+        expand(shift, bounds, grid, origin)
+        for i in range(end - begin):
+            total[i] = 0.0
+            squares[i] = 0.0
+            if weights is not None:
+                count[i] = 0.0
+        step = (r_end - r_begin) // 4
+        for r in range(r_begin, r_begin + step):
+            p0, p1 = place(x, r, k0), place(x, r + step, k0)
+            p2, p3 = place(x, r + 2 * step, k0), place(x, r + 3 * step, k0)
+            v0, v1, v2, v3 = (
+                run(x, p0, begin, end),
+                run(x, p1, begin, end),
+                run(x, p2, begin, end),
+                run(x, p3, begin, end),
+            )
+            w0, w1 = run(weights, p0, begin, end), run(weights, p1, begin, end)
+            w2, w3 = run(weights, p2, begin, end), run(weights, p3, begin, end)
+            for i in range(end - begin):
+                t0, q0, n0 = moment_terms(v0, w0, i, load(origin, i))
+                t1, q1, n1 = moment_terms(v1, w1, i, load(origin, i))
+                t2, q2, n2 = moment_terms(v2, w2, i, load(origin, i))
+                t3, q3, n3 = moment_terms(v3, w3, i, load(origin, i))
+                store(total, i, load(total, i) + ((t0 + t1) + (t2 + t3)))
+                store(squares, i, load(squares, i) + ((q0 + q1) + (q2 + q3)))
+                if weights is not None:
+                    store(count, i, load(count, i) + ((n0 + n1) + (n2 + n3)))
+        for r in range(r_begin + 4 * step, r_end):
+            v0, w0 = run(x, place(x, r, k0), begin, end), run(weights, place(x, r, k0), begin, end)
+            for i in range(end - begin):
+                t0, q0, n0 = moment_terms(v0, w0, i, load(origin, i))
+                store(total, i, load(total, i) + t0)
+                store(squares, i, load(squares, i) + q0)
+                if weights is not None:
+                    store(count, i, load(count, i) + n0)
+        fold(total, bounds, grid, partial[chunk, 0])
+        fold(squares, bounds, grid, partial[chunk, 1])
         if weights is not None:
-            missing = np.ones(k1_size, np.bool_)
-            for r0 in range(r0_size):
-                for r1 in range(r1_size):
-                    for k1 in range(k1_size):
-                        if missing[k1] and weights[r0, k0, r1, k1] > 0:
-                            shift[k0 * k1_size + k1] = load(x[r0, k0, r1, k1])
-                            missing[k1] = False
+            fold(count, bounds, grid, partial[chunk, 2])
+
+    @element
+    def normalize(x, residual, a, b, coefficients, relu, bounds, grid, y):
+        """Write y = (x - mean) * scale + shift, and what is asked for of: adjusted by a and b, plus residual, relu."""
+        _, k0, _, _, r_begin, r_end, begin, end = bounds
+        mode, block, block2 = grid[STORE], local(y), local(y)
+        mean, scale, shift = local(coefficients), local(coefficients), local(coefficients)
+        gamma, beta = local(coefficients), local(coefficients)
+        expand(coefficients[0], bounds, grid, mean)
+        expand(coefficients[1], bounds, grid, scale)
+        expand(coefficients[2], bounds, grid, shift)
+        if a is not None:
+            expand(coefficients[3], bounds, grid, gamma)
+            expand(coefficients[4], bounds, grid, beta)
+        # Two rows at a time, half the chunk apart, save loads of the coefficients. With operands there would be more
+        # arrays than the compiler checks for overlaps.
+        step = (r_end - r_begin) // 2 if residual is None and a is None else 0
+        for r in range(r_begin, r_begin + step):
+            p, p2 = place(x, r, k0), place(x, r + step, k0)
+            v, v2, out, out2 = (
+                run(x, p, begin, end),
+                run(x, p2, begin, end),
+                run(y, p, begin, end),
+                run(y, p2, begin, end),
+            )
+            expect(out, mode)
+            expect(out2, mode)
+            target, target2 = (out, out2) if mode == DIRECT else (block, block2)
+            for i in range(end - begin):
+                m, s, h = load(mean, i), load(scale, i), load(shift, i)
+                store(target, i, output(load(v, i), m, s, h, None, None, None, None, None, relu))
+                store(target2, i, output(load(v2, i), m, s, h, None, None, None, None, None, relu))
+            write(block, out, mode)
+            write(block2, out2, mode)
+        for r in range(r_begin + 2 * step, r_end):
+            p = place(x, r, k0)
+            v, rv, av, bv = (
+                run(x, p, begin, end),
+                run(residual, p, begin, end),
+                run(a, p, begin, end),
+                run(b, p, begin, end),
+            )
+            out = run(y, p, begin, end)
+            expect(out, mode)
+            target = out if mode == DIRECT else block
+            for i in range(end - begin):
+                m, s, h, g, t = load(mean, i), load(scale, i), load(shift, i), load(gamma, i), load(beta, i)
+                store(target, i, output(load(v, i), m, s, h, load(av, i), load(bv, i), g, t, load(rv, i), relu))
+            write(block, out, mode)
+        if mode == STREAMED:
+            fence()
+
+    @summing
+    def gradient_sums(dy, x, residual, a, b, saved_mean, forward, relu, bounds, grid, partial):
+        """Write sum dy * a and sum dy * a * (x - mean); with a and b also sum dy and sum dy * b.
+
+        dy counts as far as the activation lets it through; forward: the coefficients of normalize().
+        """
+        chunk, k0, _, _, r_begin, r_end, begin, end = bounds
+        exact_mean = local(saved_mean)
+        mean, scale, shift = local(forward), local(forward), local(forward)
+        gamma, beta = local(forward), local(forward)
+        expand(saved_mean, bounds, grid, exact_mean)
+        if relu is not None:
+            expand(forward[0], bounds, grid, mean)
+            expand(forward[1], bounds, grid, scale)
+            expand(forward[2], bounds, grid, shift)
+            if a is not None:
+                expand(forward[3], bounds, grid, gamma)
+                expand(forward[4], bounds, grid, beta)
+        total, centered, plain, offset = local(saved_mean), local(saved_mean), local(saved_mean), local(saved_mean)
+        for i in range(end - begin):
+            total[i] = 0.0
+            centered[i] = 0.0
+            if a is not None:
+                plain[i] = 0.0
+                offset[i] = 0.0
+        step = (r_end - r_begin) // 2
+        for r in range(r_begin, r_begin + step):
+            p, p2 = place(x, r, k0), place(x, r + step, k0)
+            g, g2, v, v2 = (
+                run(dy, p, begin, end),
+                run(dy, p2, begin, end),
+                run(x, p, begin, end),
+                run(x, p2, begin, end),
+            )
+            rv, rv2, av, av2 = (
+                run(residual, p, begin, end),
+                run(residual, p2, begin, end),
+                run(a, p, begin, end),
+                run(a, p2, begin, end),
+            )
+            bv, bv2 = run(b, p, begin, end), run(b, p2, begin, end)
+            for i in range(end - begin):
+                m, s, h, gm, bt, em = (
+                    load(mean, i),
+                    load(scale, i),
+                    load(shift, i),
+                    load(gamma, i),
+                    load(beta, i),
+                    load(exact_mean, i),
+                )
+                t, c, q, o = gradient_terms(g, v, rv, av, bv, i, m, s, h, gm, bt, relu, em)
+                t2, c2, q2, o2 = gradient_terms(g2, v2, rv2, av2, bv2, i, m, s, h, gm, bt, relu, em)
+                store(total, i, load(total, i) + (t + t2))
+                store(centered, i, load(centered, i) + (c + c2))
+                if a is not None:
+                    store(plain, i, load(plain, i) + (q + q2))
+                    store(offset, i, load(offset, i) + (o + o2))
+        for r in range(r_begin + 2 * step, r_end):
+            p = place(x, r, k0)
+            g, v, rv = run(dy, p, begin, end), run(x, p, begin, end), run(residual, p, begin, end)
+            av, bv = run(a, p, begin, end), run(b, p, begin, end)
+            for i in range(end - begin):
+                m, s, h, gm, bt, em = (
+                    load(mean, i),
+                    load(scale, i),
+                    load(shift, i),
+                    load(gamma, i),
+                    load(beta, i),
+                    load(exact_mean, i),
+                )
+                t, c, q, o = gradient_terms(g, v, rv, av, bv, i, m, s, h, gm, bt, relu, em)
+                store(total, i, load(total, i) + t)
+                store(centered, i, load(centered, i) + c)
+                if a is not None:
+                    store(plain, i, load(plain, i) + q)
+                    store(offset, i, load(offset, i) + o)
+        fold(total, bounds, grid, partial[chunk, 0])
+        fold(centered, bounds, grid, partial[chunk, 1])
+        if a is not None:
+            fold(plain, bounds, grid, partial[chunk, 2])
+            fold(offset, bounds, grid, partial[chunk, 3])
+
+    @element
+    def input_gradient(dy, x, residual, weights, a, b, forward, relu, coefficients, bounds, grid, dx, dresidual):
+        """Write dx = scale * (dy * a - w * (bias + (x - mean) * slope)); a and w are 1 where they are not given.
+
+        dy counts as far as the activation lets it through, and that is dresidual, if it is asked for.
+        """
+        _, k0, _, _, r_begin, r_end, begin, end = bounds
+        mode, block, second_block = grid[STORE], local(dx), local(dx)
+        mean, scale = local(coefficients), local(coefficients)
+        bias, slope = local(coefficients), local(coefficients)
+        expand(coefficients[0], bounds, grid, mean)
+        expand(coefficients[1], bounds, grid, scale)
+        expand(coefficients[2], bounds, grid, bias)
+        expand(coefficients[3], bounds, grid, slope)
+        fmean, fscale, fshift = local(forward), local(forward), local(forward)
+        gamma, beta = local(forward), local(forward)
+        if relu is not None:
+            expand(forward[0], bounds, grid, fmean)
+            expand(forward[1], bounds, grid, fscale)
+            expand(forward[2], bounds, grid, fshift)
+            if a is not None:
+                expand(forward[3], bounds, grid, gamma)
+                expand(forward[4], bounds, grid, beta)
+        for r in range(r_begin, r_end):
+            p = place(x, r, k0)
+            v, g, out = run(x, p, begin, end), run(dy, p, begin, end), run(dx, p, begin, end)
+            rv, wv, av, bv = (
+                run(residual, p, begin, end),
+                run(weights, p, begin, end),
+                run(a, p, begin, end),
+                run(b, p, begin, end),
+            )
+            second_out = run(dresidual, p, begin, end)
+            expect(out, mode)
+            target = out if mode == DIRECT else block
+            if dresidual is not None:
+                expect(second_out, mode)
+                second = second_out if mode == DIRECT else second_block
+            for i in range(end - begin):
+                xi, ai, bi, ri = load(v, i), load(av, i), load(bv, i), load(rv, i)
+                m, s, h, gm, bt = load(fmean, i), load(fscale, i), load(fshift, i), load(gamma, i), load(beta, i)
+                gi = gradient(load(g, i), xi, m, s, h, ai, bi, gm, bt, ri, relu)
+                if dresidual is not None:
+                    store(second, i, gi)
+                m, s, h, e = load(mean, i), load(scale, i), load(bias, i), load(slope, i)
+                store(target, i, rules.input_gradient(gi, xi, m, s, h, e, ai, load(wv, i)))
+            write(block, out, mode)
+            if dresidual is not None:
+                write(second_block, second_out, mode)
+        if mode == STREAMED:
+            fence()
+
+    functions = (shifts, moments, normalize, gradient_sums, input_gradient)
+    return SimpleNamespace(extent=extent, statistics=statistics, **{f.py_func.__name__: f for f in functions})
 
 
-@summing
-def moments(x, weights, shift, bounds, partial):
-    """Write sum (x - shift), sum (x - shift)^2 and, with weights, their count."""
-    chunk, k0, r0_begin, r0_end, r1_begin, r1_end, k1_begin, k1_end = bounds
-    begin, end = k0 * x.shape[3] + k1_begin, k0 * x.shape[3] + k1_end
-    origin = shift[begin:end]
-    total, squares = partial[chunk, 0, begin:end], partial[chunk, 1, begin:end]
-    for i in range(origin.size):
-        total[i] = 0.0
-        squares[i] = 0.0
-    if weights is not None:
-        count = partial[chunk, 2, begin:end]
-        for i in range(origin.size):
-            count[i] = 0.0
-    for r0 in range(r0_begin, r0_end):
-        for r1 in range(r1_begin, r1_end):
-            v = x[r0, k0, r1, k1_begin:k1_end]
-            if weights is None:
-                for i in range(v.size):
-                    centered = np.float64(load(v[i])) - origin[i]
-                    total[i] += centered
-                    squares[i] += centered * centered
-            else:
-                w = weights[r0, k0, r1, k1_begin:k1_end]
-                for i in range(v.size):
-                    # What does not count may be NaN.
-                    centered = np.float64(load(v[i])) - origin[i] if w[i] > 0 else 0.0
-                    count[i] += w[i]
-                    total[i] += w[i] * centered
-                    squares[i] += w[i] * centered * centered
-
-
-@element
-def normalize(x, a, b, coefficients, bounds, y):
-    """Write y = (x - mean) * scale + shift, adjusted by a and b where they are given."""
-    _, k0, r0_begin, r0_end, r1_begin, r1_end, k1_begin, k1_end = bounds
-    begin, end = k0 * x.shape[3] + k1_begin, k0 * x.shape[3] + k1_end
-    mean, scale = coefficients[0, begin:end], coefficients[1, begin:end]
-    shift = coefficients[2, begin:end]
-    for r0 in range(r0_begin, r0_end):
-        for r1 in range(r1_begin, r1_end):
-            v, out = x[r0, k0, r1, k1_begin:k1_end], y[r0, k0, r1, k1_begin:k1_end]
-            if a is None:
-                for i in range(v.size):
-                    out[i] = convert(rules.normalize(load(v[i]), mean[i], scale[i], shift[i]), out)
-            else:
-                gamma, beta = coefficients[3, begin:end], coefficients[4, begin:end]
-                av, bv = a[r0, k0, r1, k1_begin:k1_end], b[r0, k0, r1, k1_begin:k1_end]
-                for i in range(v.size):
-                    value = rules.normalize(load(v[i]), mean[i], scale[i], shift[i])
-                    out[i] = convert(rules.adjust(value, av[i], bv[i], gamma[i], beta[i]), out)
-
-
-@summing
-def gradient_sums(dy, x, a, b, saved_mean, bounds, partial):
-    """Write sum dy * a and sum dy * a * (x - mean); with a and b also sum dy and sum dy * b."""
-    chunk, k0, r0_begin, r0_end, r1_begin, r1_end, k1_begin, k1_end = bounds
-    begin, end = k0 * x.shape[3] + k1_begin, k0 * x.shape[3] + k1_end
-    mean = saved_mean[begin:end]
-    total, centered = partial[chunk, 0, begin:end], partial[chunk, 1, begin:end]
-    for i in range(mean.size):
-        total[i] = 0.0
-        centered[i] = 0.0
-    if a is not None:
-        plain, offset = partial[chunk, 2, begin:end], partial[chunk, 3, begin:end]
-        for i in range(mean.size):
-            plain[i] = 0.0
-            offset[i] = 0.0
-    for r0 in range(r0_begin, r0_end):
-        for r1 in range(r1_begin, r1_end):
-            v, g = x[r0, k0, r1, k1_begin:k1_end], dy[r0, k0, r1, k1_begin:k1_end]
-            if a is None:
-                for i in range(v.size):
-                    gi = np.float64(load(g[i]))
-                    total[i] += gi
-                    centered[i] += gi * (np.float64(load(v[i])) - mean[i])
-            else:
-                av, bv = a[r0, k0, r1, k1_begin:k1_end], b[r0, k0, r1, k1_begin:k1_end]
-                for i in range(v.size):
-                    gi = np.float64(load(g[i]))
-                    total[i] += gi * av[i]
-                    centered[i] += gi * av[i] * (np.float64(load(v[i])) - mean[i])
-                    plain[i] += gi
-                    offset[i] += gi * bv[i]
-
-
-@element
-def input_gradient(dy, x, weights, a, coefficients, bounds, dx):
-    """Write dx = scale * (dy * a - w * (bias + (x - mean) * slope)); a and w are 1 where they are not given."""
-    _, k0, r0_begin, r0_end, r1_begin, r1_end, k1_begin, k1_end = bounds
-    begin, end = k0 * x.shape[3] + k1_begin, k0 * x.shape[3] + k1_end
-    mean, scale = coefficients[0, begin:end], coefficients[1, begin:end]
-    bias, slope = coefficients[2, begin:end], coefficients[3, begin:end]
-    one = type(coefficients[0, 0])(1)
-    for r0 in range(r0_begin, r0_end):
-        for r1 in range(r1_begin, r1_end):
-            v, g = x[r0, k0, r1, k1_begin:k1_end], dy[r0, k0, r1, k1_begin:k1_end]
-            out = dx[r0, k0, r1, k1_begin:k1_end]
-            for i in range(v.size):
-                gi = load(g[i]) if a is None else load(g[i]) * a[r0, k0, r1, k1_begin + i]
-                wi = one if weights is None else weights[r0, k0, r1, k1_begin + i]
-                out[i] = convert(rules.input_gradient(gi, load(v[i]), mean[i], scale[i], bias[i], slope[i], wi), out)
+PLAIN_ROWS, FOLDED_ROWS = loops(PLAIN), loops(FOLDED)

@@ -1,7 +1,7 @@
 """Reading and writing one element of any supported dtype inside a kernel.
 
 Numba cannot type 16-bit floats on the CPU: arrays of uint16 carry float16 and arrays of int16 carry bfloat16
-(nbbn.dtypes.storage). Elements are float32 or float64 between load() and convert().
+(nbbn.dtypes.carrier). Elements are float32 or float64 between load() and store().
 """
 
 import platform
@@ -9,7 +9,7 @@ import platform
 import llvmlite.binding
 from llvmlite import ir
 from numba import types
-from numba.core import config
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 F32, I16, I32, HALF = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.HalfType()
@@ -30,29 +30,37 @@ HALF_INSTRUCTIONS = _has_half_instructions()
 
 
 @intrinsic
-def load(typingctx, value):
-    """The element as a float that arithmetic can use."""
-    if value == types.uint16:
-        return _conversion(types.float32, value, _half_to_float if HALF_INSTRUCTIONS else _bits_half_to_float)
-    if value == types.int16:
-        return _conversion(types.float32, value, _bfloat_to_float)
-    return _conversion(value, value, _same)
+def load(typingctx, array, i):
+    """The i-th element of a one-dimensional array as a float that arithmetic can use; None of None. 0 <= i."""
+    if isinstance(array, types.NoneType):
+        return array(array, i), lambda context, builder, signature, args: args[0]
+    result, convert = _LOADS.get(array.dtype, (array.dtype, _same))
+
+    def emit(context, builder, signature, args):
+        return convert(builder, builder.load(_place(context, builder, array, args[0], args[1])))
+
+    return result(array, i), emit
 
 
 @intrinsic
-def convert(typingctx, value, array):
-    """`value` as an element of `array`, rounded to nearest even."""
-    if array.dtype == types.uint16:
-        emit = _float_to_half if HALF_INSTRUCTIONS else _bits_float_to_half
-        return _conversion(array.dtype, types.float32, emit, array)
-    if array.dtype == types.int16:
-        return _conversion(array.dtype, types.float32, _float_to_bfloat, array)
-    return _conversion(array.dtype, array.dtype, _same, array)
+def store(typingctx, array, i, value):
+    """Write the i-th element of a one-dimensional array, rounded to nearest even. 0 <= i."""
+    argument, convert = _STORES.get(array.dtype, (array.dtype, _same))
+
+    def emit(context, builder, signature, args):
+        builder.store(convert(builder, args[2]), _place(context, builder, array, args[0], args[1]))
+        return context.get_dummy_value()
+
+    return types.void(array, i, argument), emit
 
 
-def _conversion(result, argument, emit, *others):
-    """What an intrinsic returns: its signature, and `emit(builder, value)` for the instructions."""
-    return result(argument, *others), lambda context, builder, signature, args: emit(builder, args[0])
+def _place(context, builder, array, value, i):
+    """Where the i-th element lies."""
+    view = context.make_array(array)(context, builder, value)
+    if array.layout == "C":
+        return builder.gep(view.data, [i])
+    stride = cgutils.unpack_tuple(builder, view.strides, 1)[0]
+    return cgutils.pointer_add(builder, view.data, builder.mul(i, stride), return_type=view.data.type)
 
 
 def _same(builder, value):
@@ -114,3 +122,13 @@ def _bits_float_to_half(builder, value):
     is_nan = builder.icmp_unsigned(">", magnitude, I32(0x7F800000))
     result = builder.select(is_nan, I32(0x7E00), result)
     return builder.trunc(builder.or_(sign, result), I16)
+
+
+_LOADS = {
+    types.uint16: (types.float32, _half_to_float if HALF_INSTRUCTIONS else _bits_half_to_float),
+    types.int16: (types.float32, _bfloat_to_float),
+}
+_STORES = {
+    types.uint16: (types.float32, _float_to_half if HALF_INSTRUCTIONS else _bits_float_to_half),
+    types.int16: (types.float32, _float_to_bfloat),
+}

@@ -8,7 +8,7 @@ from typing import Any
 
 from nbbn.kernels.cpu import channel
 from nbbn.layers import BatchNormalization as BatchNormalizationV2
-from nbbn.layers import Residuals
+from nbbn.pullback import Record
 from nbbn.runtime import StateLock
 from nbbn.variables import PARTS, Array
 
@@ -75,17 +75,22 @@ class BatchNormalization(BatchNormalizationV2):
         return {**self.__dict__, "_updates": []}
 
     def _hyper(self, x: Array) -> Array:
-        hyper = super()._hyper(x)
-        channel.keep_batch(hyper)
-        return hyper
+        return channel.keep_batch(super()._hyper(x))
 
     def _forward(
-        self, inputs: Any, training: bool | None, mask: Any, update: bool, out: Array | None
-    ) -> tuple[Array, Residuals]:
-        y, residuals = super()._forward(inputs, training, mask, False, out)
-        if residuals.new_state is not None and update and self.trainable and y.size:
-            self._record(inputs, residuals.new_state, residuals.counted())
-        return y, residuals
+        self,
+        inputs: Any,
+        training: bool | None,
+        mask: Any,
+        update: bool,
+        out: Array | None,
+        residual: Any,
+        keep: bool = False,
+    ) -> tuple[Array, Record]:
+        y, record = super()._forward(inputs, training, mask, False, out, residual, keep)
+        if record.new_state is not None and update and self.trainable and y.size:
+            self._record(inputs, record.new_state, record.counted())
+        return y, record
 
     def _record(self, inputs: Any, batch: Array, counted: Array) -> None:
         variables = self._built_variables("recording an update")

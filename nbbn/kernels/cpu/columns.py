@@ -1,0 +1,67 @@
+"""Which statistics the columns of a row belong to: the plain way, and that of rows in which several periods lie.
+
+Each namespace has the same functions, over the columns of a task: statistics(), expand() and fold().
+"""
+
+from types import SimpleNamespace
+
+from nbbn.kernels.cpu.elements import PERIOD, RUN, element, summing
+
+
+@element
+def _plain_statistics(bounds, grid):
+    """The first statistic that a task covers, and the one after the last."""
+    first = bounds[1] * grid[PERIOD]
+    return first + bounds[6], first + bounds[7]
+
+
+@element
+def _copy(values, bounds, grid, columns):
+    """Write every column's value of one per statistic."""
+    first, last = _plain_statistics(bounds, grid)
+    for i in range(last - first):
+        columns[i] = values[first + i]
+
+
+@element
+def _copy_back(columns, bounds, grid, sums):
+    """Write every statistic's sum of its columns."""
+    first, last = _plain_statistics(bounds, grid)
+    for i in range(last - first):
+        sums[first + i] = columns[i]
+
+
+@element
+def _folded_statistics(bounds, grid):
+    """Column j belongs to statistic k0 * PERIOD + (j // RUN) % PERIOD; a task has whole runs and, unless it is less
+    than one, whole periods."""
+    first = bounds[1] * grid[PERIOD]
+    return first + bounds[6] // grid[RUN], first + min(grid[PERIOD], bounds[7] // grid[RUN])
+
+
+@element
+def _expand(values, bounds, grid, columns):
+    first, last = _folded_statistics(bounds, grid)
+    length = grid[RUN]
+    for period in range(0, bounds[7] - bounds[6], (last - first) * length):
+        for s in range(first, last):
+            begin, value = period + (s - first) * length, values[s]
+            for i in range(begin, begin + length):
+                columns[i] = value
+
+
+@summing
+def _fold(columns, bounds, grid, sums):
+    first, last = _folded_statistics(bounds, grid)
+    length = grid[RUN]
+    for s in range(first, last):
+        total = 0.0
+        for period in range(0, bounds[7] - bounds[6], (last - first) * length):
+            begin = period + (s - first) * length
+            for i in range(begin, begin + length):
+                total += columns[i]
+        sums[s] = total
+
+
+PLAIN = SimpleNamespace(statistics=_plain_statistics, expand=_copy, fold=_copy_back)
+FOLDED = SimpleNamespace(statistics=_folded_statistics, expand=_expand, fold=_fold)

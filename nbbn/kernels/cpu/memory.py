@@ -1,0 +1,171 @@
+"""Memory that belongs to one task, and stores that bypass the caches.
+
+An array on the stack cannot overlap with anything else, which the compiler knows: loops that write one are vectorized
+without the run-time checks that several arrays of the heap would need.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
+
+from nbbn.kernels.cpu.elements import element
+from nbbn.kernels.cpu.scalars import load, store
+
+BLOCK = 1024  # elements of a local array: a few of them fit into a core's L1
+LINE = 64  # bytes
+
+# How a result reaches the memory of its array.
+DIRECT, BUFFERED, STREAMED = range(3)
+
+_I64 = ir.IntType(64)
+_VECTOR = ir.VectorType(ir.IntType(8), LINE)
+
+
+@intrinsic
+def local(typingctx, like):
+    """An array of BLOCK elements on the stack, not initialized, with the dtype of the array or of the NumPy dtype
+    `like`. It lives as long as the function that made it."""
+    result = types.Array(like.dtype, 1, "C")
+
+    def emit(context, builder, signature, args):
+        stored = context.get_data_type(result.dtype)
+        memory = cgutils.alloca_once(builder, ir.ArrayType(stored, BLOCK))
+        memory.align = LINE
+        array = context.make_array(result)(context, builder)
+        size = ir.Constant(_I64, context.get_abi_sizeof(stored))
+        populate_array(
+            array,
+            data=builder.bitcast(memory, array.data.type),
+            shape=[ir.Constant(_I64, BLOCK)],
+            strides=[size],
+            itemsize=size,
+            meminfo=None,
+        )
+        return array._getvalue()
+
+    return result(like), emit
+
+
+@intrinsic
+def run(typingctx, array, place, begin, end):
+    """array[(*place, slice(begin, end))], one-dimensional; None of None.
+
+    Without a reference to the memory, whose count threads would take turns at changing, and without the code for
+    negative indices.
+    """
+    if isinstance(array, types.NoneType):
+        return array(array, place, begin, end), lambda context, builder, signature, args: args[0]
+    result = array.copy(ndim=1)
+
+    def emit(context, builder, signature, args):
+        source = context.make_array(array)(context, builder, args[0])
+        strides = cgutils.unpack_tuple(builder, source.strides, array.ndim)
+        indices = [*cgutils.unpack_tuple(builder, args[1], array.ndim - 1), args[2]]
+        offset = _I64(0)
+        for index, stride in zip(indices, strides, strict=True):
+            offset = builder.add(offset, builder.mul(index, stride))
+        view = context.make_array(result)(context, builder)
+        populate_array(
+            view,
+            data=cgutils.pointer_add(builder, source.data, offset, return_type=view.data.type),
+            shape=[builder.sub(args[3], args[2])],
+            strides=[strides[-1]],
+            itemsize=source.itemsize,
+            meminfo=None,
+        )
+        return view._getvalue()
+
+    return result(array, place, begin, end), emit
+
+
+@intrinsic
+def _address(typingctx, array):
+    def emit(context, builder, signature, args):
+        return builder.ptrtoint(context.make_array(array)(context, builder, args[0]).data, _I64)
+
+    return types.int64(array), emit
+
+
+@intrinsic
+def _stream_line(typingctx, target, source, byte):
+    """Copy LINE bytes, past the caches; the place in `target` is aligned to LINE."""
+
+    def emit(context, builder, signature, args):
+        places = []
+        for array, value in zip((target, source), args[:2], strict=True):
+            start = builder.bitcast(context.make_array(array)(context, builder, value).data, ir.IntType(8).as_pointer())
+            places.append(builder.bitcast(builder.gep(start, [args[2]]), _VECTOR.as_pointer()))
+        line = builder.load(places[1])
+        line.align = 1
+        store = builder.store(line, places[0])
+        store.align = LINE
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.void(target, source, types.int64), emit
+
+
+@intrinsic
+def _prefetch(typingctx, array, index):
+    """Have the line of an element ready for writing. The element need not exist."""
+
+    def emit(context, builder, signature, args):
+        place = builder.gep(context.make_array(array)(context, builder, args[0]).data, [args[1]])
+        pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32]), "llvm.prefetch.p0i8"
+        )
+        builder.call(function, [builder.bitcast(place, pointer), i32(1), i32(3), i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), emit
+
+
+@element
+def expect(target, mode):
+    """Before the elements of write(target, mode) are computed: of what is streamed, the lines at both ends are written
+    in part, through the caches. Waiting for them then would halve the speed."""
+    if mode == STREAMED:
+        _prefetch(target, 0)
+        _prefetch(target, target.size - 1)
+
+
+@intrinsic
+def fence(typingctx):
+    """What was streamed before is seen by every thread that this one gives a signal to."""
+
+    def emit(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+@element
+def write(source, target, mode):
+    """Copy a local array's beginning to `target`, which is contiguous where it is STREAMED; what is DIRECT is there."""
+    n, head, tail = target.size, 0, 0
+    if mode == DIRECT:
+        return
+    if mode == STREAMED:
+        size = target.itemsize
+        head = min(n, -_address(target) % LINE // size)
+        tail = head + (n - head) * size // LINE * LINE // size
+        for byte in range(head * size, tail * size, LINE):
+            _stream_line(target, source, byte)
+    for i in range(head):
+        store(target, i, load(source, i))
+    for i in range(tail, n):
+        store(target, i, load(source, i))
+
+
+@element
+def copy_block(source, target, mode):
+    """Copy at most BLOCK elements as the kernels write their results: the fastest that a kernel can be."""
+    buffer = local(source)
+    for i in range(source.size):
+        buffer[i] = source[i]
+    write(buffer, target, mode)
+    fence()

@@ -1,0 +1,87 @@
+"""Numba's thread pool: which threading layer it has, and what a thread that has used it leaves behind.
+
+Numba takes the first layer of tbb, omp, workqueue that it can load. The pip wheel `tbb` puts its library into
+<prefix>/lib, where neither the dynamic linker nor Numba looks; once that very file is loaded, Numba finds it by name.
+"""
+
+import contextlib
+import ctypes
+import re
+import sys
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import metadata
+
+import numba
+from numba.core.compiler_lock import global_compiler_lock
+from numba.np.ufunc import parallel as numba_pool
+
+# The names by which Numba asks for the library.
+_TBB = {"win32": "tbb12.dll", "darwin": "libtbb.12.dylib"}.get(sys.platform, "libtbb.so.12")
+_ADMITS_TBB = ("default", "tbb", "safe", "threadsafe", "forksafe")  # settings of NUMBA_THREADING_LAYER
+
+_starter = threading.main_thread().ident  # who has started the pool, unless nbbn learns better
+
+
+def start_pool() -> str | None:
+    """The name of the threading layer, started if need be: tbb, omp or workqueue; None if none can be loaded.
+
+    The pool is the process's, whoever starts it: a choice made by NUMBA_THREADING_LAYER, numba.config or an earlier
+    kernel stays.
+    """
+    global _starter
+    if not numba_pool._is_initialized:
+        with global_compiler_lock:  # which a fork waits for
+            if not numba_pool._is_initialized:
+                _starter = threading.get_ident()
+                _offer_tbb()
+            try:
+                numba.get_num_threads()
+            except ValueError:
+                return None
+    return str(numba.threading_layer())
+
+
+def _offer_tbb() -> None:
+    layer, first = str(numba.config.THREADING_LAYER).lower(), numba.config.THREADING_LAYER_PRIORITY[0]
+    if layer not in _ADMITS_TBB or (layer == "default" and first != "tbb"):
+        return
+    with contextlib.suppress(metadata.PackageNotFoundError, OSError):  # Numba then takes the next layer
+        for file in metadata.files("tbb") or ():
+            if re.fullmatch(re.escape(_TBB), file.name, re.IGNORECASE):
+                ctypes.CDLL(str(file.locate()))
+
+
+def leave_pool() -> None:
+    """To be called by a thread after its parallel kernel: it gives up what TBB keeps for it.
+
+    Before a fork Numba stops TBB, which fails as long as any thread but the pool's starter has TBB's data; it would
+    say so on stdout, and the child might hang.
+    """
+    if numba_pool._threading_layer == "tbb" and threading.get_ident() != _starter:
+        _detach_from_tbb()()
+
+
+@lru_cache(maxsize=1)
+def _detach_from_tbb() -> Callable[[], None]:
+    """tbb::finalize() of a new task_scheduler_handle. TBB runs on, for Numba's own handle, but without this thread.
+
+    Costs 3 us. The names are those that the C++ headers of oneTBB refer to.
+    """
+    try:
+        library = ctypes.CDLL(_TBB)
+        attach = library["_ZN3tbb6detail2r13getERNS0_2d121task_scheduler_handleE"]
+        finalize = library["_ZN3tbb6detail2r18finalizeERNS0_2d121task_scheduler_handleEl"]
+    except (OSError, AttributeError):  # Windows has other names, and no fork
+        return lambda: None
+    attach.restype, finalize.restype = None, ctypes.c_bool
+    attach.argtypes, finalize.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_ssize_t]
+    without_exceptions = 1
+
+    def detach() -> None:
+        handle = ctypes.c_void_p()
+        attach(ctypes.byref(handle))
+        finalize(ctypes.byref(handle), without_exceptions)
+
+    return detach

@@ -1,0 +1,142 @@
+"""How a step runs on a canonical view: the one place where sizes decide.
+
+Every number here is measured (docs/performance.md). What decides the order of a sum, which is the view, the run and
+the chunks, depends on shape and strides alone; what only decides who computes it when depends on the machine, too.
+"""
+
+import math
+from dataclasses import dataclass
+
+from nbbn.kernels.cpu.elements import K1_STEP, PERIOD, R0_STEP, R1_STEP
+from nbbn.kernels.cpu.memory import BLOCK, BUFFERED, DIRECT, STREAMED
+from nbbn.layout import Sizes
+from nbbn.runtime import last_level_cache, thread_limit
+
+# Elements of a chunk, at least: they hide a parallel task's cost. Tasks of a step, at most: enough for many cores, few
+# enough that adding up the partial sums stays cheap.
+CHUNK_ELEMENTS = 1 << 16
+MAX_TASKS = 32
+# Rows of a chunk, at least: its sums, two float64 per column, are then small beside what it reads.
+CHUNK_ROWS = 128
+TILE_COLUMNS = BLOCK
+# Rows are blocks of four (kernels/cpu/rows.py).
+ROW_BLOCK = 4
+
+# From here on a second core saves more than a parallel region costs: 2 us when the cores are idle, but a scheduler's
+# time slice when they are not (libgomp's threads spin until the last one arrives), which a small call must not risk.
+PARALLEL_ELEMENTS = 1 << 17
+# Smaller inputs do not repay the compilation of one more kernel.
+FOLDED_ELEMENTS = 1 << 15
+# Planes of fewer elements than this are columns of rows.
+SHORT_PLANE = 256
+# One pass over tiles instead of two over the array needs so many tiles per thread, or threads wait for the last one.
+TILES_PER_THREAD = 4
+# What is written is not read again soon if it and its inputs take more than this share of the last-level cache.
+STREAMED_SHARE = 1.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a step runs.
+
+    loops: "planes", "rows" or "folded" rows. shape: of the arrays that the kernel gets. grid: what the kernel is told
+    about its loops (kernels/cpu/elements.py). one_pass: over tiles of statistics, instead of two over the whole array.
+    """
+
+    loops: str
+    shape: Sizes
+    grid: Sizes
+    one_pass: bool
+    parallel: bool
+
+    @property
+    def values(self) -> tuple[int, int]:
+        """Of one statistic: how many there are, and how many chunks they are cut into."""
+        r0, _, r1, k1 = extent(self.loops, self.shape)
+        chunks = -(-r0 // self.grid[R0_STEP]) * -(-r1 // self.grid[R1_STEP])
+        return r0 * r1 * (k1 // max(1, self.grid[PERIOD])), max(1, chunks)
+
+
+def extent(loops: str, shape: Sizes) -> Sizes:
+    """R0, K0, R1, K1 as the kernels' loops count them: rows of all r0 are one sequence."""
+    return (*shape, 1) if loops == "planes" else (1, shape[1], shape[0] * shape[2], shape[3])
+
+
+def choose(
+    step: str,
+    view: Sizes,
+    groups: int,
+    itemsize: int,
+    arrays: int,
+    contiguous: bool,
+    foldable: bool,
+    in_place: bool,
+    loops: str | None = None,
+    parallel: bool | None = None,
+    one_pass: bool | None = None,
+) -> Schedule:
+    """The schedule of a step; what is not None is a choice made by hand.
+
+    Args:
+        view: canonical. groups: of a virtual batch.
+        arrays: how many of the input's size are read and written.
+        contiguous: in the view, all arrays of the input's dtype are. foldable: and there are no others.
+        in_place: the output is one of the inputs.
+    """
+    size, groups = math.prod(view), max(1, groups)
+    foldable = foldable and size >= FOLDED_ELEMENTS
+    loops, shape, run, period = _rows_or_planes(view, foldable, loops)
+    threads = thread_limit()
+    parallel = threads > 1 and (size >= PARALLEL_ELEMENTS if parallel is None else parallel)
+    steps, tiles = _cut(loops, shape, run)
+    if step == "infer" and loops == "planes":
+        steps = (1, *steps[1:])  # in the order of memory, for the processor's prefetcher
+    possible = step in ("train", "backward") and _tiles_are_channels(loops, steps, shape, run, period, groups)
+    if one_pass is None:
+        one_pass = not parallel or tiles // groups >= TILES_PER_THREAD * threads
+    store = BUFFERED if in_place else DIRECT
+    if contiguous and size * itemsize * arrays > STREAMED_SHARE * last_level_cache():
+        store = STREAMED
+    return Schedule(loops, shape, (*steps, store, run, period), possible and one_pass, parallel)
+
+
+def _rows_or_planes(view: Sizes, foldable: bool, loops: str | None) -> tuple[str, Sizes, int, int]:
+    """The loops, the shape of their arrays, and how columns belong to statistics: run and period."""
+    r0, k0, r1, k1 = view
+    if k1 == 1:
+        if foldable and loops != "planes" and r1 <= SHORT_PLANE and r0 >= ROW_BLOCK and k0 > 1:
+            return "folded", (1, 1, r0, k0 * r1), r1, k0
+        if loops != "rows":
+            return "planes", view[:3], 1, 1
+    elif loops == "planes":
+        raise ValueError(f"schedule 'planes' needs K1 = 1; this input's view is [R0, K0, R1, K1] = {list(view)}")
+    repeats = _divisor(r1, TILE_COLUMNS // k1) if foldable and 2 * k1 <= TILE_COLUMNS else 1
+    return "folded" if repeats > 1 else "rows", (r0, k0, r1 // repeats, k1 * repeats), 1, k1
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is not more than `most` and leaves whole blocks of rows, else 1."""
+    return next((d for d in range(min(most, n // ROW_BLOCK), 0, -1) if n % d == 0), 1)
+
+
+def _cut(loops: str, shape: Sizes, run: int) -> tuple[Sizes, int]:
+    """The steps of r0, r1 and k1 that cut the view into tasks, and the number of tiles."""
+    r0, k0, r1, k1 = extent(loops, shape)
+    width = max(1, min(k1, TILE_COLUMNS // max(1, run) * run))  # explain() may ask about an empty input
+    tiles = max(1, k0 * -(-k1 // width))
+    values = max(1, r0 * r1)
+    most = max(2, values // CHUNK_ROWS) if loops != "planes" else values
+    chunks = max(1, min(values * width // CHUNK_ELEMENTS, MAX_TASKS // tiles, most))
+    length = -(-values // chunks)
+    if loops != "planes":
+        return (1, -(-length // ROW_BLOCK) * ROW_BLOCK, width), tiles
+    if length >= r1:
+        return (-(-length // r1), r1, width), tiles
+    return (1, -(-r1 // -(-r1 // length)), width), tiles
+
+
+def _tiles_are_channels(loops: str, steps: Sizes, shape: Sizes, run: int, period: int, groups: int) -> bool:
+    """Whether each tile has some channels of one group, the same in every group."""
+    if loops == "planes":
+        return True
+    return loops == "folded" and (groups == 1 or period // groups * run % steps[K1_STEP] == 0)
