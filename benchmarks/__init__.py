@@ -1,0 +1,1 @@
+"""How fast nbbn is, against other libraries and against the memory: `python -m benchmarks`, from a clone."""

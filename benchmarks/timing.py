@@ -1,0 +1,94 @@
+"""Interleaved timing: every contender has its turn in every round, so that what disturbs one disturbs all."""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: rounds until both `rounds` and `seconds` are reached.
+
+    lead_in: seconds of untimed calls before each timed one. Thread pools (libgomp's, ONNX Runtime's) spin for some
+    milliseconds after their last work and take a core from whoever is next; these calls outwait that, warm up the
+    contender's own pool, and leave in the caches what a program that repeats the call would find there.
+    sample: seconds that one timed sample should take at least; small calls are repeated within it.
+    """
+
+    rounds: int = 9
+    seconds: float = 2.0
+    lead_in: float = 0.01
+    sample: float = 0.002
+
+
+QUICK = Effort(rounds=3, seconds=0.0, lead_in=0.002, sample=0.0005)
+
+
+class Sample(NamedTuple):
+    """Seconds per call: median and quartiles over `rounds` samples of `calls` calls each."""
+
+    median: float
+    lower: float
+    upper: float
+    rounds: int
+    calls: int
+
+
+def measure(contenders: Mapping[str, Call], effort: Effort) -> dict[str, Sample]:
+    """Time each contender. The order rotates, so that nobody always follows the same one."""
+    names = list(contenders)
+    batches = {name: _batch(contenders[name], effort) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    start = time.perf_counter()
+    with _no_collection():
+        while len(times[names[-1]]) < effort.rounds or time.perf_counter() - start < effort.seconds:
+            for name in names:
+                times[name].append(_turn(contenders[name], batches[name], effort.lead_in))
+            names.append(names.pop(0))
+    return {name: _summary(times[name], batches[name]) for name in contenders}
+
+
+def _batch(call: Call, effort: Effort) -> int:
+    """How many calls make a sample, after the first ones, in which libraries compile and allocate."""
+    call()
+    call()
+    return max(1, math.ceil(effort.sample / max(_turn(call, 1, 0.0), 1e-9)))
+
+
+def _turn(call: Call, calls: int, lead_in: float) -> float:
+    """Seconds per call, after a lead-in."""
+    clock = time.perf_counter_ns
+    until = clock() + lead_in * 1e9
+    call()
+    while clock() < until:
+        call()
+    repeat = range(calls)
+    start = clock()
+    for _ in repeat:
+        call()
+    return (clock() - start) * 1e-9 / calls
+
+
+def _summary(times: list[float], calls: int) -> Sample:
+    lower, median, upper = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    return Sample(median, lower, upper, len(times), calls)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection inside."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

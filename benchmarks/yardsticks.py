@@ -1,0 +1,60 @@
+"""What copying the same bytes takes: by NumPy, in one thread, and as nbbn's kernels write their results."""
+
+from functools import lru_cache, partial
+from typing import Any
+
+import numba
+import numpy as np
+
+from benchmarks.problem import Problem
+from benchmarks.timing import Call
+from nbbn.kernels.cpu.memory import BLOCK, BUFFERED, STREAMED, copy_block
+
+COPYTO = "yardstick/copyto"
+# Past the caches and through them: the faster one depends on the size.
+COPIES = {"yardstick/streamed": STREAMED, "yardstick/buffered": BUFFERED}
+NAMES = (COPYTO, *COPIES)
+PARALLEL_BYTES = 1 << 19  # as the kernels: below, a parallel loop costs more than it saves
+TASK = 64 * BLOCK
+
+
+def prepare(problem: Problem) -> dict[str, Call]:
+    """Copies of one array of the input's size to another.
+
+    Raises: RuntimeError if one does not copy.
+    """
+    source = problem.x.reshape(-1).view(np.uint8)
+    target = np.empty_like(source)
+    found: dict[str, Call] = {COPYTO: lambda: np.copyto(target, source)}
+    words, copied = source.view(np.float32), target.view(np.float32)
+    parallel = source.nbytes >= PARALLEL_BYTES
+    for name, mode in COPIES.items():
+        found[name] = partial(_compiled(parallel, mode), words, copied)
+        target[...] = 0
+        found[name]()
+        if not np.array_equal(source, target):
+            raise RuntimeError(f"{name} does not copy")
+    return found
+
+
+@lru_cache
+def _compiled(parallel: bool, mode: int) -> Any:
+    """copy(source, target) of flat float32 arrays."""
+
+    def copy(source, target):  # type: ignore[no-untyped-def]  # Numba infers them
+        for task in numba.prange(-(-source.size // TASK)):
+            end = min(source.size, (task + 1) * TASK)
+            for i in range(task * TASK, end, BLOCK):
+                j = min(end, i + BLOCK)
+                copy_block(source[i:j], target[i:j], mode)
+
+    return numba.njit("void(float32[::1], float32[::1])", nogil=True, parallel=parallel)(copy)
+
+
+def limit(times: dict[str, float], least_bytes: int, array_bytes: int) -> tuple[float, str]:
+    """The time that moving `least_bytes` takes at the speed of the fastest copy, and which copy that is.
+
+    times: seconds for each yardstick, which moves 2 * array_bytes.
+    """
+    fastest = min(times, key=lambda name: times[name])
+    return times[fastest] * least_bytes / (2 * array_bytes), fastest
