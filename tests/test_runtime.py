@@ -250,7 +250,7 @@ def test_runs_that_take_too_long_are_followed_by_serial_ones(monkeypatch):
     assert granted()  # not yet worth the twin
     assert granted(0.2)
     assert not granted()
-    assert not granted(1)
+    assert not granted(0.01)
     assert granted(0, None)
     now += 1
     assert granted()
