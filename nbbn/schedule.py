@@ -27,7 +27,7 @@ ROW_BLOCK = 4
 PARALLEL_ELEMENTS = 1 << 17
 # Smaller inputs do not repay the compilation of one more kernel.
 FOLDED_ELEMENTS = 1 << 15
-# Planes of fewer elements than this are columns of rows.
+# Planes of at most so many elements are columns of rows.
 SHORT_PLANE = 256
 # One pass over tiles instead of two over the array needs so many tiles per thread, or threads wait for the last one.
 TILES_PER_THREAD = 4

@@ -1,5 +1,6 @@
 """The cache of compiled kernels: what damages it, who may write to it, what its keys depend on."""
 
+import ast
 import os
 import pickle
 import shutil
@@ -316,6 +317,16 @@ def test_an_edited_rule_is_compiled_anew(tmp_path):
     assert result() == (0, pytest.approx(USED))
 
 
+def test_the_key_covers_what_kernels_import():
+    """Whatever else they imported could change their machine code unnoticed."""
+    covered = {"rules", "kernels", "runtime"}
+    for path in (PACKAGE / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "nbbn":
+                names = [node.module.split(".")[1]] if "." in node.module else [a.name for a in node.names]
+                assert set(names) <= covered, f"{path} imports {names}"
+
+
 def test_processes_that_start_together_share_a_cold_cache(tmp_path):
     """Each result is right, and afterwards nobody compiles."""
     results = []
@@ -323,13 +334,39 @@ def test_processes_that_start_together_share_a_cold_cache(tmp_path):
     def one():
         results.append(run_layer(NBBN_CACHE_DIR=str(tmp_path / "cache"))[2])
 
-    starters = [threading.Thread(target=one) for _ in range(8)]
+    starters = [threading.Thread(target=one) for _ in range(4)]
     for t in starters:
         t.start()
     for t in starters:
         t.join()
-    assert results == [pytest.approx(USED)] * 8
+    assert results == [pytest.approx(USED)] * 4
     assert run_layer(NBBN_CACHE_DIR=str(tmp_path / "cache"))[1] == 0
+
+
+CALLS = {
+    "rows": ((4, 3), -1),
+    "rows in parallel": ((512, 512), -1),
+    "planes in parallel": ((8, 32, 32, 32), 1),
+}
+RESULTS = """
+import zlib, numpy as np, nbbn
+for shape, axis in {calls}:
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    print(zlib.crc32(nbbn.BatchNormalization(axis)(x, training=True)))
+"""
+
+
+def test_kernels_that_several_processes_compiled_serve_one(tmp_path):
+    """All code in a process shares one table of symbols, and each process numbers its functions from 1: a function of
+    one kernel must not be taken for that of another."""
+
+    def results(*calls, **variables):
+        return check(RESULTS.format(calls=calls), **variables)
+
+    expected = [results(call, NBBN_CACHE_DIR=str(tmp_path / "cache")) for call in CALLS.values()]
+    for calls in (list(CALLS), list(CALLS)[::-1]):
+        found = results(*[CALLS[c] for c in calls], NBBN_CACHE_DIR=str(tmp_path / "cache")).splitlines(keepends=True)
+        assert dict(zip(calls, found, strict=True)) == dict(zip(CALLS, expected, strict=True))
 
 
 # Numba is warm in all of them, or its start would take most of the time. Half of the processes begin with the other

@@ -9,30 +9,35 @@ import contextlib
 import hashlib
 import os
 import pickle
+import secrets
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import llvmlite
 import numba
+from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.serialize import dumps
 
 from nbbn.runtime.threadpool import start_pool
 
 
 def _hash_sources() -> str | None:
-    """A hash of the kernels' source files, taken at import so that it describes the code that runs; None without."""
+    """A hash of all that kernels import, taken at import so that it describes the code that runs; None without."""
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
     try:
-        for path in sorted([package / "rules.py", *(package / "kernels").rglob("*.py")]):
+        kernels, runtime = (package / "kernels").rglob("*.py"), (package / "runtime").rglob("*.py")
+        for path in sorted([package / "rules.py", *kernels, *runtime]):
             digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     except OSError:
         return None
@@ -162,6 +167,22 @@ def _prune(folder: Path) -> None:
                 path.unlink()
 
 
+@contextmanager
+def _unique_symbols() -> Iterator[None]:
+    """Functions compiled here have names that no other process gives.
+
+    Numba counts functions from 1, in every process, and puts the number into the symbol. Two closures of one factory
+    can so share a symbol in two cached kernels; in the process that loads both, one would run in place of the other.
+    """
+    with global_compiler_lock:
+        counted = FunctionIdentity._unique_ids
+        FunctionIdentity._unique_ids = iter(lambda: secrets.randbits(62), None)  # forked children draw other numbers
+        try:
+            yield
+        finally:
+            FunctionIdentity._unique_ids = counted
+
+
 def compile_kernel(function: Callable[..., Any], name: str, signature: Any, parallel: bool) -> Callable[..., Any]:
     """`function` compiled for exactly `signature`, or taken from the cache. `name` tells it from every other kernel."""
     if parallel:
@@ -169,6 +190,7 @@ def compile_kernel(function: Callable[..., Any], name: str, signature: Any, para
     function.__qualname__ = name  # part of the symbol's name: two cached kernels must never share one
     dispatcher = numba.njit(nogil=True, error_model="numpy", parallel=parallel)(function)
     dispatcher._cache = KernelCache(name)
-    dispatcher.compile(signature)
+    with _unique_symbols():
+        dispatcher.compile(signature)
     dispatcher.disable_compile()
     return dispatcher  # type: ignore[no-any-return]

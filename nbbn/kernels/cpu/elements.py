@@ -11,10 +11,11 @@ SUMS = {"reassoc", "contract", "arcp", "nsz"}
 # They are only called from other kernels: without wrappers for Python a step compiles in half the time.
 INTERNAL = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
-element = numba.njit(
-    **INTERNAL, pipeline_class=LinkedCompiler, fastmath=False
-)  # stated, or a function takes that of whichever caller comes first
+# fastmath is stated, or a function takes that of whichever caller comes first.
+element = numba.njit(**INTERNAL, pipeline_class=LinkedCompiler, fastmath=False)
 summing = numba.njit(**INTERNAL, pipeline_class=LinkedCompiler, fastmath=SUMS)
+# Where the source says in which order: kernels that reorder sums, each in its own way, would differ in the last bits.
+adding = numba.njit(**INTERNAL, pipeline_class=LinkedCompiler, fastmath={"contract", "nsz"})
 
 # What a step is told about its loops, all int64: how many elements of R0, R1 and K1 one task covers; how results are
 # written (memory.py); which statistic a column of K1 belongs to: (column // RUN) % PERIOD, of those of its k0.

@@ -14,7 +14,7 @@ import numpy as np
 
 from nbbn import rules
 from nbbn.kernels.cpu.columns import FOLDED, PLAIN
-from nbbn.kernels.cpu.elements import RUN, STORE, element, summing
+from nbbn.kernels.cpu.elements import RUN, STORE, adding, element
 from nbbn.kernels.cpu.epilogue import gradient, output
 from nbbn.kernels.cpu.memory import DIRECT, STREAMED, expect, fence, local, run, write
 from nbbn.kernels.cpu.scalars import load, store
@@ -31,7 +31,7 @@ def place(x, r, k0):
     return r // x.shape[2], k0, r % x.shape[2]
 
 
-@summing
+@adding
 def moment_terms(v, w, i, origin):
     """What one element adds to the sum, the squares and the count."""
     centered = np.float64(load(v, i)) - origin
@@ -42,7 +42,7 @@ def moment_terms(v, w, i, origin):
     return weight * centered, weight * centered * centered, weight
 
 
-@summing
+@adding
 def gradient_terms(g, v, rv, av, bv, i, mean, scale, shift, gamma, beta, relu, exact_mean):
     """What one element adds to the four sums of gradient_sums()."""
     xi, ai, bi = load(v, i), load(av, i), load(bv, i)
@@ -75,7 +75,7 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
                         shift[first + i] = load(v, i)
                         missing[i] = False
 
-    @summing
+    @adding
     def moments(x, weights, shift, bounds, grid, partial):
         """Write sum (x - shift), sum (x - shift)^2 and, with weights, their count."""
         chunk, k0, _, _, r_begin, r_end, begin, end = bounds
@@ -171,7 +171,7 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
         if mode == STREAMED:
             fence()
 
-    @summing
+    @adding
     def gradient_sums(dy, x, residual, a, b, saved_mean, forward, relu, bounds, grid, partial):
         """Write sum dy * a and sum dy * a * (x - mean); with a and b also sum dy and sum dy * b.
 
