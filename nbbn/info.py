@@ -14,7 +14,7 @@ import numpy as np
 
 import nbbn
 from nbbn.kernels.cpu.scalars import HALF_INSTRUCTIONS
-from nbbn.runtime import cache_folder, thread_limit
+from nbbn.runtime import cache_folder, start_pool, thread_limit
 
 FEATURES = ("avx2", "avx512f", "f16c")
 
@@ -80,8 +80,7 @@ def cpu_features() -> str:
 
 
 def threading_layer() -> str:
-    numba.get_num_threads()  # starts the pool, before which Numba does not say which one it takes
-    return str(numba.threading_layer())
+    return start_pool() or "none: Numba can load no threading layer"
 
 
 def kernel_cache() -> str:

@@ -14,7 +14,7 @@ class Gradients(NamedTuple):
     """What a pullback returns; None for what does not exist.
 
     inputs: shape and dtype of the input. gamma, beta: shape and dtype of the parameters.
-    adjustment: a pair with the shapes of what `adjustment` returned. residual: shape of the residual, dtype of the output.
+    adjustment: a pair with the shapes of what `adjustment` returned. residual: its shape, dtype of the output.
     """
 
     inputs: Array | None = None

@@ -88,10 +88,10 @@ class Variables:
             counted: (C,) bool: the channels of which the batch has any value.
             parts: "mean" and / or "variance", with what belongs to it.
         """
-        state = self.state.copy()
+        state, all_seen = self.state.copy(), self.seen.copy()
         renorm = len(state) == len(STATISTICS)
         for part in parts:
-            seen = self.seen[PARTS.index(part)]
+            seen = all_seen[PARTS.index(part)]
             spread = "stddev" if renorm and part == "variance" else part
             momentum = seen / (seen + 1) if options.momentum is None else options.momentum
             _blend(state, batch, f"moving_{spread}", momentum, counted)
@@ -101,7 +101,7 @@ class Variables:
                 sigma = state[STATISTICS.index("moving_stddev"), counted].astype(np.float64)
                 state[STATISTICS.index("moving_variance"), counted] = np.maximum(sigma * sigma - options.epsilon, 0)
             seen += counted
-        self.state = state
+        self.state, self.seen = state, all_seen  # no interrupt comes between
 
 
 def _blend(state: Array, batch: Array, name: str, momentum: Any, counted: Array) -> None:

@@ -3,14 +3,16 @@
 The system gives a process zeroed pages, one fault at a time, and takes them back with the array: writing a new output
 takes 3 (64 MiB and more) to 20 times (1 MiB) as long as writing it again. Here such memory goes to a pool instead.
 
-Nothing here waits for a lock: memory comes back in a finalizer, which may run anywhere, also in the middle of these
-very functions. Every change of the pool is one operation on a dict, which the interpreter makes whole.
+Nothing here waits for a lock, and no Python code runs in a finalizer, where a KeyboardInterrupt would be lost: the end
+of an array only appends to a deque, which the next call looks through. Every change of the pool is one operation on a
+dict or a deque, which the interpreter makes whole.
 """
 
 import itertools
 import math
 import os
-from collections.abc import Callable
+import weakref
+from collections import deque
 from functools import lru_cache
 from typing import Any
 
@@ -40,39 +42,78 @@ class _Block:
 class _Lease:
     """What every array over a lent block refers to in the end, and nothing else does: its end is theirs."""
 
-    __slots__ = ("__array_interface__", "_block", "_give_back")
+    __slots__ = ("__array_interface__", "__weakref__", "_block")
 
-    def __init__(self, block: _Block, give_back: Callable[[_Block], None]) -> None:
-        self._give_back, self._block = give_back, block
+    def __init__(self, block: _Block) -> None:
+        self._block = block
         self.__array_interface__ = block.__array_interface__
 
-    def __del__(self) -> None:
-        try:
-            block = self._block
-        except AttributeError:  # an exception, such as KeyboardInterrupt, came before __init__ had run
-            return
-        self._give_back(block)
+
+class _Loan(weakref.ref[_Lease]):
+    """Holds the block of a lease beyond its end, of which it is told."""
+
+    __slots__ = ("block", "ticket")
+    block: _Block
+    ticket: int
 
 
 class BlockPool:
-    """Idle blocks of memory, at most `limit` bytes of them; the oldest go first."""
+    """Blocks of memory, lent and idle, at most `limit` bytes together; the oldest are forgotten first, the idle ones
+    before those that are lent."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._idle: dict[int, _Block] = {}  # by ticket, in the order in which they came
+        self._lent: dict[int, _Loan] = {}
+        self._ended: deque[_Loan] = deque()
         self._tickets = itertools.count()
 
     def lend(self, size: int) -> Array:
         """At least `size` bytes of memory, uint8, that come back when nothing refers to them, through whatever view."""
-        return np.asarray(_Lease(self._take(size) or self._allocate(size), self._keep))
+        self._collect()
+        block = self._take(size) or self._allocate(size)
+        lease = _Lease(block)
+        if block.size <= self.limit:
+            loan = _Loan(lease, self._ended.append)
+            loan.block, loan.ticket = block, next(self._tickets)
+            self._lent[loan.ticket] = loan
+            self._forget_excess()
+        return np.asarray(lease)
 
     def idle(self) -> int:
         """How many bytes wait to be used again."""
+        self._collect()
         return sum([block.size for block in self._idle.copy().values()])
 
     def clear(self) -> None:
         """Free what waits to be used again."""
+        self._collect()
         self._idle.clear()
+
+    def _collect(self) -> None:
+        """Make idle what has come back."""
+        while self._ended:
+            try:
+                loan = self._ended.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            ticket: Any = getattr(loan, "ticket", None)  # an interrupt may have come before there was one
+            if self._lent.pop(ticket, None) is not None:
+                self._idle[next(self._tickets)] = loan.block
+
+    def _forget_excess(self) -> None:
+        idle, lent = self._idle.copy(), self._lent.copy()
+        excess = sum([b.size for b in idle.values()]) + sum([loan.block.size for loan in lent.values()]) - self.limit
+        for ticket, block in idle.items():
+            if excess <= 0:
+                return
+            self._idle.pop(ticket, None)
+            excess -= block.size
+        for ticket, loan in lent.items():
+            if excess <= 0:
+                return
+            self._lent.pop(ticket, None)
+            excess -= loan.block.size
 
     def _take(self, size: int) -> _Block | None:
         """The smallest block that has `size` bytes and at most an eighth more; None if there is none."""
@@ -91,22 +132,10 @@ class BlockPool:
             self.clear()
             return _Block(size)
 
-    def _keep(self, block: _Block) -> None:
-        if block.size > self.limit:
-            return
-        self._idle[next(self._tickets)] = block
-        idle = self._idle.copy()
-        excess = sum([b.size for b in idle.values()]) - self.limit
-        for ticket, oldest in idle.items():
-            if excess <= 0:
-                break
-            self._idle.pop(ticket, None)
-            excess -= oldest.size
-
 
 @lru_cache(maxsize=1)
 def block_pool() -> BlockPool:
-    """The pool of this process, of at most NBBN_RECYCLE_BYTES idle bytes (256 MiB if unset; 0 or "" is none at all).
+    """The pool of this process, of at most NBBN_RECYCLE_BYTES bytes (256 MiB if unset; 0 or "" is none at all).
 
     Raises: ValueError if NBBN_RECYCLE_BYTES is not a whole number of bytes.
     """
