@@ -39,8 +39,9 @@ STREAMED_SHARE = 1.0
 class Schedule:
     """How a step runs.
 
-    loops: "planes", "rows" or "folded" rows. shape: of the arrays that the kernel gets. grid: what the kernel is told
-    about its loops (kernels/cpu/elements.py). one_pass: over tiles of statistics, instead of two over the whole array.
+    loops: "planes", "runs" (planes in the order of memory), "rows" or "folded" rows. shape: of the arrays that the
+    kernel gets. grid: what the kernel is told about its loops (kernels/cpu/elements.py). one_pass: over tiles of
+    statistics, instead of two over the whole array.
     """
 
     loops: str
@@ -51,15 +52,15 @@ class Schedule:
 
     @property
     def values(self) -> tuple[int, int]:
-        """Of one statistic: how many there are, and how many chunks they are cut into."""
+        """Of one statistic, or of all of them in runs: how many there are, and how many chunks they are cut into."""
         r0, _, r1, k1 = extent(self.loops, self.shape)
         chunks = -(-r0 // self.grid[R0_STEP]) * -(-r1 // self.grid[R1_STEP])
-        return r0 * r1 * (k1 // max(1, self.grid[PERIOD])), max(1, chunks)
+        return r0 * r1 * max(1, k1 // max(1, self.grid[PERIOD])), max(1, chunks)
 
 
 def extent(loops: str, shape: Sizes) -> Sizes:
     """R0, K0, R1, K1 as the kernels' loops count them: rows of all r0 are one sequence."""
-    return (*shape, 1) if loops == "planes" else (1, shape[1], shape[0] * shape[2], shape[3])
+    return (*shape, 1) if len(shape) == 3 else (1, shape[1], shape[0] * shape[2], shape[3])
 
 
 def choose(
@@ -85,7 +86,10 @@ def choose(
     """
     size, groups = math.prod(view), max(1, groups)
     foldable = foldable and size >= FOLDED_ELEMENTS
-    loops, shape, run, period = _rows_or_planes(view, foldable, loops)
+    if step == "infer" and contiguous and view[3] == 1 and loops is None:
+        loops, shape, run, period = "runs", (1, 1, size), view[2], view[1]
+    else:
+        loops, shape, run, period = _rows_or_planes(view, foldable, loops)
     threads = thread_limit()
     parallel = threads > 1 and (size >= PARALLEL_ELEMENTS if parallel is None else parallel)
     steps, tiles = _cut(loops, shape, run)
@@ -125,10 +129,11 @@ def _cut(loops: str, shape: Sizes, run: int) -> tuple[Sizes, int]:
     width = max(1, min(k1, TILE_COLUMNS // max(1, run) * run))  # explain() may ask about an empty input
     tiles = max(1, k0 * -(-k1 // width))
     values = max(1, r0 * r1)
-    most = max(2, values // CHUNK_ROWS) if loops != "planes" else values
+    by_row = loops in ("rows", "folded")
+    most = max(2, values // CHUNK_ROWS) if by_row else values
     chunks = max(1, min(values * width // CHUNK_ELEMENTS, MAX_TASKS // tiles, most))
     length = -(-values // chunks)
-    if loops != "planes":
+    if by_row:
         return (1, -(-length // ROW_BLOCK) * ROW_BLOCK, width), tiles
     if length >= r1:
         return (-(-length // r1), r1, width), tiles

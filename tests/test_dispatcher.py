@@ -45,8 +45,10 @@ VIEWS = [
 
 @pytest.mark.parametrize(("x", "options", "view", "schedule"), [v[1:] for v in VIEWS], ids=[v[0] for v in VIEWS])
 def test_view_and_schedule(x, options, view, schedule):
-    plan = plan_of(x, **options)
-    assert (plan.view, plan.schedule.loops, plan.copied, plan.contiguous) == (view, schedule, None, True)
+    for step in ("train", "infer"):
+        plan = plan_of(x, step, **options)
+        expected = "runs" if (step, schedule) == ("infer", "planes") else schedule
+        assert (plan.view, plan.schedule.loops, plan.copied, plan.contiguous) == (view, expected, None, True)
 
 
 def test_virtual_batch_splits_training_only():
@@ -68,16 +70,16 @@ def test_five_runs_are_copied():
 def test_short_planes_and_few_channels_are_folded(monkeypatch):
     """Only where all arrays lie as the view says: rows of other strides have no longer runs."""
     monkeypatch.setattr(schedule, "FOLDED_ELEMENTS", 0)
-    assert plan_of(zeros((8, 3, 5, 4)), axis=1).schedule.shape == (1, 1, 8, 60)
-    assert plan_of(zeros((8, 5, 4, 3)), axis=-1).schedule.shape == (1, 1, 4, 120)
+    assert plan_of(zeros((8, 3, 5, 4)), "train", axis=1).schedule.shape == (1, 1, 8, 60)
+    assert plan_of(zeros((8, 5, 4, 3)), "train", axis=-1).schedule.shape == (1, 1, 4, 120)
     for x, axis, loops in [
         (zeros((16, 3, 5, 4))[::2], 1, "planes"),
         (zeros((8, 5, 4, 6))[..., :3], -1, "rows"),
         (np.asfortranarray(zeros((8, 3, 5, 4))), -1, "planes"),
     ]:
-        assert plan_of(x, axis=axis).schedule.loops == loops, (x.strides, axis)
-        assert plan_of(np.ascontiguousarray(x), axis=axis).schedule.loops == "folded"
-        mixed = plan_of(np.ascontiguousarray(x), axis=axis, out=x)
+        assert plan_of(x, "train", axis=axis).schedule.loops == loops, (x.strides, axis)
+        assert plan_of(np.ascontiguousarray(x), "train", axis=axis).schedule.loops == "folded"
+        mixed = plan_of(np.ascontiguousarray(x), "train", axis=axis, out=x)
         assert mixed.copied is not None or mixed.schedule.loops != "folded"
 
 

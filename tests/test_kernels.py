@@ -277,11 +277,33 @@ def test_residual_or_relu(target, residual, activation):
 
 @EVERY_WAY_AND_DTYPE
 def test_inference(target, way, dtype):
-    problem = Problem(way.shape, dtype)
+    check_output_of_inference(Problem(way.shape, dtype), way, target)
+
+
+def check_output_of_inference(problem, way, target, out=None):
     run = way.make(target, problem.options)
-    step = problem.oracle(problem.x)
-    y = run.infer(problem.x, problem.params, problem.state)
+    step = problem.oracle(problem.x, residual=problem.residual)
+    y = run.infer(problem.x, problem.params, problem.state, residual=problem.residual, out=out)
     check("y", y, step.y, output(step, problem.dtype), problem.dtype)
+    return run
+
+
+@pytest.mark.parametrize("store", ["direct", "in place", "streamed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+def test_inference_in_the_order_of_memory(target, store, dtype, monkeypatch):
+    """Planes of any length about blocks of any alignment, with many and with few of them in a block and in a chunk."""
+    monkeypatch.setattr(schedule, "CHUNK_ELEMENTS", BLOCK)
+    monkeypatch.setattr(schedule, "STREAMED_SHARE", 0.0 if store == "streamed" else math.inf)
+    fused = {"residual": True, "activation": "relu"} if dtype == np.float32 else {}
+    for k0, r1 in ((1, 1), (1, 5000), (3, 2), (700, 7), (2, BLOCK - 1), (3, BLOCK), (2, BLOCK + 1), (5, 300)):
+        problem = Problem((2, k0, r1, 1), dtype, **fused)
+        for start in (0, 1, 5):
+            out = np.empty(problem.x.size + start, dtype)[start:].reshape(problem.x.shape)
+            if store == "in place":
+                out[...] = problem.x
+                problem.x = out
+            run = check_output_of_inference(problem, Way(None, problem.x.shape), target, out)
+            assert run.kernels() == [("infer", "runs", False, store == "streamed")]
 
 
 @pytest.mark.parametrize(("way", "dtype"), [(PLANES, bfloat16), (ROWS, np.float32)], ids=["planes", "rows"])

@@ -124,6 +124,12 @@ def _prefetch(typingctx, array, index):
 
 
 @element
+def past_line(array):
+    """How many elements the array starts after the last border between lines of the cache."""
+    return _address(array) % LINE // array.itemsize
+
+
+@element
 def expect(target, mode):
     """Before the elements of write(target, mode) are computed: of what is streamed, the lines at both ends are written
     in part, through the caches. Waiting for them then would halve the speed."""

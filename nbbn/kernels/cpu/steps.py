@@ -14,11 +14,11 @@ import numba
 import numpy as np
 from numba import prange, types
 
-from nbbn.kernels.cpu import channel, planes, rows
+from nbbn.kernels.cpu import channel, planes, rows, runs
 from nbbn.kernels.cpu.elements import GRID_SIZE, INTERNAL, bounds_of, chunk_and_tile, chunks_and_tiles, element
 from nbbn.runtime import compile_kernel
 
-SCHEDULES: dict[str, Any] = {"planes": planes, "rows": rows.PLAIN_ROWS, "folded": rows.FOLDED_ROWS}
+SCHEDULES: dict[str, Any] = {"planes": planes, "runs": runs, "rows": rows.PLAIN_ROWS, "folded": rows.FOLDED_ROWS}
 
 Step = Callable[..., Any]
 
@@ -301,7 +301,7 @@ def compiled(
     absent: tuple[int, ...],
 ) -> Step:
     """A step compiled for one combination of types. `absent`: the positions of the arguments that are None."""
-    rank = 3 if schedule == "planes" else 4
+    rank = 3 if schedule in ("planes", "runs") else 4
     scalar = {"X": numba.from_dtype(dtype), "S": numba.from_dtype(statistic), "d": types.float64}
     scalar["s"] = scalar["S"]
 
