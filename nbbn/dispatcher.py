@@ -13,10 +13,10 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from nbbn import dtypes
-from nbbn.kernels.cpu import channel
-from nbbn.kernels.cpu.elements import STORE
+from nbbn.kernels import channel
 from nbbn.kernels.cpu.memory import STREAMED
 from nbbn.kernels.cpu.steps import Step, compiled
+from nbbn.kernels.tasks import STORE
 from nbbn.layout import Layout, Sizes, collapse, contiguous_strides, copy_order, layout, resolve_axis
 from nbbn.options import Options
 from nbbn.runtime import buffers, parallel_region, thread_limit
@@ -364,7 +364,7 @@ class Dispatcher:
     ) -> Plan:
         data = [a for a in (*elements, *outputs) if a is not None]
         others = [a for a in operands if a is not None]
-        view, strides, copied = _canonical_view(lay, [*data, *others])
+        view, strides, copied = canonical_view(lay, [*data, *others])
         dense = [_is_dense(s, view, a.itemsize) for a, s in zip([*data, *others], strides, strict=True)]
         reshaped = [
             d and (copied is not None or a.flags.c_contiguous) for a, d in zip([*data, *others], dense, strict=True)
@@ -403,7 +403,7 @@ def _saved_of_nothing(lay: Layout) -> Array:
     return saved
 
 
-def _canonical_view(lay: Layout, arrays: list[Array]) -> tuple[Sizes, list[Sizes], Sizes | None]:
+def canonical_view(lay: Layout, arrays: Sequence[Any]) -> tuple[Sizes, list[Sizes], Sizes | None]:
     """The canonical shape, each array's strides in it, and the order of dimensions if they must be copied first."""
     found = collapse(lay.sizes, lay.kept, [lay.split(a.strides) for a in arrays])
     if found is not None:

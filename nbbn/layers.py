@@ -10,7 +10,7 @@ import numpy as np
 
 from nbbn import constraints, dtypes, folding, initializers, regularizers
 from nbbn.dispatcher import Dispatcher
-from nbbn.kernels.cpu import channel
+from nbbn.kernels import channel
 from nbbn.layout import Sizes, resolve_axis
 from nbbn.operands import Array, as_adjustment, as_input, as_residual, as_weights, check_out
 from nbbn.options import Options

@@ -7,7 +7,7 @@ import numpy as np
 
 from nbbn import dtypes
 from nbbn.dispatcher import Dispatcher
-from nbbn.kernels.cpu import channel
+from nbbn.kernels import channel
 from nbbn.layout import Sizes, resolve_axis
 from nbbn.operands import Array, as_input, as_weights
 from nbbn.options import Options

@@ -6,7 +6,7 @@ import numpy as np
 
 from nbbn import dtypes
 from nbbn.dispatcher import Dispatcher
-from nbbn.kernels.cpu import channel
+from nbbn.kernels import channel
 from nbbn.operands import Array, check_out, sum_to
 
 

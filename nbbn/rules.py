@@ -70,6 +70,12 @@ def stddev(variance, epsilon):
 
 
 @register_jitable
+def inference_scale(gamma, variance, epsilon):
+    """gamma / sigma, for a moving variance."""
+    return gamma * (type(variance)(1) / stddev(variance, epsilon))
+
+
+@register_jitable
 def clip(value, low, high):
     """`value` between the bounds; NaN stays NaN."""
     if value < low:

@@ -7,8 +7,8 @@ the chunks, depends on shape and strides alone; what only decides who computes i
 import math
 from dataclasses import dataclass
 
-from nbbn.kernels.cpu.elements import K1_STEP, PERIOD, R0_STEP, R1_STEP
 from nbbn.kernels.cpu.memory import BLOCK, BUFFERED, DIRECT, STREAMED
+from nbbn.kernels.tasks import K1_STEP, PERIOD, R0_STEP, R1_STEP
 from nbbn.layout import Sizes
 from nbbn.runtime import last_level_cache, thread_limit
 
@@ -86,10 +86,8 @@ def choose(
     """
     size, groups = math.prod(view), max(1, groups)
     foldable = foldable and size >= FOLDED_ELEMENTS
-    if step == "infer" and contiguous and view[3] == 1 and loops is None:
-        loops, shape, run, period = "runs", (1, 1, size), view[2], view[1]
-    else:
-        loops, shape, run, period = _rows_or_planes(view, foldable, loops)
+    in_order = step == "infer" and contiguous and view[3] == 1 and loops is None
+    loops, shape, run, period = _in_order(view) if in_order else _rows_or_planes(view, foldable, loops)
     threads = thread_limit()
     parallel = threads > 1 and (size >= PARALLEL_ELEMENTS if parallel is None else parallel)
     steps, tiles = _cut(loops, shape, run)
@@ -102,6 +100,10 @@ def choose(
     if contiguous and size * itemsize * arrays > STREAMED_SHARE * last_level_cache():
         store = STREAMED
     return Schedule(loops, shape, (*steps, store, run, period), possible and one_pass, parallel)
+
+
+def _in_order(view: Sizes) -> tuple[str, Sizes, int, int]:
+    return "runs", (1, 1, math.prod(view)), view[2], view[1]
 
 
 def _rows_or_planes(view: Sizes, foldable: bool, loops: str | None) -> tuple[str, Sizes, int, int]:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbbn import Dispatcher, Force, Options, dtypes
-from nbbn.kernels.cpu.elements import STORE
 from nbbn.kernels.cpu.memory import STREAMED
 from nbbn.kernels.cpu.scalars import load, store
+from nbbn.kernels.tasks import STORE
 
 Array = NDArray[Any]
 

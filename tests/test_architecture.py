@@ -15,17 +15,27 @@ FLOORS = [
     ["initializers", "regularizers", "constraints"],
     ["kernels"],
     ["options", "operands", "schedule", "dispatcher", "variables"],
+    ["gpu", "adapters"],
     ["nn", "pullback", "folding"],
     ["layers"],
     ["inspection", "planning"],
     ["warming"],
     [""],  # nbbn itself, the face
-    ["compat", "adapters", "info", "demo"],
+    ["compat", "info", "demo"],
     ["__main__"],
 ]
 RUNTIME_DEPENDENCIES = {"numba", "numpy", "llvmlite"}
-# What else a module may import, and only inside a function; an adapter its framework.
-OPTIONAL = {"info": {"ml_dtypes"}, "demo": {"sklearn", "matplotlib", "tqdm"}, "warming": {"tqdm"}}
+# What else a module may import, and only inside a function.
+OPTIONAL = {
+    "info": {"ml_dtypes"},
+    "demo": {"sklearn", "matplotlib", "tqdm"},
+    "warming": {"tqdm"},
+    "gpu": {"cuda"},
+}
+# Imported when an array of theirs comes in, and not before.
+LAZY = ("kernels.cuda", "gpu", "adapters")
+TARGETS = ("cpu", "cuda")
+FRAMEWORKS = {"cupy", "jax", "torch"}
 
 
 def name_of(path):
@@ -74,8 +84,8 @@ def test_every_module_has_a_floor():
 
 
 def test_every_floor_has_a_module():
-    """Or its name is misspelt; adapters are yet to come."""
-    names = {name for floor in FLOORS for name in floor} - {"adapters", "info", "demo", "__main__"}
+    """Or its name is misspelt."""
+    names = {name for floor in FLOORS for name in floor} - {"info", "demo", "__main__"}
     assert names <= set(MODULES)
 
 
@@ -104,11 +114,23 @@ def test_no_circles():
         visit(module)
 
 
+def target_of(module):
+    """The target that a kernel module is for; None for what all of them share."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "kernels" and parts[1:] and parts[1] in TARGETS else None
+
+
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("kernels.")])
 def test_targets_do_not_know_each_other(module):
-    target = module.split(".")[1]
-    others = [m for m in own_imports(module) if m.startswith("kernels.") and m.split(".")[1] != target]
+    others = [m for m in own_imports(module) if target_of(m) not in (None, target_of(module))]
     assert others == []
+
+
+def test_what_is_lazy_is_imported_inside_functions():
+    for module in MODULES:
+        if not module.startswith(LAZY):
+            early = [n for n, at_import in imports(MODULES[module]) if at_import and n.startswith("nbbn.")]
+            assert not [n for n in early if n.removeprefix("nbbn.").startswith(LAZY)], module
 
 
 @pytest.mark.parametrize("module", list(MODULES))
@@ -119,10 +141,10 @@ def test_dependencies(module):
         root = name.split(".")[0]
         if root == "nbbn" or root in sys.stdlib_module_names:
             continue
-        if not at_import and (top == "adapters" or root in OPTIONAL.get(top, ())):
+        if (not at_import and root in OPTIONAL.get(top, ())) or (top == "adapters" and root in FRAMEWORKS):
             continue
         assert root in RUNTIME_DEPENDENCIES, f"nbbn.{module} imports {name}"
-        if at_import and not module.startswith("kernels.cuda"):
+        if at_import and not module.startswith(LAZY):
             assert not name.startswith("numba.cuda"), f"nbbn.{module} imports {name}"
 
 

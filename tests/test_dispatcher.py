@@ -12,7 +12,7 @@ from reference import Reference
 
 import nbbn
 from nbbn import Dispatcher, Force, Options, dispatcher, schedule
-from nbbn.kernels.cpu import channel
+from nbbn.kernels import channel
 from nbbn.runtime import thread_limit
 
 F32 = np.dtype(np.float32)

@@ -44,6 +44,7 @@ VALUES = [
     (rules.moving_average, (2.0, NAN, 0.5), NAN),
     (rules.stddev, (3.75, 0.25), 2.0),
     (rules.stddev, (0.0, 0.0), 0.0),
+    (rules.inference_scale, (3.0, 3.75, 0.25), 1.5),
     (rules.stddev, (NAN, 0.25), NAN),
     (rules.clip, (2.0, 1.0, 3.0), 2.0),
     (rules.clip, (0.0, 1.0, 3.0), 1.0),

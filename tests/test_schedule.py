@@ -8,8 +8,8 @@ import pytest
 
 from nbbn import schedule
 from nbbn.kernels.cpu import columns, elements, planes
-from nbbn.kernels.cpu.elements import K1_STEP, PERIOD, R0_STEP, R1_STEP, RUN, STORE
 from nbbn.kernels.cpu.memory import BLOCK, BUFFERED, DIRECT, STREAMED
+from nbbn.kernels.tasks import K1_STEP, PERIOD, R0_STEP, R1_STEP, RUN, STORE
 
 CACHE = 1 << 20  # bytes of the last level in these tests
 STATISTICS = {

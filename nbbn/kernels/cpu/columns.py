@@ -6,7 +6,8 @@ anything in the columns.
 
 from types import SimpleNamespace
 
-from nbbn.kernels.cpu.elements import PERIOD, RUN, element
+from nbbn.kernels.cpu.elements import element
+from nbbn.kernels.tasks import PERIOD, RUN
 
 
 @element

@@ -1,22 +1,7 @@
-"""One element of the output with all that follows the normalization, and what its activation lets through backward.
+"""The epilogue, compiled for the CPU."""
 
-Compiled without fast math, forward and backward alike: both must see the same sign.
-"""
-
-from nbbn import rules
+from nbbn.kernels import epilogue
 from nbbn.kernels.cpu.elements import element
 
-
-@element
-def output(x, mean, scale, shift, a, b, gamma, beta, residual, relu):
-    """relu((x_hat * a + b) * gamma + beta + residual), without what is None."""
-    z = rules.output(x, mean, scale, shift, a, b, gamma, beta, residual)
-    return z if relu is None else rules.relu(z)
-
-
-@element
-def gradient(dy, x, mean, scale, shift, a, b, gamma, beta, residual, relu):
-    """The gradient of what output() gives to its activation."""
-    if relu is None:
-        return dy
-    return rules.relu_gradient(dy, rules.output(x, mean, scale, shift, a, b, gamma, beta, residual))
+_functions = epilogue.functions(element)
+output, gradient = _functions.output, _functions.gradient

@@ -6,10 +6,11 @@ A None argument (an operand, relu, dresidual) is a type to Numba: its branch is 
 import numpy as np
 
 from nbbn import rules
-from nbbn.kernels.cpu.elements import STORE, element, summing
+from nbbn.kernels.cpu.elements import element, summing
 from nbbn.kernels.cpu.epilogue import gradient, output
 from nbbn.kernels.cpu.memory import BLOCK, DIRECT, STREAMED, expect, fence, local, run, write
 from nbbn.kernels.cpu.scalars import load, store
+from nbbn.kernels.tasks import STORE
 
 
 @element

@@ -14,10 +14,11 @@ import numpy as np
 
 from nbbn import rules
 from nbbn.kernels.cpu.columns import FOLDED, PLAIN
-from nbbn.kernels.cpu.elements import RUN, STORE, adding, element
+from nbbn.kernels.cpu.elements import adding, element
 from nbbn.kernels.cpu.epilogue import gradient, output
 from nbbn.kernels.cpu.memory import DIRECT, STREAMED, expect, fence, local, run, write
 from nbbn.kernels.cpu.scalars import load, store
+from nbbn.kernels.tasks import RUN, STORE
 
 
 @element

@@ -4,11 +4,12 @@ A block of the output holds parts of several planes, so whatever their length, o
 reductions a plane's place is its statistic's, so those loops are planes.py's.
 """
 
-from nbbn.kernels.cpu.elements import PERIOD, RUN, STORE, element
+from nbbn.kernels.cpu.elements import element
 from nbbn.kernels.cpu.epilogue import output
 from nbbn.kernels.cpu.memory import BLOCK, DIRECT, STREAMED, expect, fence, local, past_line, run, write
 from nbbn.kernels.cpu.planes import extent, gradient_sums, input_gradient, moments, shifts, statistics
 from nbbn.kernels.cpu.scalars import load, store
+from nbbn.kernels.tasks import PERIOD, RUN, STORE
 
 __all__ = ["extent", "gradient_sums", "input_gradient", "moments", "normalize", "shifts", "statistics"]
 

@@ -14,23 +14,15 @@ import numba
 import numpy as np
 from numba import prange, types
 
+from nbbn.kernels.channel import BATCH_MEAN
 from nbbn.kernels.cpu import channel, planes, rows, runs
-from nbbn.kernels.cpu.elements import GRID_SIZE, INTERNAL, bounds_of, chunk_and_tile, chunks_and_tiles, element
+from nbbn.kernels.cpu.elements import INTERNAL, bounds_of, chunk_and_tile, chunks_and_tiles, element
+from nbbn.kernels.tasks import GRID_SIZE
 from nbbn.runtime import compile_kernel
 
 SCHEDULES: dict[str, Any] = {"planes": planes, "runs": runs, "rows": rows.PLAIN_ROWS, "folded": rows.FOLDED_ROWS}
 
 Step = Callable[..., Any]
-
-
-@element
-def add_chunks(first, last, partial):
-    """The sums of all chunks, in their order, of some statistics; in the place of the first chunk's."""
-    for chunk in range(1, partial.shape[0]):
-        for row in range(partial.shape[1]):
-            for s in range(first, last):
-                partial[0, row, s] += partial[chunk, row, s]
-    return partial[0]
 
 
 @lru_cache(maxsize=8)
@@ -50,13 +42,8 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
     @element
     def moments_of_statistics(first, last, x, partial, shift, saved):
         values = np.float64(x.size // saved.shape[1])
-        channel.batch_moments(first, last, add_chunks(first, last, partial), shift, values, saved)
-
-    @element
-    def forward_coefficients(first, last, a, params, saved, forward):
-        for c in range(first, last):
-            for s in range(c, saved.shape[1], params.shape[1]):
-                channel.output_coefficients(s, params[channel.GAMMA, c], params[channel.BETA, c], saved, a, forward)
+        channel.add_chunks(first, last, partial)
+        channel.batch_moments(first, last, partial[0], shift, values, saved)
 
     # -- two passes: the whole array is reduced, then applied ------------------------------------------------------
 
@@ -85,12 +72,13 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
     def reduce_gradient(dy, x, residual, a, b, saved, forward, relu, grid):
         view = extent(x)
         chunks, tiles = chunks_and_tiles(view, grid)
-        partial, mean = empty_partial(x, 2 if a is None else 4, grid, saved), saved[channel.BATCH_MEAN]
+        partial, mean = empty_partial(x, 2 if a is None else 4, grid, saved), saved[BATCH_MEAN]
         for task in prange(chunks * tiles):
             chunk, tile = chunk_and_tile(np.int64(task), view, grid)
             bounds = bounds_of(chunk, tile, view, grid)
             gradient_sums(dy, x, residual, a, b, mean, forward, relu, bounds, grid, partial)
-        return add_chunks(0, saved.shape[1], partial)
+        channel.add_chunks(0, saved.shape[1], partial)
+        return partial[0]
 
     @stage
     def apply_gradient(dy, x, residual, weights, a, b, forward, relu, coefficients, grid, dx, dresidual):
@@ -191,13 +179,13 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
     ):
         view = extent(x)
         chunks, tiles = chunks_and_tiles(view, grid)
-        step, mean = tiles * params.shape[1] // saved.shape[1], saved[channel.BATCH_MEAN]
+        step, mean = tiles * params.shape[1] // saved.shape[1], saved[BATCH_MEAN]
         for t in range(tile, tiles, step):
             for chunk in range(chunks):
                 bounds = bounds_of(chunk, t, view, grid)
                 gradient_sums(dy, x, residual, a, b, mean, forward, relu, bounds, grid, partial)
             first, last = statistics(bounds_of(0, t, view, grid), grid)
-            add_chunks(first, last, partial)
+            channel.add_chunks(first, last, partial)
         first, last = statistics(bounds_of(0, tile, view, grid), grid)
         channel.backward(first, last, partial[0], params, saved, coefficients, dparams)
         for t in range(tile, tiles, step):
@@ -255,7 +243,7 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
 
     def backward(x, dy, residual, weights, a, b, dx, dresidual, relu, grid, params, saved, dparams):
         forward = np.empty((3 if a is None else 5, saved.shape[1]), params.dtype)
-        forward_coefficients(0, params.shape[1], a, params, saved, forward)
+        channel.forward_coefficients(0, params.shape[1], a, params, saved, forward)
         coefficients = np.empty((4, saved.shape[1]), params.dtype)
         if one_pass:
             backward_by_tile(

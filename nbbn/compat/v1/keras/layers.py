@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from nbbn.kernels.cpu import channel
+from nbbn.kernels import channel
 from nbbn.layers import BatchNormalization as BatchNormalizationV2
 from nbbn.pullback import Record
 from nbbn.runtime import StateLock

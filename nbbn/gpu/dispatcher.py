@@ -1,0 +1,293 @@
+"""From arrays on a GPU to kernels: the Dispatcher's steps, one or two launches each, without waiting for any."""
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nbbn.dispatcher import Dispatcher, canonical_view
+from nbbn.gpu.arrays import DeviceArray, Library, wrap
+from nbbn.gpu.launching import launch
+from nbbn.gpu.schedule import Schedule, choose
+from nbbn.kernels.cuda import steps
+from nbbn.kernels.cuda.blocks import Variant
+from nbbn.layout import Layout, Sizes
+from nbbn.options import Options
+
+_MAX_PLANS = 512
+_NOTHING = (0,) * 5  # the view of an array that is not there
+_ALIGNMENT = 16
+# Compute capabilities with half as much float64 as float32, or more: there, sums in float64 cost nothing beside memory.
+_FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+
+Array = DeviceArray
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one step runs on arrays of one shape, dtype and memory layout."""
+
+    shape: Sizes
+    strides: dict[str, Sizes]
+    copied: Sizes | None
+    schedule: Schedule
+    variant: Variant
+
+
+class DeviceDispatcher(Dispatcher):
+    """The steps on a GPU, for one set of options: arguments and results are those of the Dispatcher, as DeviceArrays.
+
+    The state may be updated in place (new_state=state): a stream is then the order of the training calls, and a
+    captured graph of one is a training call each time that it runs.
+    """
+
+    def __init__(self, options: Options, one_launch: bool | None = None, sums: str | None = None) -> None:
+        super().__init__(options)
+        self.one_launch, self.sums = one_launch, sums
+        self._device_plans: dict[Any, Plan] = {}
+        self._device_hyper: dict[Any, Array] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DeviceDispatcher, (self.options, self.one_launch, self.sums)
+
+    def train(  # type: ignore[override]
+        self,
+        x: Array,
+        params: Array,
+        state: Array,
+        hyper: np.ndarray,
+        *,
+        residual: Array | None = None,
+        weights: Array | None = None,
+        adjustment: tuple[Array, Array] | None = None,
+        out: Array | None = None,
+        new_state: Array | None = None,
+        copy: Array | None = None,
+    ) -> tuple[Array, Array, Array]:
+        """y, the new state and saved. copy: what gets the parameters as they are."""
+        lay = self.layout(x.shape, training=True)
+        y = empty_like(x) if out is None else out
+        new_state = empty(x, state.shape, state.dtype) if new_state is None else new_state
+        saved = empty(x, (5, lay.groups * lay.channels), np.dtype(np.float64))
+        a, b = adjustment or (None, None)
+        views = {"x": x, "residual": residual, "weights": weights, "a": a, "b": b, "y": y}
+        memory = {
+            steps.PARAMS: params,
+            steps.STATE: state,
+            steps.HYPER: self._hyper_on(x, hyper),
+            steps.NEW_STATE: new_state,
+            steps.SAVED: saved,
+            steps.COPY: copy or empty(x, params.shape, params.dtype),
+        }
+        self._run_step(("train", "train_reduce", "normalize"), lay, views, memory)
+        return y, new_state, saved
+
+    def infer(  # type: ignore[override]
+        self,
+        x: Array,
+        params: Array,
+        state: Array,
+        *,
+        residual: Array | None = None,
+        out: Array | None = None,
+        activate: bool = True,
+    ) -> Array:
+        y = empty_like(x) if out is None else out
+        lay = self.layout(x.shape, training=False)
+        memory = {steps.PARAMS: params, steps.STATE: state}
+        self._run_step(("infer",), lay, {"x": x, "residual": residual, "y": y}, memory, activate)
+        return y
+
+    def backward(  # type: ignore[override]
+        self,
+        dy: Array,
+        x: Array,
+        params: Array,
+        saved: Array,
+        *,
+        training: bool,
+        residual: Array | None = None,
+        weights: Array | None = None,
+        adjustment: tuple[Array, Array] | None = None,
+        out: Array | None = None,
+        activated: bool = False,
+    ) -> tuple[Array, Array, Array | None]:
+        lay = self.layout(x.shape, training)
+        dx = empty_like(x) if out is None else out
+        dz = empty_like(x) if activated and self.options.activation else None
+        dparams = empty(x, params.shape, params.dtype)
+        a, b = adjustment or (None, None)
+        views = {"x": x, "dy": dy, "residual": residual, "weights": weights, "a": a, "b": b, "dx": dx, "dresidual": dz}
+        memory = {steps.PARAMS: params, steps.SAVED: saved, steps.DPARAMS: dparams}
+        names = ("backward", "backward_reduce", "input_gradient")
+        self._run_step(names, lay, views, memory, frozen=not training)
+        return dx, dparams, dy if activated and dz is None else dz
+
+    def moments(self, x: Array, weights: Array | None = None) -> Array:  # type: ignore[override]
+        """Count, mean and biased variance, and two rows more, as a (5, C) float64 array."""
+        lay = self.layout(x.shape, training=False)
+        saved = empty(x, (5, lay.channels), np.dtype(np.float64))
+        self._run_step(("moments",), lay, {"x": x, "weights": weights}, {steps.SAVED: saved})
+        return saved
+
+    # -- running a step -----------------------------------------------------------------------------------------------
+
+    def _run_step(
+        self,
+        names: tuple[str, ...],
+        lay: Layout,
+        arrays: dict[str, Array | None],
+        memory: dict[int, Array],
+        activate: bool = True,
+        frozen: bool = False,
+    ) -> None:
+        """names: of the kernels: one launch for all, where there is one and it is worth it, then the others."""
+        x = arrays["x"]
+        assert x is not None
+        if x.size == 0:
+            raise ValueError("an empty input is not for a GPU")
+        plan = self._plan(names[0], lay, arrays, activate, frozen)
+        if plan.copied is not None:
+            self._run_on_copies(plan.copied, names, lay, arrays, memory, activate, frozen)
+            return
+        schedule, shape = plan.schedule, plan.shape
+        views = {name: _NOTHING if a is None else (a.address, *plan.strides[name]) for name, a in arrays.items()}
+        addresses = [0] * steps.MEMORY_SIZE
+        for place, array in memory.items():
+            addresses[place] = array.address
+        stream = x.library.stream(x.device)
+        scratch = self._scratch(x, plan, lay, addresses, stream)  # alive until the launches are queued
+        for name in self._launches(names, schedule):
+            grid = schedule.apply if name in ("infer", "normalize", "input_gradient") else schedule.reduce
+            blocks = schedule.families if name in ("train", "backward") else schedule.blocks(shape, grid)
+            arguments: list[Any] = [views[v] for v in steps.VIEWS[name]]
+            arguments += [shape, grid, tuple(addresses), lay.channels, self.options.epsilon]
+            launch(name, plan.variant, x.device, stream, blocks, schedule.block, arguments)
+        del scratch
+
+    def _launches(self, names: tuple[str, ...], schedule: Schedule) -> tuple[str, ...]:
+        if len(names) == 1:
+            return names
+        return names[:1] if schedule.one_launch else names[1:]
+
+    def _scratch(self, x: Array, plan: Plan, lay: Layout, addresses: list[int], stream: int) -> Any:
+        """Memory for what the launches of a step tell each other; its places are written to `addresses`."""
+        statistics = lay.groups * lay.channels
+        sums = 4 * plan.schedule.chunks * statistics * 8
+        sizes = {steps.PARTIAL: sums, steps.SHIFTS: statistics * 8, steps.COEFFICIENTS: 5 * statistics * 8}
+        total = sum(-(-n // _ALIGNMENT) * _ALIGNMENT for n in sizes.values())
+        memory = empty(x, (total,), np.dtype(np.uint8))
+        address = memory.address
+        for place, size in sizes.items():
+            addresses[place] = address
+            address += -(-size // _ALIGNMENT) * _ALIGNMENT
+        addresses[steps.COUNTERS] = _counters(x.library, x.device, stream, plan.schedule.families).address
+        return memory
+
+    def _run_on_copies(
+        self,
+        order: Sizes,
+        names: tuple[str, ...],
+        lay: Layout,
+        arrays: dict[str, Array | None],
+        memory: dict[int, Array],
+        activate: bool,
+        frozen: bool,
+    ) -> None:
+        """The same on contiguous copies, as there is no canonical view."""
+        sizes, kept = tuple(lay.sizes[i] for i in order), tuple(lay.kept[i] for i in order)
+        written = {"y", "dx", "dresidual"}
+        copies: dict[str, Array | None] = {}
+        for name, a in arrays.items():
+            if a is None:
+                copies[name] = None
+            elif name in written:
+                copies[name] = empty(a, sizes, a.dtype)
+            else:
+                copies[name] = wrap(a.library.copy(a, lay.sizes, order), a.library)
+        self._run_step(names, Layout(sizes, kept, lay.groups, lay.channels), copies, memory, activate, frozen)
+        for name in written & set(arrays):
+            target, copy = arrays[name], copies[name]
+            if target is not None and copy is not None:
+                target.library.assign(target, lay.sizes, order, copy.owner)
+
+    def _plan(self, step: str, lay: Layout, arrays: dict[str, Array | None], activate: bool, frozen: bool) -> Plan:
+        there = {name: a for name, a in arrays.items() if a is not None}
+        x = there["x"]
+        alignment = tuple(a.address % _ALIGNMENT for a in there.values())
+        key: tuple[Any, ...] = (step, lay.sizes, lay.kept, lay.groups, x.dtype, x.device, activate, frozen, alignment)
+        key += tuple((name, a.strides) for name, a in there.items())
+        found = self._device_plans.get(key)
+        if found is None:
+            if len(self._device_plans) >= _MAX_PLANS:
+                self._device_plans.clear()
+            found = self._device_plans[key] = self._new_device_plan(lay, there, activate, frozen)
+        return found
+
+    def _new_device_plan(self, lay: Layout, there: dict[str, Array], activate: bool, frozen: bool) -> Plan:
+        shape, strides, copied = canonical_view(lay, list(there.values()))
+        found = dict(zip(there, strides, strict=True))
+        x = there["x"]
+        places = [(a.address, found[name], a.itemsize) for name, a in there.items()]
+        schedule = choose(shape, lay.groups, x.itemsize, places, self.one_launch)
+        variant = Variant(
+            dtype=x.dtype,
+            rows=schedule.rows,
+            width=schedule.width,
+            sums=self._sums(x),
+            weights="weights" in there,
+            adjustment="a" in there,
+            residual="residual" in there,
+            relu=self.options.activation == "relu" and activate,
+            renorm=self.options.renorm,
+            dresidual="dresidual" in there,
+            frozen=frozen,
+        )
+        return Plan(shape, found, copied, schedule, variant)
+
+    def _sums(self, x: Array) -> np.dtype:
+        if self.sums is not None:
+            return np.dtype(self.sums)
+        return np.dtype(np.float64 if x.itemsize == 8 or _has_fast_float64(x.device) else np.float32)
+
+    def _hyper_on(self, x: Array, hyper: np.ndarray) -> Array:
+        """The numbers that the channel stage reads, copied to the device when they are new."""
+        key = x.library, x.device, hyper.tobytes()
+        found = self._device_hyper.get(key)
+        if found is None:
+            if len(self._device_hyper) >= _MAX_PLANS:
+                self._device_hyper.clear()
+            found = self._device_hyper[key] = wrap(x.library.from_host(hyper, x.device), x.library)
+        return found
+
+
+def empty(like: Array, shape: Sizes, dtype: np.dtype) -> Array:
+    return wrap(like.library.empty(shape, dtype, like.device), like.library)
+
+
+def empty_like(x: Array) -> Array:
+    return wrap(x.library.empty_like(x.owner), x.library)
+
+
+_all_counters: dict[Any, Array] = {}
+_counting = threading.Lock()
+
+
+def _counters(library: Library, device: int, stream: int, count: int) -> Array:
+    """Zeros for the blocks of a stream's kernels to count themselves, which leave zeros behind."""
+    key = library, device, stream
+    with _counting:
+        found = _all_counters.get(key)
+        if found is None or found.size < count:
+            zeros = np.zeros(max(1024, 2 * count), np.int32)
+            found = _all_counters[key] = wrap(library.from_host(zeros, device), library)
+        return found
+
+
+def _has_fast_float64(device: int) -> bool:
+    from numba import cuda
+
+    from nbbn.kernels.cuda.target import SIMULATED
+
+    return SIMULATED or cuda.gpus[device].compute_capability in _FAST_FLOAT64

@@ -1,0 +1,104 @@
+"""How a step runs on a GPU: the one place where sizes decide. Nothing depends on the device, so bits do not either."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nbbn.layout import Sizes
+
+THREADS = 256  # of a block
+COLUMNS = 32  # threads of a block side by side in rows: a warp reads one piece of a row
+BLOCKS = 1024  # that reduce, about: several for each multiprocessor of the largest GPUs
+MAX_CHUNKS = 256  # whose sums one thread per statistic adds up
+VECTORS = 16  # that a reducing thread reads, at least: its share of the block's tree is then small
+APPLIED = 16  # elements that a thread writes, about: fewer would repeat the look-up of coefficients too often
+ONE_LAUNCH = 1 << 16  # elements of a family, at most, that one block reduces and then writes
+VECTOR_BYTES = 16
+
+Place = tuple[int, Sizes, int]  # of an array: its address, canonical strides in bytes, itemsize
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a step runs.
+
+    rows: whether statistics lie side by side. width: elements of one access. block: its threads (x, y). reduce, apply:
+    what the kernels of both are told about their loops: the steps of r0, r1 and k1 of a task, and how many families of
+    tiles share their channels. chunks: of a statistic. one_launch: a block has a family for itself.
+    """
+
+    rows: bool
+    width: int
+    block: tuple[int, int]
+    reduce: Sizes
+    apply: Sizes
+    chunks: int
+    one_launch: bool
+
+    def blocks(self, shape: Sizes, grid: Sizes) -> int:
+        r0, k0, r1, k1 = shape
+        return -(-r0 // grid[0]) * -(-r1 // grid[1]) * k0 * -(-k1 // grid[2])
+
+    @property
+    def families(self) -> int:
+        return self.reduce[3]
+
+
+def choose(
+    view: Sizes, groups: int, itemsize: int, places: Iterable[Place], one_launch: bool | None = None
+) -> Schedule:
+    """The schedule for a canonical view.
+
+    Args:
+        groups: of a virtual batch.
+        itemsize: of an element. places: of all arrays.
+        one_launch: a choice made by hand; None leaves it to the thresholds.
+    """
+    _, k0, r1, k1 = view
+    rows = k1 > 1
+    width = _width(view, itemsize, places)
+    across = min(COLUMNS, THREADS) if rows else THREADS
+    x = min(across, _power_of_two(-(-(k1 if rows else r1) // width)))
+    block = (x, THREADS // x)
+    columns = min(k1, x * width) if rows else 1
+    tiles = k0 * -(-k1 // columns)
+    channels = k0 * k1 // groups
+    aligned = groups == 1 or channels % k1 == 0 or (k0 == 1 and channels % columns == 0)
+    families = tiles // groups if aligned else 1
+    values = view[0] * r1
+    per_block = (block[1] if rows else x * width * block[1]) * VECTORS
+    chunks = max(1, min(BLOCKS // tiles, MAX_CHUNKS, values // per_block))
+    possible = aligned and values * columns * groups <= ONE_LAUNCH
+    one = possible if one_launch is None else one_launch and aligned
+    unit = block[1] if rows else x * width
+    reduce = (view[0], r1) if one else _cut(view, chunks, unit)
+    apply_chunks = values * columns // (THREADS * APPLIED)
+    apply = reduce if one else _cut(view, max(1, apply_chunks), unit)
+    found = -(-view[0] // reduce[0]) * -(-r1 // reduce[1])
+    return Schedule(rows, width, block, (*reduce, columns, families), (*apply, columns, families), found, one)
+
+
+def _width(view: Sizes, itemsize: int, places: Iterable[Place]) -> int:
+    """The most elements of one access that divide the innermost dimension, with every array's pieces in place."""
+    inner = 3 if view[3] > 1 else 2
+    width = math.gcd(VECTOR_BYTES // itemsize, view[inner])
+    for address, strides, size in places:
+        if strides[inner] != size:
+            return 1
+        while any(n % (width * size) for i, n in enumerate((*strides, address)) if i != inner):
+            width //= 2
+    return width
+
+
+def _cut(view: Sizes, chunks: int, unit: int) -> tuple[int, int]:
+    """The steps of r0 and r1 for about so many chunks."""
+    r0, _, r1, _ = view
+    length = -(-r0 * r1 // chunks)
+    if length >= r1:
+        return -(-length // r1), r1
+    pieces = max(1, r1 // length)
+    return 1, -(-r1 // (pieces * unit)) * unit
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

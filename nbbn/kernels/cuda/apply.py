@@ -1,0 +1,112 @@
+"""The results of a task."""
+
+from functools import lru_cache
+from types import SimpleNamespace
+
+from nbbn import rules
+from nbbn.kernels import epilogue
+from nbbn.kernels.cuda.blocks import Variant, at, block_functions, operand
+from nbbn.kernels.cuda.memory import vector
+from nbbn.kernels.cuda.target import cuda, device
+
+
+@lru_cache(maxsize=256)
+def apply_functions(v: Variant) -> SimpleNamespace:
+    """The results of a task, from the coefficients of the thread's statistics: (5, own) arrays."""
+    rows, width, unroll, adjusted, fused = v.rows, v.width, v.unroll, v.adjustment, v.residual
+    ahead, real, relu, weighted, frozen, gated = (
+        unroll * width,
+        v.statistic.type,
+        v.relu or None,
+        v.weights,
+        v.frozen,
+        v.dresidual,
+    )
+    elements = vector(v.dtype, width)
+    read, write, read_operand = elements.read, elements.write, vector(v.statistic, width).read
+    walk = block_functions(rows).walk
+    ends = epilogue.functions(device)
+    output, gradient = ends.output, ends.gradient
+    of_residual, of_adjustment, of_weights = operand(fused), operand(adjusted), operand(weighted)
+
+    @device
+    def normalize(x, residual, a, b, y, bounds, forward):
+        """Write y of a task."""
+        values, rv = cuda.local.array(ahead, real), cuda.local.array(ahead, real)
+        av, bv = cuda.local.array(ahead, real), cuda.local.array(ahead, real)
+        first_r0, r0_step, first_r1, r1_step, k1 = walk(bounds, width)
+        k0 = bounds[1]
+        for r0 in range(first_r0, bounds[3], r0_step):
+            for begin in range(first_r1, bounds[5], r1_step * unroll):
+                for u in range(unroll):
+                    r1 = begin + u * r1_step
+                    if r1 < bounds[5]:
+                        read(at(x, r0, k0, r1, k1), values, u * width)
+                        if fused:
+                            read(at(residual, r0, k0, r1, k1), rv, u * width)
+                        if adjusted:
+                            read_operand(at(a, r0, k0, r1, k1), av, u * width)
+                            read_operand(at(b, r0, k0, r1, k1), bv, u * width)
+                for u in range(unroll):
+                    r1 = begin + u * r1_step
+                    if r1 < bounds[5]:
+                        for lane in range(width):
+                            s, i = lane if rows else 0, u * width + lane
+                            ai, bi, ri = of_adjustment(av, i), of_adjustment(bv, i), of_residual(rv, i)
+                            mean, scale, shift = forward[0, s], forward[1, s], forward[2, s]
+                            values[i] = output(
+                                values[i], mean, scale, shift, ai, bi, forward[3, s], forward[4, s], ri, relu
+                            )
+                        write(at(y, r0, k0, r1, k1), values, u * width)
+
+    @device
+    def input_gradient(dy, x, residual, weights, a, b, dx, dresidual, bounds, forward, backward):
+        """Write dx, and what the activation lets through of dy if it is asked for, of a task."""
+        g, values, rv = cuda.local.array(ahead, real), cuda.local.array(ahead, real), cuda.local.array(ahead, real)
+        av, bv, w = cuda.local.array(ahead, real), cuda.local.array(ahead, real), cuda.local.array(ahead, real)
+        first_r0, r0_step, first_r1, r1_step, k1 = walk(bounds, width)
+        k0 = bounds[1]
+        for r0 in range(first_r0, bounds[3], r0_step):
+            for begin in range(first_r1, bounds[5], r1_step * unroll):
+                for u in range(unroll):
+                    r1 = begin + u * r1_step
+                    if r1 < bounds[5]:
+                        read(at(dy, r0, k0, r1, k1), g, u * width)
+                        if relu is not None or not frozen:
+                            read(at(x, r0, k0, r1, k1), values, u * width)
+                        if fused:
+                            read(at(residual, r0, k0, r1, k1), rv, u * width)
+                        if weighted:
+                            read_operand(at(weights, r0, k0, r1, k1), w, u * width)
+                        if adjusted:
+                            read_operand(at(a, r0, k0, r1, k1), av, u * width)
+                            read_operand(at(b, r0, k0, r1, k1), bv, u * width)
+                for u in range(unroll):
+                    r1 = begin + u * r1_step
+                    if r1 < bounds[5]:
+                        for lane in range(width):
+                            s, i = lane if rows else 0, u * width + lane
+                            ai, bi, ri = of_adjustment(av, i), of_adjustment(bv, i), of_residual(rv, i)
+                            mean, scale, shift = forward[0, s], forward[1, s], forward[2, s]
+                            g[i] = gradient(
+                                g[i], values[i], mean, scale, shift, ai, bi, forward[3, s], forward[4, s], ri, relu
+                            )
+                        if gated:
+                            write(at(dresidual, r0, k0, r1, k1), g, u * width)
+                        for lane in range(width):
+                            s, i = lane if rows else 0, u * width + lane
+                            if frozen:  # whatever x is
+                                g[i] = g[i] * backward[1, s]
+                            else:
+                                ai, wi, mean, scale = (
+                                    of_adjustment(av, i),
+                                    of_weights(w, i),
+                                    backward[0, s],
+                                    backward[1, s],
+                                )
+                                g[i] = rules.input_gradient(
+                                    g[i], values[i], mean, scale, backward[2, s], backward[3, s], ai, wi
+                                )
+                        write(at(dx, r0, k0, r1, k1), g, u * width)
+
+    return SimpleNamespace(normalize=normalize, input_gradient=input_gradient)

@@ -1,0 +1,122 @@
+"""How the threads of a block share a task, and what is compiled into a kernel."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from nbbn.kernels import tasks
+from nbbn.kernels.cuda.target import cuda, device
+
+THREADS = 256  # of a block, at most
+ELEMENTS = 16  # that a thread reads before it waits for any: enough to hide the latency, few enough for its registers
+# What a step is told about its loops: the steps of kernels/tasks.py, and how many families there are.
+FAMILIES = tasks.STORE
+GRID_SIZE = FAMILIES + 1
+# A view of elements: the address of the first, and the strides in bytes.
+ADDRESS, S_R0, S_K0, S_R1, S_K1 = range(5)
+VIEW_SIZE = 5
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compiled into a kernel.
+
+    dtype: of the elements. rows: whether statistics lie side by side. width: elements of one access. sums: dtype of the
+    sums of a few elements. Then: which arguments and options there are, and whether the statistics are constants.
+    """
+
+    dtype: np.dtype
+    rows: bool
+    width: int
+    sums: np.dtype
+    weights: bool = False
+    adjustment: bool = False
+    residual: bool = False
+    relu: bool = False
+    renorm: bool = False
+    dresidual: bool = False
+    frozen: bool = False
+
+    @property
+    def statistic(self) -> np.dtype:
+        return np.dtype(np.float64 if self.dtype.itemsize == 8 else np.float32)
+
+    @property
+    def own(self) -> int:
+        """Statistics of a thread."""
+        return self.width if self.rows else 1
+
+    @property
+    def unroll(self) -> int:
+        return max(1, min(4, ELEMENTS // self.width))
+
+
+@device
+def at(array, r0, k0, r1, k1):
+    """The address of an element."""
+    return array[ADDRESS] + r0 * array[S_R0] + k0 * array[S_K0] + r1 * array[S_R1] + k1 * array[S_K1]
+
+
+@device
+def is_last(counters, family, blocks):
+    """Whether this block is the last of `blocks` to come here; it sees what the others have written before."""
+    last = cuda.shared.array(1, np.int32)
+    cuda.threadfence()
+    cuda.syncthreads()
+    if cuda.threadIdx.x == 0 and cuda.threadIdx.y == 0:
+        most = np.uint32(blocks - 1)
+        last[0] = 1 if cuda.atomic.inc(counters, family, most) == most else 0  # the last one makes it 0 again
+    cuda.syncthreads()
+    cuda.threadfence()
+    return last[0] != 0
+
+
+@lru_cache(maxsize=2)
+def block_functions(rows: bool) -> SimpleNamespace:
+    """How the threads of a block share its work."""
+
+    @device
+    def walk(bounds, width):
+        """The first r0 of this thread and its step, the first r1 and its step, and k1; without a column, no r0."""
+        x, y = np.int64(cuda.threadIdx.x), np.int64(cuda.threadIdx.y)
+        if rows:
+            k1 = bounds[6] + x * width
+            return (bounds[2] if k1 < bounds[7] else bounds[3]), np.int64(1), bounds[4] + y, cuda.blockDim.y, k1
+        return bounds[2] + y, np.int64(cuda.blockDim.y), bounds[4] + x * width, cuda.blockDim.x * width, np.int64(0)
+
+    @device
+    def is_writer():
+        """Whether this thread writes what the block, or in rows its column, has in common."""
+        return cuda.threadIdx.y == 0 and (rows or cuda.threadIdx.x == 0)
+
+    @device
+    def block_sum(values, count):
+        """The sums of the block's threads, of those of one column in rows, of `count` values each, in `values`."""
+        shared = cuda.shared.array((4, THREADS), np.float64)
+        x, threads = cuda.threadIdx.x, cuda.blockDim.x * cuda.blockDim.y
+        thread, least = cuda.threadIdx.y * cuda.blockDim.x + x, cuda.blockDim.x if rows else 1
+        for i in range(count):
+            shared[i, thread] = values[i]
+        cuda.syncthreads()
+        step = threads // 2
+        while step >= least:
+            if thread < step:
+                for i in range(count):
+                    shared[i, thread] += shared[i, thread + step]
+            cuda.syncthreads()
+            step //= 2
+        for i in range(count):
+            values[i] = shared[i, x if rows else 0]
+        cuda.syncthreads()
+
+    return SimpleNamespace(walk=walk, is_writer=is_writer, block_sum=block_sum)
+
+
+def operand(there: bool) -> Any:
+    """values[i], or None, which is a type to the rules, where there is no such operand."""
+    if there:
+        return device(lambda values, i: values[i])
+    return device(lambda values, i: None)

@@ -1,0 +1,170 @@
+"""The sums of a task: those of its threads' elements, a few at a time, and the tree of the block's."""
+
+from functools import lru_cache
+from types import SimpleNamespace
+
+import numpy as np
+
+from nbbn.kernels import epilogue
+from nbbn.kernels.cuda.blocks import Variant, at, block_functions, operand
+from nbbn.kernels.cuda.memory import vector
+from nbbn.kernels.cuda.target import cuda, device
+
+
+@lru_cache(maxsize=256)
+def reduce_functions(v: Variant) -> SimpleNamespace:
+    """The sums of a task."""
+    rows, width, own, unroll, weighted, adjusted = v.rows, v.width, v.own, v.unroll, v.weights, v.adjustment
+    ahead, real, narrow, relu = unroll * width, v.statistic.type, v.sums.type, v.relu or None
+    read, read_operand = vector(v.dtype, width).read, vector(v.statistic, width).read
+    read_one, read_one_operand = vector(v.dtype, 1).read, vector(v.statistic, 1).read
+    block = block_functions(rows)
+    walk, is_writer, block_sum = block.walk, block.is_writer, block.block_sum
+    gradient = epilogue.functions(device).gradient
+    of_residual, of_adjustment = operand(v.residual), operand(adjusted)
+    moment_sums, gradient_sums, fused = 3 if weighted else 2, 4 if adjusted else 2, v.residual
+
+    @device
+    def write_sums(sums, count, bounds, k1, first, partial):
+        """The block's sums of each statistic of a thread, from sums (own, 4)."""
+        values = cuda.local.array(4, np.float64)
+        for s in range(own):
+            for i in range(count):
+                values[i] = sums[s, i]
+            block_sum(values, count)
+            if is_writer() and k1 < bounds[7]:
+                for i in range(count):
+                    partial[bounds[0], i, first + s] = values[i]
+
+    @device
+    def first_value(x, weights, k0, k1):
+        """Of a statistic; 0 where it does not count."""
+        value = cuda.local.array(1, real)
+        if weighted:
+            read_one_operand(at(weights, 0, k0, 0, k1), value, 0)
+            if not value[0] > 0:
+                return 0.0
+        read_one(at(x, 0, k0, 0, k1), value, 0)
+        return np.float64(value[0])
+
+    @device
+    def add_moments(x, w, begin, shift, seen, part):
+        """Add `width` elements, x[begin:], to the sums of their statistics."""
+        for lane in range(width):
+            s, value = lane if rows else 0, narrow(x[begin + lane])
+            if not weighted:
+                centered = value - shift[s]
+                part[s, 0] += centered
+                part[s, 1] += centered * centered
+            elif w[begin + lane] > 0:  # what does not count may be NaN
+                wi = narrow(w[begin + lane])
+                if seen[s] == 0:
+                    seen[s] = 1
+                    shift[s] = value
+                centered = value - shift[s]
+                part[s, 0] += wi * centered
+                part[s, 1] += wi * centered * centered
+                part[s, 2] += wi
+
+    @device
+    def sum_moments(x, weights, bounds, first, shifts, partial):
+        """Write the block's sum (x - shift), sum (x - shift)^2 and, with weights, their count; chunk 0 also the shifts.
+
+        Each thread has a shift of its own, so that `narrow` sums keep their digits whatever the common one is.
+        """
+        values, w = cuda.local.array(ahead, real), cuda.local.array(ahead, real)
+        shift, seen = cuda.local.array(own, narrow), cuda.local.array(own, np.int32)
+        part, sums = cuda.local.array((own, 3), narrow), cuda.local.array((own, 4), np.float64)
+        first_r0, r0_step, first_r1, r1_step, k1 = walk(bounds, width)
+        k0, n = bounds[1], 0
+        for s in range(own):
+            shift[s], seen[s], sums[s, 0], sums[s, 1], sums[s, 2] = 0, 0, 0, 0, 0
+        if not weighted and first_r0 < bounds[3] and first_r1 < bounds[5]:
+            read(at(x, first_r0, k0, first_r1, k1), values, 0)
+            for s in range(own):
+                shift[s] = narrow(values[s])
+        for r0 in range(first_r0, bounds[3], r0_step):
+            for begin in range(first_r1, bounds[5], r1_step * unroll):
+                for s in range(own):
+                    part[s, 0], part[s, 1], part[s, 2] = 0, 0, 0
+                for u in range(unroll):
+                    r1 = begin + u * r1_step
+                    if r1 < bounds[5]:
+                        read(at(x, r0, k0, r1, k1), values, u * width)
+                        if weighted:
+                            read_operand(at(weights, r0, k0, r1, k1), w, u * width)
+                for u in range(unroll):
+                    if begin + u * r1_step < bounds[5]:
+                        add_moments(values, w, u * width, shift, seen, part)
+                        n += 1
+                for s in range(own):
+                    for i in range(moment_sums):
+                        sums[s, i] += np.float64(part[s, i])
+        for s in range(own):
+            origin = 0.0
+            if k1 < bounds[7]:
+                origin = first_value(x, weights, k0, k1 + s if rows else k1)
+            count = sums[s, 2] if weighted else np.float64(n * (1 if rows else width))
+            delta = np.float64(shift[s]) - origin
+            if count > 0:
+                sums[s, 1] += delta * (2.0 * sums[s, 0] + count * delta)
+                sums[s, 0] += count * delta
+            if bounds[0] == 0 and is_writer() and k1 < bounds[7]:
+                shifts[first + s] = origin
+        write_sums(sums, moment_sums, bounds, k1, first, partial)
+
+    @device
+    def add_gradient(g, x, residual, a, b, begin, forward, part):
+        for lane in range(width):
+            s, i = lane if rows else 0, begin + lane
+            ai, bi, ri = of_adjustment(a, i), of_adjustment(b, i), of_residual(residual, i)
+            mean, scale, shift, gamma, beta = forward[0, s], forward[1, s], forward[2, s], forward[3, s], forward[4, s]
+            gi = gradient(g[i], x[i], mean, scale, shift, ai, bi, gamma, beta, ri, relu)
+            weight = narrow(gi) if ai is None else narrow(gi) * narrow(a[i])
+            part[s, 0] += weight
+            part[s, 1] += weight * (narrow(x[i]) - narrow(mean))
+            if adjusted:
+                part[s, 2] += narrow(gi)
+                part[s, 3] += narrow(gi) * narrow(b[i])
+
+    @device
+    def sum_gradient(dy, x, residual, a, b, bounds, first, saved_mean, forward, partial):
+        """Write the block's sum dy * a and sum dy * a * (x - mean); with a and b also sum dy and sum dy * b.
+
+        dy counts as far as the activation lets it through; forward: the coefficients of the output.
+        """
+        g, values, rv = cuda.local.array(ahead, real), cuda.local.array(ahead, real), cuda.local.array(ahead, real)
+        av, bv = cuda.local.array(ahead, real), cuda.local.array(ahead, real)
+        part, sums = cuda.local.array((own, 4), narrow), cuda.local.array((own, 4), np.float64)
+        first_r0, r0_step, first_r1, r1_step, k1 = walk(bounds, width)
+        k0 = bounds[1]
+        for s in range(own):
+            for i in range(4):
+                sums[s, i] = 0
+        for r0 in range(first_r0, bounds[3], r0_step):
+            for begin in range(first_r1, bounds[5], r1_step * unroll):
+                for s in range(own):
+                    for i in range(4):
+                        part[s, i] = 0
+                for u in range(unroll):
+                    r1 = begin + u * r1_step
+                    if r1 < bounds[5]:
+                        read(at(dy, r0, k0, r1, k1), g, u * width)
+                        read(at(x, r0, k0, r1, k1), values, u * width)
+                        if fused:
+                            read(at(residual, r0, k0, r1, k1), rv, u * width)
+                        if adjusted:
+                            read_operand(at(a, r0, k0, r1, k1), av, u * width)
+                            read_operand(at(b, r0, k0, r1, k1), bv, u * width)
+                for u in range(unroll):
+                    if begin + u * r1_step < bounds[5]:
+                        add_gradient(g, values, rv, av, bv, u * width, forward, part)
+                for s in range(own):
+                    for i in range(gradient_sums):
+                        sums[s, i] += np.float64(part[s, i])
+        if k1 < bounds[7]:
+            for s in range(own):  # the products are with the rounded mean
+                sums[s, 1] += sums[s, 0] * (np.float64(narrow(forward[0, s])) - saved_mean[first + s])
+        write_sums(sums, gradient_sums, bounds, k1, first, partial)
+
+    return SimpleNamespace(sum_moments=sum_moments, sum_gradient=sum_gradient)
