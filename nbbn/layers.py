@@ -2,9 +2,10 @@
 
 import contextlib
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -14,8 +15,8 @@ from nbbn.kernels import channel
 from nbbn.layout import Sizes, resolve_axis
 from nbbn.operands import Array, as_adjustment, as_input, as_residual, as_weights, check_out
 from nbbn.options import Options
+from nbbn.placement import Placed
 from nbbn.pullback import Gradients, Record, pull_back
-from nbbn.runtime import StateLock
 from nbbn.variables import PARAMETERS, PARTS, STATISTICS, Shapes, Variables
 
 _INITIALIZERS = ("beta_initializer", "gamma_initializer", "moving_mean_initializer", "moving_variance_initializer")
@@ -44,7 +45,7 @@ def _variable(name: str) -> property:
     return property(get, assign)
 
 
-class BatchNormalization:
+class BatchNormalization(Placed):
     """Batch normalization with every option of TensorFlow 1 and 2, on NumPy arrays.
 
         y = (x - mean) / sqrt(variance + epsilon) * gamma + beta
@@ -151,8 +152,7 @@ class BatchNormalization:
         self.gamma_constraint = constraints.get(gamma_constraint)
         self.trainable = trainable
         self.name = self._unique_name() if name is None else str(name)
-        self._variables: Variables | None = None
-        self._building = StateLock()
+        super().__init__()
 
     def _unique_name(self) -> str:
         n = next(_named)
@@ -250,6 +250,8 @@ class BatchNormalization:
             values |= {"moving_stddev": sigma, "renorm_mean": mean, "renorm_stddev": sigma}
         return Variables(shapes, values)
 
+    # -- inputs ------------------------------------------------------------------------------------------------------
+
     def _check_input(self, x: Array) -> Shapes:
         """The shapes of this input, which are the layer's if it is built. Raises: ValueError if they do not agree."""
         if self._variables is None:
@@ -305,14 +307,17 @@ class BatchNormalization:
         gradient of the input. It refers to `inputs` and `residual`, which must not change until then; parameters and
         statistics are those of this call.
         """
-        x = as_input(inputs)
-        for kept in (x, residual):
-            if isinstance(out, np.ndarray) and isinstance(kept, np.ndarray) and np.may_share_memory(out, kept):
-                raise ValueError(
-                    "out must not share memory with inputs or residual in vjp(), because the gradient needs them"
-                )
+        dtype = None
+        if not self._is_for_gpu(inputs):
+            x = as_input(inputs)
+            dtype = x.dtype
+            for kept in (x, residual):
+                if isinstance(out, np.ndarray) and isinstance(kept, np.ndarray) and np.may_share_memory(out, kept):
+                    raise ValueError(
+                        "out must not share memory with inputs or residual in vjp(), because the gradient needs them"
+                    )
         y, record = self._forward(inputs, training, mask, update_statistics, out, residual, keep=True)
-        return y, lambda dy, out=None: self._pull_back(dy, record, out, x.dtype)
+        return y, lambda dy, out=None: self._pull_back(dy, record, out, dtype)
 
     def _uses_batch(self, training: bool | None) -> bool:
         if training is None or training is False:
@@ -332,6 +337,11 @@ class BatchNormalization:
         keep: bool = False,
     ) -> tuple[Array, Record]:
         """The output and its record; one to be kept, for a gradient, has parameters and statistics of its own."""
+        if (type(inputs) is not np.ndarray or self._on_gpu is not None) and self._is_for_gpu(inputs):
+            from nbbn.gpu import calls
+
+            found = calls.forward(self, inputs, training, mask, update, out, residual, keep)
+            return cast(tuple[Array, Record], found)
         x = as_input(inputs)
         if self._dtype is not None:
             x = x.astype(self._dtype, copy=False)
@@ -379,9 +389,14 @@ class BatchNormalization:
         else:
             variables.state = step.new_state.astype(variables.shapes.dtype, copy=False)
 
-    def _pull_back(self, dy: Any, record: Record, out: Array | None, dtype: np.dtype) -> Gradients:
-        found, dparams = pull_back(self._dispatcher, record, dy, out)
+    def _pull_back(self, dy: Any, record: Record, out: Array | None, dtype: np.dtype | None) -> Gradients:
+        """dtype: of the input, as it came; None of one on a GPU."""
         assert self._variables is not None
+        if dtype is None:
+            from nbbn.gpu import calls
+
+            return calls.gradients(self, dy, cast(calls.DeviceRecord, record), out, self._variables.shapes)
+        found, dparams = pull_back(self._dispatcher, record, dy, out)
         assert found.inputs is not None
         shapes = self._variables.shapes
         dgamma, dbeta = dparams.astype(shapes.dtype, copy=False).reshape(2, *shapes.params)
@@ -429,8 +444,11 @@ class BatchNormalization:
     non_trainable_variables = non_trainable_weights
 
     def get_weights(self) -> list[Array]:
-        """Copies of the weights."""
-        return [w.copy() for w in self.weights]
+        """Copies of the weights, as NumPy arrays."""
+        if self._variables is None:
+            return []
+        host = self._variables.on_host()
+        return [host[n].copy() for n in host.names]
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set all weights, in the order and shapes of get_weights(). Raises: ValueError if they do not fit."""
@@ -442,8 +460,8 @@ class BatchNormalization:
 
     def count_params(self) -> int:
         """The number of values in all weights. Raises: ValueError if the layer is not built."""
-        self._built_variables("count_params()")
-        return sum(w.size for w in self.weights)
+        variables = self._built_variables("count_params()")
+        return len(variables.names) * math.prod(variables.shapes.params)
 
     def fold(self, dtype: Any = None) -> tuple[Array, Array]:
         """scale and shift of inference, y = x * scale + shift before any activation: see nbbn.folding."""
@@ -451,14 +469,19 @@ class BatchNormalization:
 
     # -- losses, updates, constraints --------------------------------------------------------------------------------
 
-    def _regularized(self) -> list[tuple[Any, str]]:
+    def _regularized(self) -> list[tuple[Any, str, Array]]:
         pairs = [(self.gamma_regularizer, "gamma"), (self.beta_regularizer, "beta")]
-        return [(r, n) for r, n in pairs if r is not None and getattr(self, n) is not None]
+        return [(r, n, w) for r, n in pairs if r is not None and (w := self._on_host(n)) is not None]
+
+    def _on_host(self, name: str) -> Array | None:
+        """A weight as a NumPy array; None where there is none."""
+        variables = self._variables
+        return None if variables is None or name not in variables.names else variables.on_host()[name]
 
     @property
     def losses(self) -> list[float]:
         """The regularization losses, one per regularized weight; they depend on no input."""
-        return [regularizers.loss(r, getattr(self, n)) for r, n in self._regularized()]
+        return [regularizers.loss(r, w) for r, _, w in self._regularized()]
 
     def get_losses_for(self, inputs: Any = None) -> list[float]:
         """The losses that depend on `inputs`; None asks for those that depend on none."""
@@ -466,13 +489,13 @@ class BatchNormalization:
 
     def regularization_gradients(self) -> Gradients:
         """The gradients of the sum of `losses` with respect to gamma and beta."""
-        found = {n: regularizers.gradient(r, getattr(self, n)) for r, n in self._regularized()}
+        found = {n: regularizers.gradient(r, w) for r, n, w in self._regularized()}
         return Gradients(gamma=found.get("gamma"), beta=found.get("beta"))
 
     def apply_constraints(self) -> None:
         """Project gamma and beta onto their constraints: call it after an optimizer's step."""
         for constraint, name in ((self.gamma_constraint, "gamma"), (self.beta_constraint, "beta")):
-            weight = getattr(self, name)
+            weight = self._on_host(name)
             if constraint is not None and weight is not None:
                 setattr(self, name, constraints.project(constraint, weight))
 

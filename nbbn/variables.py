@@ -61,6 +61,10 @@ class Variables:
         row: Array = self.params[PARAMETERS.index(name)] if name in PARAMETERS else self.state[STATISTICS.index(name)]
         return row.reshape(self.shapes.params)
 
+    def on_host(self) -> "Variables":
+        """These variables, or a copy, as NumPy arrays."""
+        return self
+
     def check(self, name: str, value: Any) -> Array:
         """A copy of `value` in the variables' dtype. Raises: ValueError, TypeError if it does not fit."""
         array = np.asarray(value)

@@ -17,6 +17,7 @@ FLOORS = [
     ["options", "operands", "schedule", "dispatcher", "variables"],
     ["gpu", "adapters"],
     ["nn", "pullback", "folding"],
+    ["gpu.calls", "placement"],
     ["layers"],
     ["inspection", "planning"],
     ["warming"],
