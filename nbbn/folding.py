@@ -101,7 +101,7 @@ def fold_into(kernel: Any, bias: Any, layer: Layer, *, axis: int | Sequence[int]
 def _variables(layer: Layer, what: str) -> Variables:
     if not isinstance(getattr(layer, "options", None), Options):
         raise TypeError(f"layer must be a BatchNormalization of nbbn; received {layer!r}")
-    return layer._built_variables(what)
+    return layer._built_variables(what).on_host()
 
 
 def _terms(variables: Variables, epsilon: float) -> tuple[Array, Array, Array]:

@@ -1,6 +1,7 @@
 """Where a layer's variables are, and which calls are for a GPU."""
 
 import importlib
+import re
 from typing import Any, Self
 
 import numpy as np
@@ -41,18 +42,19 @@ class Placed:
         Raises: ValueError for another device, or if the layer is not built; RuntimeError if there is no such GPU, with
         what is missing.
         """
-        kind, _, number = str(device).partition(":")
-        if kind not in ("cpu", "cuda") or not (number.isdecimal() if kind == "cuda" and number else not number):
+        found = re.fullmatch(r"cpu|cuda(?::(\d+))?", device) if isinstance(device, str) else None
+        if found is None:
             raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N'; received {device!r}")
-        if kind == "cuda":
+        number = int(found[1] or 0)
+        if device != "cpu":
             from nbbn.gpu import availability
 
-            availability.require(f"to({device!r})", int(number or 0))
+            availability.require(f"to({device!r})", number)
         host = self._built_variables(f"to({device!r})").on_host()
-        if kind == "cpu":
+        if device == "cpu":
             self._variables, self._on_gpu = host, None
         else:
-            self._move(host, importlib.import_module("nbbn.adapters.numba_cuda"), int(number or 0))
+            self._move(host, importlib.import_module("nbbn.adapters.numba_cuda"), number)
         return self
 
     def _move(self, host: Variables, library: Any, device: int) -> Variables:
@@ -85,9 +87,12 @@ class Placed:
     def _is_for_gpu(self, inputs: Any) -> bool:
         """Whether a call is one for a GPU. Raises: ValueError if the variables are there and the input is not."""
         if type(inputs) is not np.ndarray:
+            from nbbn.gpu import availability
             from nbbn.gpu.arrays import find_library
 
             if find_library(inputs) is not None:
+                if self._on_gpu is None:
+                    availability.require("an array on a GPU")
                 return True
         if self._on_gpu is not None:
             raise ValueError(

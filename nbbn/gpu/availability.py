@@ -17,7 +17,7 @@ def missing() -> str | None:
     try:
         count = len(cuda.gpus)
     except Exception as error:  # whatever the driver's absence makes of it
-        return f"there is no working CUDA driver ({str(error).strip().splitlines()[0]})"
+        return f"there is no working CUDA driver ({' '.join(str(error).split()).rstrip(': ')})"
     return f"the CUDA driver sees {count} GPUs, and Numba can use none"
 
 

@@ -1,0 +1,276 @@
+"""The layer on a GPU, or in Numba's simulator, against the layer on the CPU, whose tests are the oracle's."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+
+import nbbn
+
+pytest.importorskip("numba_cuda", reason="needs the extra cuda")
+from numba import cuda
+
+if not cuda.is_available():
+    pytest.skip("needs a GPU, or NUMBA_ENABLE_CUDASIM=1", allow_module_level=True)
+
+from nbbn.gpu import schedule
+
+# Either side is within a dozen roundings of the exact result, or within one of a 16-bit float.
+BOUNDS = {np.dtype(np.float64): 1e-12, np.dtype(np.float32): 2e-5, np.dtype(np.float16): 4e-3}
+
+
+@pytest.fixture(autouse=True)
+def _few_threads(monkeypatch):
+    """The simulator's threads are Python's: a block has a few."""
+    for name, value in {"THREADS": 8, "COLUMNS": 4, "VECTORS": 1, "APPLIED": 2}.items():
+        monkeypatch.setattr(schedule, name, value)
+
+
+def host(value):
+    return value.copy_to_host() if hasattr(value, "copy_to_host") else value
+
+
+def device(value):
+    return None if value is None else cuda.to_device(value)
+
+
+def agree(found, expected, name):
+    found = np.asarray(host(found))
+    assert found.dtype == expected.dtype, name
+    bound = BOUNDS.get(expected.dtype, 4e-2)
+    np.testing.assert_allclose(found.astype(float), expected.astype(float), rtol=bound, atol=bound, err_msg=name)
+
+
+def gradients_agree(found, expected):
+    for name in expected._fields:
+        one, other = getattr(found, name), getattr(expected, name)
+        assert (one is None) == (other is None), name
+        pairs = [] if one is None else zip(one, other, strict=True) if isinstance(one, tuple) else [(one, other)]
+        for a, b in pairs:
+            agree(a, b, name)
+
+
+class Pair:
+    """The same layer twice, and calls of both that must agree."""
+
+    def __init__(self, shape, axis, dtype=np.float32, residual=False, **options):
+        self.cpu, self.gpu = (nbbn.BatchNormalization(axis=axis, **options) for _ in range(2))
+        self.rng, self.shape, self.dtype, self.residual = np.random.default_rng(0), shape, dtype, residual
+
+    def array(self, mean=0.0):
+        return self.rng.normal(mean, 1.5, self.shape).astype(self.dtype)
+
+    def check(self, training=True, mask=None, update_statistics=True):
+        x, dy, residual = self.array(2.0), self.array(), self.array() if self.residual else None
+        options = {"training": training, "mask": mask, "update_statistics": update_statistics}
+        y, pullback = self.cpu.vjp(x, residual=residual, **options)
+        found, pullback_on_gpu = self.gpu.vjp(device(x), residual=device(residual), **options)
+        agree(found, y, "y")
+        gradients_agree(pullback_on_gpu(device(dy)), pullback(dy))
+        for name, one, other in zip(
+            self.cpu._variables.names, self.gpu.get_weights(), self.cpu.get_weights(), strict=True
+        ):
+            agree(one, other, name)
+        return self
+
+
+CASES = {
+    "NCHW": ((4, 3, 2, 4), 1, {}),
+    "NHWC": ((3, 2, 2, 8), -1, {}),
+    "dense float64": ((5, 3), -1, {"dtype": np.float64}),
+    "dense float16": ((5, 8), -1, {"dtype": np.float16}),
+    "dense bfloat16": ((5, 8), -1, {"dtype": bfloat16}),
+    "two axes": ((2, 3, 2, 3), (1, 3), {}),
+    "no canonical view": ((2, 3, 2, 2, 3), (1, 3), {}),
+    "renorm": ((5, 3), -1, {"renorm": True, "renorm_clipping": {"rmax": 2.0}}),
+    "ghost": ((6, 2, 3), -1, {"virtual_batch_size": 2}),
+    "cumulative": ((4, 3), -1, {"momentum": None}),
+    "no gamma, no beta": ((4, 3), -1, {"center": False, "scale": False}),
+    "bessel": ((4, 3), -1, {"bessel_correction": True}),
+    "relu": ((5, 4), -1, {"activation": "relu"}),
+    "residual": ((5, 4), -1, {"residual": True}),
+    "residual and relu": ((5, 4), -1, {"residual": True, "activation": "relu"}),
+    "adjustment": ((5, 3), -1, {"adjustment": lambda s: (np.full((s[0], 1), 1.5), np.ones((1, s[1])) / 4)}),
+}
+
+
+@pytest.mark.parametrize(("shape", "axis", "options"), CASES.values(), ids=CASES)
+def test_training_and_inference(shape, axis, options):
+    pair = Pair(shape, axis, **options)
+    for training in (True, True, False):
+        pair.check(training=training)
+
+
+def test_masks():
+    mask = np.array([[1, 0], [1, 1], [0, 1], [1, 1]])
+    Pair((4, 2, 3), -1).check(mask=mask.astype(bool)).check(mask=mask / 4)
+
+
+def test_a_mask_on_the_gpu():
+    pair = Pair((4, 2, 3), -1)
+    mask, x = np.array([[1, 0], [1, 1], [0, 1], [1, 1]], np.float32), pair.array()
+    agree(pair.gpu(device(x), training=True, mask=device(mask)), pair.cpu(x, training=True, mask=mask), "y")
+    with pytest.raises(ValueError, match=r"mask must broadcast .* \(4, 2\) .* received shape \(3, 2\)"):
+        pair.gpu(device(x), training=True, mask=device(mask[:3]))
+
+
+def test_without_an_update_the_statistics_stay():
+    pair = Pair((4, 3), -1).check()
+    before = pair.gpu.get_weights()
+    pair.check(update_statistics=False)
+    assert [a.tobytes() for a in before] == [a.tobytes() for a in pair.gpu.get_weights()]
+
+
+def test_weights_change_in_their_place():
+    """Or a captured graph would train what nobody reads."""
+    pair = Pair((4, 3), -1).check()
+    variables = pair.gpu._variables
+    places = variables.params.address, variables.state.address
+    pair.check()
+    pair.gpu.set_weights(pair.cpu.get_weights())
+    pair.gpu.gamma = np.full(3, 2.0)
+    assert (variables.params.address, variables.state.address) == places
+    np.testing.assert_array_equal(host(pair.gpu.gamma), np.full(3, 2.0))
+
+
+def test_out_and_in_place():
+    pair = Pair((4, 3), -1)
+    x = pair.array()
+    expected, out = pair.cpu(x, training=True), device(np.zeros_like(x))
+    assert pair.gpu(device(x), training=True, out=out) is out
+    agree(out, expected, "out")
+    same = device(x)
+    agree(pair.gpu(same, training=True, out=same), expected, "in place")
+
+
+def test_an_empty_batch():
+    layer = nbbn.BatchNormalization()
+    y, pullback = layer.vjp(device(np.empty((0, 3), np.float32)), training=True)
+    assert host(y).shape == (0, 3)
+    np.testing.assert_array_equal(layer.get_weights()[3], np.ones(3))
+    found = pullback(device(np.empty((0, 3), np.float32)))
+    assert host(found.inputs).shape == (0, 3)
+    np.testing.assert_array_equal(host(found.gamma), np.zeros(3))
+
+
+def test_one_dtype_built_and_another_called():
+    pair = Pair((4, 3), -1).check()
+    pair.dtype = np.float64
+    x = pair.array()
+    agree(pair.gpu(device(x), training=True), pair.cpu(x, training=True), "y")
+    for one, other in zip(pair.gpu.get_weights(), pair.cpu.get_weights(), strict=True):
+        agree(one, other, "weights")
+
+
+# --- where a layer is ------------------------------------------------------------------------
+
+
+def test_the_first_input_decides_and_to_moves():
+    pair = Pair((4, 3), -1)
+    assert pair.gpu.device == "cpu"
+    pair.check()
+    assert pair.gpu.device == "cuda:0"
+    weights = pair.gpu.get_weights()
+    assert pair.gpu.to("cpu") is pair.gpu
+    assert pair.gpu.device == "cpu"
+    assert [a.tobytes() for a in pair.gpu.get_weights()] == [a.tobytes() for a in weights]
+    x = pair.array()
+    np.testing.assert_array_equal(pair.gpu(x), pair.gpu.to("cpu")(x))
+    pair.gpu.to("cuda")
+    pair.check()
+
+
+def test_mixing_says_what_to_do():
+    pair = Pair((4, 3), -1).check()
+    x = pair.array()
+    with pytest.raises(ValueError, match=r"on cuda:0; received an array of the host: call to\('cpu'\) first"):
+        pair.gpu(x)
+    with pytest.raises(ValueError, match=r"on cpu; received an array on cuda:0: call to\('cuda:0'\) first"):
+        pair.cpu(device(x))
+    before = pair.gpu.get_weights()
+    with pytest.raises(TypeError, match="residual must be on the GPU, as the input is; received ndarray"):
+        pair.gpu(device(x), training=True, residual=x)
+    with pytest.raises(TypeError, match="out must be on the GPU"):
+        pair.gpu(device(x), training=True, out=x)
+    assert [a.tobytes() for a in before] == [a.tobytes() for a in pair.gpu.get_weights()]
+
+
+BAD_CALLS = {
+    "shape of out": ({"out": np.zeros((2, 3), np.float32)}, ValueError, r"out must have the shape \(4, 3\)"),
+    "dtype of out": ({"out": np.zeros((4, 3))}, ValueError, "dtype float32 of the result; .* dtype float64"),
+    "residual": ({"residual": np.zeros((4, 2), np.float32)}, ValueError, r"residual must have the input's shape"),
+    "dtype of residual": ({"residual": np.zeros((4, 3), int)}, TypeError, "residual must have a dtype of"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_arguments(arguments, error, message):
+    layer = nbbn.BatchNormalization()
+    with pytest.raises(error, match=message):
+        layer(device(np.zeros((4, 3), np.float32)), training=True, **{k: device(v) for k, v in arguments.items()})
+    assert not layer.built
+
+
+def test_bad_inputs():
+    layer = nbbn.BatchNormalization()
+    with pytest.raises(TypeError, match=r"inputs must have a dtype of .*; received int64"):
+        layer(device(np.zeros((4, 3), np.int64)))
+    with pytest.raises(ValueError, match="virtual_batch_size=3 must divide"):
+        nbbn.BatchNormalization(virtual_batch_size=3)(device(np.zeros((4, 3), np.float32)), training=True)
+    layer(device(np.zeros((4, 3), np.float32)))
+    with pytest.raises(ValueError, match=r"inputs must have the shape \(any, 3\)"):
+        layer(device(np.zeros((4, 2), np.float32)))
+    with pytest.raises(ValueError, match=r"dy must have the output's shape \(4, 3\); received \(2, 3\)"):
+        layer.vjp(device(np.zeros((4, 3), np.float32)))[1](device(np.zeros((2, 3), np.float32)))
+    with pytest.raises(RuntimeError, match=r"to\('cuda:7'\) needs a GPU: there (is|are) .*received number 7"):
+        layer.to("cuda:7")
+
+
+def test_out_of_a_gradient_must_not_be_the_input():
+    layer, x = nbbn.BatchNormalization(), device(np.ones((4, 3), np.float32))
+    with pytest.raises(ValueError, match="out must not share memory with the input"):
+        layer.vjp(x, out=x)
+    _, pullback = layer.vjp(x)
+    with pytest.raises(ValueError, match="out must not share memory with the input"):
+        pullback(x, out=x)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))], ids=["deepcopy", "pickle"])
+def test_copies_stay_on_the_gpu_and_are_others(copied):
+    pair = Pair((4, 3), -1).check()
+    twin = copied(pair.gpu)
+    assert twin.device == "cuda:0"
+    before = [a.tobytes() for a in pair.gpu.get_weights()]
+    assert before == [a.tobytes() for a in twin.get_weights()]
+    twin(device(pair.array()), training=True)
+    assert before == [a.tobytes() for a in pair.gpu.get_weights()]
+
+
+def test_folding_losses_and_constraints():
+    layer = nbbn.BatchNormalization(gamma_regularizer="l2", gamma_constraint="non_neg")
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    layer(device(x), training=True)
+    layer.gamma = np.array([1.0, -2.0, 3.0])
+    assert layer.losses == pytest.approx([0.01 * 14])
+    np.testing.assert_allclose(layer.regularization_gradients().gamma, [0.02, -0.04, 0.06], rtol=1e-6)
+    layer.apply_constraints()
+    np.testing.assert_array_equal(host(layer.gamma), [1, 0, 3])
+    scale, shift = layer.fold()
+    np.testing.assert_allclose(host(layer(device(x))), x * scale + shift, rtol=1e-5, atol=1e-6)
+
+
+def test_the_layers_of_tensorflow_1():
+    from nbbn.compat.v1.keras.layers import BatchNormalization
+
+    cpu, gpu = BatchNormalization(), BatchNormalization()
+    x = np.random.default_rng(0).normal(1, 2, size=(4, 3)).astype(np.float32)
+    agree(gpu(device(x), training=True), cpu(x, training=True), "y")
+    np.testing.assert_array_equal(gpu.get_weights()[2], np.zeros(3))
+    for layer in (cpu, gpu):
+        assert len(layer.updates) == 2
+        for update in layer.updates:
+            update.run()
+    for one, other in zip(gpu.get_weights(), cpu.get_weights(), strict=True):
+        agree(one, other, "weights")
