@@ -234,6 +234,7 @@ class DeviceDispatcher(Dispatcher):
         variant = Variant(
             dtype=x.dtype,
             rows=schedule.rows,
+            short=schedule.swapped and not schedule.rows,
             width=schedule.width,
             sums=self._sums(x),
             weights="weights" in there,
@@ -244,7 +245,8 @@ class DeviceDispatcher(Dispatcher):
             dresidual="dresidual" in there,
             frozen=frozen,
         )
-        return Plan(shape, found, copied, schedule, variant)
+        placed = {name: schedule.place(s) for name, s in found.items()}
+        return Plan(schedule.place(shape), placed, copied, schedule, variant)
 
     def _sums(self, x: Array) -> np.dtype:
         if self.sums is not None:

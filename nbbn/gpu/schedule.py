@@ -22,18 +22,25 @@ Place = tuple[int, Sizes, int]  # of an array: its address, canonical strides in
 class Schedule:
     """How a step runs.
 
-    rows: whether statistics lie side by side. width: elements of one access. block: its threads (x, y). reduce, apply:
-    what the kernels of both are told about their loops: the steps of r0, r1 and k1 of a task, and how many families of
-    tiles share their channels. chunks: of a statistic. one_launch: a block has a family for itself.
+    rows: whether statistics lie side by side. swapped: whether the kernels get R0 and R1 in each other's place: a
+    thread is quicker along r1, of which it reads several values before it waits, so that is the longer one of rows, and
+    not a plane that the threads of a block read at once. width: elements of one access. block: its threads (x, y).
+    reduce, apply: what the kernels of both are told about their loops: the steps of r0, r1 and k1 of a task, and how
+    many families of tiles share their channels. chunks: of a statistic. one_launch: a block has a family for itself.
     """
 
     rows: bool
+    swapped: bool
     width: int
     block: tuple[int, int]
     reduce: Sizes
     apply: Sizes
     chunks: int
     one_launch: bool
+
+    def place(self, sizes: Sizes) -> Sizes:
+        """A canonical shape, or strides, as the kernels get them."""
+        return (sizes[2], sizes[1], sizes[0], sizes[3]) if self.swapped else sizes
 
     def blocks(self, shape: Sizes, grid: Sizes) -> int:
         r0, k0, r1, k1 = shape
@@ -54,7 +61,7 @@ def choose(
         itemsize: of an element. places: of all arrays.
         one_launch: a choice made by hand; None leaves it to the thresholds.
     """
-    _, k0, r1, k1 = view
+    r0, k0, r1, k1 = view
     rows = k1 > 1
     width = _width(view, itemsize, places)
     across = min(COLUMNS, THREADS) if rows else THREADS
@@ -65,17 +72,21 @@ def choose(
     channels = k0 * k1 // groups
     aligned = groups == 1 or channels % k1 == 0 or (k0 == 1 and channels % columns == 0)
     families = tiles // groups if aligned else 1
-    values = view[0] * r1
+    values = r0 * r1
+    swapped = r1 < r0 if rows else r0 > 1 and r1 <= x * width
+    short = swapped and not rows
+    if swapped:
+        r0, r1 = r1, r0
     per_block = (block[1] if rows else x * width * block[1]) * VECTORS
     chunks = max(1, min(BLOCKS // tiles, MAX_CHUNKS, values // per_block))
     possible = aligned and values * columns * groups <= ONE_LAUNCH
     one = possible if one_launch is None else one_launch and aligned
-    unit = block[1] if rows else x * width
-    reduce = (view[0], r1) if one else _cut(view, chunks, unit)
+    unit = block[1] if rows or short else x * width
+    reduce = (r0, r1) if one else _cut(r0, r1, chunks, unit, short)
     apply_chunks = values * columns // (THREADS * APPLIED)
-    apply = reduce if one else _cut(view, max(1, apply_chunks), unit)
-    found = -(-view[0] // reduce[0]) * -(-r1 // reduce[1])
-    return Schedule(rows, width, block, (*reduce, columns, families), (*apply, columns, families), found, one)
+    apply = reduce if one else _cut(r0, r1, max(1, apply_chunks), unit, short)
+    found = -(-r0 // reduce[0]) * -(-r1 // reduce[1])
+    return Schedule(rows, swapped, width, block, (*reduce, columns, families), (*apply, columns, families), found, one)
 
 
 def _width(view: Sizes, itemsize: int, places: Iterable[Place]) -> int:
@@ -90,9 +101,10 @@ def _width(view: Sizes, itemsize: int, places: Iterable[Place]) -> int:
     return width
 
 
-def _cut(view: Sizes, chunks: int, unit: int) -> tuple[int, int]:
-    """The steps of r0 and r1 for about so many chunks."""
-    r0, _, r1, _ = view
+def _cut(r0: int, r1: int, chunks: int, unit: int, whole: bool) -> tuple[int, int]:
+    """The steps of r0 and r1 for about so many chunks; whole: of all r0."""
+    if whole:
+        return r0, -(-r1 // (min(chunks, r1) * unit)) * unit
     length = -(-r0 * r1 // chunks)
     if length >= r1:
         return -(-length // r1), r1

@@ -24,7 +24,7 @@ def apply_functions(v: Variant) -> SimpleNamespace:
     )
     elements = vector(v.dtype, width)
     read, write, read_operand = elements.read, elements.write, vector(v.statistic, width).read
-    walk = block_functions(rows).walk
+    walk = block_functions(rows, v.short).walk
     ends = epilogue.functions(device)
     output, gradient = ends.output, ends.gradient
     of_residual, of_adjustment, of_weights = operand(fused), operand(adjusted), operand(weighted)
@@ -36,8 +36,10 @@ def apply_functions(v: Variant) -> SimpleNamespace:
         av, bv = cuda.local.array(ahead, real), cuda.local.array(ahead, real)
         first_r0, r0_step, first_r1, r1_step, k1 = walk(bounds, width)
         k0 = bounds[1]
-        for r0 in range(first_r0, bounds[3], r0_step):
-            for begin in range(first_r1, bounds[5], r1_step * unroll):
+        r0 = first_r0
+        while r0 < bounds[3]:  # range() would divide
+            begin = first_r1
+            while begin < bounds[5]:
                 for u in range(unroll):
                     r1 = begin + u * r1_step
                     if r1 < bounds[5]:
@@ -58,6 +60,8 @@ def apply_functions(v: Variant) -> SimpleNamespace:
                                 values[i], mean, scale, shift, ai, bi, forward[3, s], forward[4, s], ri, relu
                             )
                         write(at(y, r0, k0, r1, k1), values, u * width)
+                begin += r1_step * unroll
+            r0 += r0_step
 
     @device
     def input_gradient(dy, x, residual, weights, a, b, dx, dresidual, bounds, forward, backward):
@@ -66,8 +70,10 @@ def apply_functions(v: Variant) -> SimpleNamespace:
         av, bv, w = cuda.local.array(ahead, real), cuda.local.array(ahead, real), cuda.local.array(ahead, real)
         first_r0, r0_step, first_r1, r1_step, k1 = walk(bounds, width)
         k0 = bounds[1]
-        for r0 in range(first_r0, bounds[3], r0_step):
-            for begin in range(first_r1, bounds[5], r1_step * unroll):
+        r0 = first_r0
+        while r0 < bounds[3]:  # range() would divide
+            begin = first_r1
+            while begin < bounds[5]:
                 for u in range(unroll):
                     r1 = begin + u * r1_step
                     if r1 < bounds[5]:
@@ -108,5 +114,7 @@ def apply_functions(v: Variant) -> SimpleNamespace:
                                     g[i], values[i], mean, scale, backward[2, s], backward[3, s], ai, wi
                                 )
                         write(at(dx, r0, k0, r1, k1), g, u * width)
+                begin += r1_step * unroll
+            r0 += r0_step
 
     return SimpleNamespace(normalize=normalize, input_gradient=input_gradient)

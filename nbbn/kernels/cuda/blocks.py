@@ -25,13 +25,15 @@ class Variant:
     """What is compiled into a kernel.
 
     dtype: of the elements. rows: whether statistics lie side by side. width: elements of one access. sums: dtype of the
-    sums of a few elements. Then: which arguments and options there are, and whether the statistics are constants.
+    sums of a few elements. short: whether r0 counts neighbours, and not r1, where statistics do not lie side by side.
+    Then: which arguments and options there are, and whether the statistics are constants.
     """
 
     dtype: np.dtype
     rows: bool
     width: int
     sums: np.dtype
+    short: bool = False
     weights: bool = False
     adjustment: bool = False
     residual: bool = False
@@ -74,8 +76,8 @@ def is_last(counters, family, blocks):
     return last[0] != 0
 
 
-@lru_cache(maxsize=2)
-def block_functions(rows: bool) -> SimpleNamespace:
+@lru_cache(maxsize=4)
+def block_functions(rows: bool, short: bool) -> SimpleNamespace:
     """How the threads of a block share its work."""
 
     @device
@@ -85,7 +87,10 @@ def block_functions(rows: bool) -> SimpleNamespace:
         if rows:
             k1 = bounds[6] + x * width
             return (bounds[2] if k1 < bounds[7] else bounds[3]), np.int64(1), bounds[4] + y, cuda.blockDim.y, k1
-        return bounds[2] + y, np.int64(cuda.blockDim.y), bounds[4] + x * width, cuda.blockDim.x * width, np.int64(0)
+        across, step = x * width, np.int64(cuda.blockDim.x * width)
+        if short:
+            return bounds[2] + across, step, bounds[4] + y, cuda.blockDim.y, np.int64(0)
+        return bounds[2] + y, np.int64(cuda.blockDim.y), bounds[4] + across, step, np.int64(0)
 
     @device
     def is_writer():

@@ -18,7 +18,7 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
     ahead, real, narrow, relu = unroll * width, v.statistic.type, v.sums.type, v.relu or None
     read, read_operand = vector(v.dtype, width).read, vector(v.statistic, width).read
     read_one, read_one_operand = vector(v.dtype, 1).read, vector(v.statistic, 1).read
-    block = block_functions(rows)
+    block = block_functions(rows, v.short)
     walk, is_writer, block_sum = block.walk, block.is_writer, block.block_sum
     gradient = epilogue.functions(device).gradient
     of_residual, of_adjustment = operand(v.residual), operand(adjusted)
@@ -83,8 +83,10 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
             read(at(x, first_r0, k0, first_r1, k1), values, 0)
             for s in range(own):
                 shift[s] = narrow(values[s])
-        for r0 in range(first_r0, bounds[3], r0_step):
-            for begin in range(first_r1, bounds[5], r1_step * unroll):
+        r0 = first_r0
+        while r0 < bounds[3]:  # range() would divide
+            begin = first_r1
+            while begin < bounds[5]:
                 for s in range(own):
                     part[s, 0], part[s, 1], part[s, 2] = 0, 0, 0
                 for u in range(unroll):
@@ -100,6 +102,8 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
                 for s in range(own):
                     for i in range(moment_sums):
                         sums[s, i] += np.float64(part[s, i])
+                begin += r1_step * unroll
+            r0 += r0_step
         for s in range(own):
             origin = 0.0
             if k1 < bounds[7]:
@@ -141,8 +145,10 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
         for s in range(own):
             for i in range(4):
                 sums[s, i] = 0
-        for r0 in range(first_r0, bounds[3], r0_step):
-            for begin in range(first_r1, bounds[5], r1_step * unroll):
+        r0 = first_r0
+        while r0 < bounds[3]:  # range() would divide
+            begin = first_r1
+            while begin < bounds[5]:
                 for s in range(own):
                     for i in range(4):
                         part[s, i] = 0
@@ -162,6 +168,8 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
                 for s in range(own):
                     for i in range(gradient_sums):
                         sums[s, i] += np.float64(part[s, i])
+                begin += r1_step * unroll
+            r0 += r0_step
         if k1 < bounds[7]:
             for s in range(own):  # the products are with the rounded mean
                 sums[s, 1] += sums[s, 0] * (np.float64(narrow(forward[0, s])) - saved_mean[first + s])

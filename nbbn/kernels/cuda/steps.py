@@ -63,7 +63,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     bounds_of, chunks_and_tiles = cuts.bounds_of, cuts.chunks_and_tiles
     add_chunks, batch_moments, train_channel = middle.add_chunks, middle.batch_moments, middle.train
     output_coefficients, backward_channel = middle.output_coefficients, middle.backward
-    walk = block_functions(v.rows).walk
+    walk = block_functions(v.rows, v.short).walk
 
     @device
     def task(shape, grid):
