@@ -145,6 +145,16 @@ def test_out_and_in_place():
     agree(pair.gpu(same, training=True, out=same), expected, "in place")
 
 
+def test_out_that_overlaps_the_input_elsewhere():
+    pair = Pair((4, 3), -1)
+    memory = pair.rng.normal(size=(5, 3)).astype(np.float32)
+    expected = pair.cpu(memory[:4], training=True)
+    shared = device(memory)
+    out = shared[1:]
+    assert pair.gpu(shared[:4], training=True, out=out) is out
+    agree(out, expected, "out")
+
+
 def test_an_empty_batch():
     layer = nbbn.BatchNormalization()
     y, pullback = layer.vjp(device(np.empty((0, 3), np.float32)), training=True)

@@ -9,11 +9,18 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from nbbn import dtypes
+from nbbn.gpu import availability
 from nbbn.layout import Sizes, contiguous_strides
 
 
 class Library(Protocol):
     """What an adapter of nbbn.adapters does for its library. `array` is one of the library's own."""
+
+    def is_device_array(self, value: Any) -> bool:
+        """Whether it is in the memory of an NVIDIA GPU."""
+
+    def is_writable(self, array: Any) -> bool:
+        """Whether the library lets results be written to an array that somebody else may see."""
 
     def describe(self, array: Any) -> tuple[int, Sizes, Sizes, np.dtype, int]:
         """Address, shape, strides in bytes, dtype and the device's number."""
@@ -29,6 +36,9 @@ class Library(Protocol):
 
     def stream(self, device: int) -> int:
         """The handle of the stream that the library uses now."""
+
+    def finish(self, device: int) -> None:
+        """Called after a step's launches: a library that does not keep the order of a stream waits for them."""
 
     def astype(self, array: Any, dtype: np.dtype) -> Any: ...
 
@@ -96,28 +106,39 @@ def wrap(array: Any, library: Library) -> DeviceArray:
     )
 
 
-# The first part of the name of the module that an array's class is from, and its adapter. Others that have
-# __cuda_array_interface__ or DLPack's methods are taken for what they say of themselves.
-_ADAPTERS = {"torch": "torch", "cupy": "cupy", "jax": "jax", "jaxlib": "jax", "numba": "numba_cuda"}
+# Where the class of an array, or a base of it, is defined, and its adapter.
+_ADAPTERS = {"torch": "torch", "cupy": "cupy", "jax": "jax", "jaxlib": "jax", "numba.cuda": "numba_cuda"}
 _CUDA = 2  # DLPack's kDLCUDA
 
 
 def find_library(value: Any) -> Library | None:
-    """The adapter of an array on a GPU; None for anything else."""
-    name = _ADAPTERS.get(type(value).__module__.partition(".")[0])
+    """The adapter of an array on a GPU; None for anything else.
+
+    Arrays of libraries without an adapter of their own are taken for what __cuda_array_interface__ or DLPack's methods
+    say of them.
+    """
+    name = _adapter_of(type(value))  # type: ignore[arg-type]  # a type is hashable
     if name is not None:
         library = _adapter(name)
-        return library if library.is_device_array(value) else None  # type: ignore[attr-defined]
-    if getattr(value, "__cuda_array_interface__", None) is not None:
-        return _adapter("interface")
+        return library if library.is_device_array(value) else None
     device = getattr(value, "__dlpack_device__", None)
     if device is not None and device()[0] == _CUDA:
+        return _adapter("interface")
+    if getattr(value, "__cuda_array_interface__", None) is not None:
         return _adapter("interface")
     return None
 
 
+@lru_cache(maxsize=256)
+def _adapter_of(kind: type) -> str | None:
+    modules = [base.__module__ + "." for base in kind.__mro__]
+    return next((a for m in modules for root, a in _ADAPTERS.items() if m.startswith(root + ".")), None)
+
+
 @lru_cache(maxsize=16)
 def _adapter(name: str) -> Library:
+    if name == "interface":  # needs Numba's CUDA target to read what is there
+        availability.require("an array on a GPU")
     return cast(Library, importlib.import_module(f"nbbn.adapters.{name}"))
 
 

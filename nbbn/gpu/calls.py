@@ -207,6 +207,8 @@ def _as_out(value: Any, x: DeviceArray) -> DeviceArray:
             f"out must have the shape {x.shape} and dtype {x.dtype.name} of the result; "
             f"received shape {out.shape} and dtype {out.dtype.name}"
         )
+    if not out.library.is_writable(value):
+        raise ValueError(f"out must be an array that may change; received one of {type(value).__module__}")
     if out.size and any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
         raise ValueError("out must be memory of its own; received a broadcast array")
     return out

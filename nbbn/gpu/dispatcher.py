@@ -18,6 +18,7 @@ from nbbn.options import Options
 _MAX_PLANS = 512
 _NOTHING = (0,) * 5  # the view of an array that is not there
 _ALIGNMENT = 16
+_WRITTEN = ("y", "dx", "dresidual")
 # Compute capabilities with half as much float64 as float32, or more: there, sums in float64 cost nothing beside memory.
 _FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
@@ -147,6 +148,10 @@ class DeviceDispatcher(Dispatcher):
         assert x is not None
         if x.size == 0:
             raise ValueError("an empty input is not for a GPU")
+        clashing = [n for n in _WRITTEN if any(_clash(arrays.get(n), a) for m, a in arrays.items() if m != n)]
+        if clashing:
+            self._run_beside(clashing, names, lay, arrays, memory, activate, frozen)
+            return
         plan = self._plan(names[0], lay, arrays, activate, frozen)
         if plan.copied is not None:
             self._run_on_copies(plan.copied, names, lay, arrays, memory, activate, frozen)
@@ -164,6 +169,7 @@ class DeviceDispatcher(Dispatcher):
             arguments: list[Any] = [views[v] for v in steps.VIEWS[name]]
             arguments += [shape, grid, tuple(addresses), lay.channels, self.options.epsilon]
             launch(name, plan.variant, x.device, stream, blocks, schedule.block, arguments)
+        x.library.finish(x.device)
         del scratch
 
     def _launches(self, names: tuple[str, ...], schedule: Schedule) -> tuple[str, ...]:
@@ -185,6 +191,23 @@ class DeviceDispatcher(Dispatcher):
         addresses[steps.COUNTERS] = _counters(x.library, x.device, stream, plan.schedule.families).address
         return memory
 
+    def _run_beside(
+        self,
+        clashing: list[str],
+        names: tuple[str, ...],
+        lay: Layout,
+        arrays: dict[str, Array | None],
+        memory: dict[int, Array],
+        activate: bool,
+        frozen: bool,
+    ) -> None:
+        """The same with results in memory of their own, as theirs has parts of an input in other places."""
+        targets = {n: a for n in clashing if (a := arrays[n]) is not None}
+        beside = {n: empty(a, a.shape, a.dtype) for n, a in targets.items()}
+        self._run_step(names, lay, {**arrays, **beside}, memory, activate, frozen)
+        for name, target in targets.items():
+            target.library.assign(target, target.shape, tuple(range(target.ndim)), beside[name].owner)
+
     def _run_on_copies(
         self,
         order: Sizes,
@@ -197,17 +220,16 @@ class DeviceDispatcher(Dispatcher):
     ) -> None:
         """The same on contiguous copies, as there is no canonical view."""
         sizes, kept = tuple(lay.sizes[i] for i in order), tuple(lay.kept[i] for i in order)
-        written = {"y", "dx", "dresidual"}
         copies: dict[str, Array | None] = {}
         for name, a in arrays.items():
             if a is None:
                 copies[name] = None
-            elif name in written:
+            elif name in _WRITTEN:
                 copies[name] = empty(a, sizes, a.dtype)
             else:
                 copies[name] = wrap(a.library.copy(a, lay.sizes, order), a.library)
         self._run_step(names, Layout(sizes, kept, lay.groups, lay.channels), copies, memory, activate, frozen)
-        for name in written & set(arrays):
+        for name in set(_WRITTEN) & set(arrays):
             target, copy = arrays[name], copies[name]
             if target is not None and copy is not None:
                 target.library.assign(target, lay.sizes, order, copy.owner)
@@ -262,6 +284,13 @@ class DeviceDispatcher(Dispatcher):
                 self._device_hyper.clear()
             found = self._device_hyper[key] = wrap(x.library.from_host(hyper, x.device), x.library)
         return found
+
+
+def _clash(a: Array | None, b: Array | None) -> bool:
+    """Whether two arrays share memory, but not element by element."""
+    if a is None or b is None or not a.overlaps(b):
+        return False
+    return (a.address, a.strides, a.dtype) != (b.address, b.strides, b.dtype)
 
 
 def empty(like: Array, shape: Sizes, dtype: np.dtype) -> Array:
