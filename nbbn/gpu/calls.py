@@ -139,7 +139,7 @@ def gradients(layer: Layer, dy: Any, record: DeviceRecord, out: Any, shapes: Sha
         activated = record.residual is not None
         if activated and target is not None and layer.options.activation is None and target.overlaps(g):
             g = g.astype(g.dtype, copy=True)  # the residual's gradient, once `out` is written
-        saved = record.saved if record.saved is not None else _saved_of(dispatcher, record)
+        saved = record.saved if record.saved is not None else dispatcher.saved_of(record.state)
         dx, dparams, dz = dispatcher.backward(
             g,
             x,
@@ -160,13 +160,6 @@ def gradients(layer: Layer, dy: Any, record: DeviceRecord, out: Any, shapes: Sha
         residual = (dz.astype(dz.dtype, copy=True) if dz is g else dz).owner
     adjustment = None if record.adjustment is None else _adjustment_gradients(layer, g, record)
     return Gradients(dx.owner, dgamma if layer.scale else None, dbeta if layer.center else None, adjustment, residual)
-
-
-def _saved_of(dispatcher: DeviceDispatcher, record: DeviceRecord) -> DeviceArray:
-    """What a gradient needs after inference, in whose statistics nothing is counted."""
-    x = record.x
-    saved = dispatcher.saved_of(to_host(record.state.owner))
-    return wrap(x.library.from_host(saved, x.device), x.library)
 
 
 def _adjustment_gradients(layer: Layer, dy: DeviceArray, record: DeviceRecord) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from nbbn.dispatcher import Dispatcher, canonical_view
+from nbbn.gpu import schedule
 from nbbn.gpu.arrays import DeviceArray, Library, wrap
 from nbbn.gpu.launching import launch
 from nbbn.gpu.schedule import Schedule, choose
@@ -132,6 +133,21 @@ class DeviceDispatcher(Dispatcher):
         self._run_step(("moments",), lay, {"x": x, "weights": weights}, {steps.SAVED: saved})
         return saved
 
+    def saved_of(self, state: Array) -> Array:  # type: ignore[override]
+        """What a gradient needs after inference, in whose statistics nothing is counted."""
+        channels = state.shape[1]
+        saved = empty(state, (5, channels), np.dtype(np.float64))
+        addresses = [0] * steps.MEMORY_SIZE
+        addresses[steps.STATE], addresses[steps.SAVED] = state.address, saved.address
+        variant = Variant(state.dtype, True, 1, state.dtype, renorm=self.options.renorm)
+        threads = schedule.THREADS
+        shape, grid = (1, 1, 1, channels), (1, 1, threads, 1)
+        arguments = [shape, grid, tuple(addresses), channels, self.options.epsilon]
+        stream, blocks = state.library.stream(state.device), -(-channels // threads)
+        launch("freeze", variant, state.device, stream, blocks, (threads, 1), arguments)
+        state.library.finish(state.device)
+        return saved
+
     # -- running a step -----------------------------------------------------------------------------------------------
 
     def _run_step(
@@ -188,7 +204,7 @@ class DeviceDispatcher(Dispatcher):
         for place, size in sizes.items():
             addresses[place] = address
             address += -(-size // _ALIGNMENT) * _ALIGNMENT
-        addresses[steps.COUNTERS] = _counters(x.library, x.device, stream, plan.schedule.families).address
+        addresses[steps.COUNTERS] = _counters(x.library, x.device, stream, plan.schedule.families)
         return memory
 
     def _run_beside(
@@ -301,19 +317,26 @@ def empty_like(x: Array) -> Array:
     return wrap(x.library.empty_like(x.owner), x.library)
 
 
-_all_counters: dict[Any, Array] = {}
+_STREAMS = 64  # that have counters from the start
+_all_counters: dict[Any, list[Array]] = {}
+_places: dict[Any, int] = {}
 _counting = threading.Lock()
 
 
-def _counters(library: Library, device: int, stream: int, count: int) -> Array:
-    """Zeros for the blocks of a stream's kernels to count themselves, which leave zeros behind."""
-    key = library, device, stream
+def _counters(library: Library, device: int, stream: int, count: int) -> int:
+    """The address of zeros for the blocks of a stream's kernels to count themselves, which leave zeros behind.
+
+    A device's first call makes them for many streams: a graph is captured in a stream of its own, and meanwhile no
+    memory can be had. They are never given back, as a kernel may still be running.
+    """
     with _counting:
-        found = _all_counters.get(key)
-        if found is None or found.size < count:
-            zeros = np.zeros(max(1024, 2 * count), np.int32)
-            found = _all_counters[key] = wrap(library.from_host(zeros, device), library)
-        return found
+        place = _places.setdefault((device, stream), len(_places))
+        arrays = _all_counters.setdefault((library, device), [])
+        size = arrays[-1].shape[1] if arrays else 0
+        if size < count or arrays[-1].shape[0] <= place:
+            shape = max(_STREAMS, 2 * place), max(4096, size, 2 * count)
+            arrays.append(wrap(library.from_host(np.zeros(shape, np.int32), device), library))
+        return arrays[-1].address + place * arrays[-1].strides[0]
 
 
 def _has_fast_float64(device: int) -> bool:

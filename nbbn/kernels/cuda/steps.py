@@ -16,7 +16,7 @@ from numba.cuda import types
 
 from nbbn import rules
 from nbbn.kernels import channel, tasks
-from nbbn.kernels.channel import BATCH_MEAN, BETA, GAMMA, MEAN, VARIANCE
+from nbbn.kernels.channel import BATCH_MEAN, BETA, COUNT, GAMMA, MEAN, RSTD, VARIANCE, D, R
 from nbbn.kernels.cuda.apply import apply_functions
 from nbbn.kernels.cuda.blocks import FAMILIES, GRID_SIZE, VIEW_SIZE, Variant, block_functions, is_last
 from nbbn.kernels.cuda.memory import matrices
@@ -34,6 +34,7 @@ VIEWS = {
     "normalize": ("x", "residual", "a", "b", "y"),
     "train": ("x", "residual", "weights", "a", "b", "y"),
     "infer": ("x", "residual", "y"),
+    "freeze": (),
     "backward_reduce": ("x", "dy", "residual", "a", "b"),
     "input_gradient": ("x", "dy", "residual", "weights", "a", "b", "dx", "dresidual"),
     "backward": ("x", "dy", "residual", "weights", "a", "b", "dx", "dresidual"),
@@ -221,6 +222,17 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
             forward[2, s] = params[BETA, c]
         normalize_task(x, residual, x, x, y, bounds, forward)
 
+    def freeze(shape, grid, memory, channels, epsilon):
+        """What a gradient needs of statistics that are constants, which is what a count of 0 says."""
+        c = np.int64(cuda.blockIdx.x) * grid[tasks.K1_STEP] + cuda.threadIdx.x
+        if c < channels:
+            state, saved = array(memory[STATE], (state_rows, channels)), array64(memory[SAVED], (5, channels))
+            saved[COUNT, c] = 0.0
+            saved[BATCH_MEAN, c] = state[MEAN, c]
+            saved[RSTD, c] = 1.0 / rules.stddev(np.float64(state[VARIANCE, c]), np.float64(epsilon))
+            saved[R, c] = 1.0
+            saved[D, c] = 0.0
+
     def backward_reduce(x, dy, residual, a, b, shape, grid, memory, channels, epsilon):
         chunk, tile, family, blocks = task(shape, grid)
         reduce_gradient(x, dy, residual, a, b, chunk, tile, shape, grid, memory, channels)
@@ -259,5 +271,5 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         for tile in range(family, tiles, grid[FAMILIES]):
             apply_gradient(x, dy, residual, weights, a, b, dx, dresidual, 0, tile, shape, grid, memory, channels)
 
-    found = (moments, train_reduce, normalize, train, infer, backward_reduce, input_gradient, backward)
+    found = (moments, train_reduce, normalize, train, infer, freeze, backward_reduce, input_gradient, backward)
     return {f.__name__: f for f in found}
