@@ -174,6 +174,17 @@ def test_one_dtype_built_and_another_called():
         agree(one, other, "weights")
 
 
+def test_explain():
+    layer = nbbn.BatchNormalization(axis=1)
+    text = str(nbbn.explain(layer, device(np.zeros((4, 3, 2, 4), np.float32)), training=True))
+    assert text.splitlines()[:3] == [
+        "dtype         float32; statistics float32, sums in float64",
+        "view          R0=4 K0=3 R1=8 K1=1",
+        "schedule      values side by side; 4 elements in one access; blocks of 2x4 threads",
+    ]
+    assert not layer.built
+
+
 # --- where a layer is ------------------------------------------------------------------------
 
 

@@ -36,6 +36,23 @@ class Plan:
     schedule: Schedule
     variant: Variant
 
+    def __str__(self) -> str:
+        s, v, (r0, k0, r1, k1) = self.schedule, self.variant, self.schedule.place(self.shape)
+        loops = "statistics side by side" if s.rows else "values side by side"
+        reduction = "by the block that applies" if s.one_launch else f"{s.chunks} chunks of each statistic"
+        copied = "" if self.copied is None else f" (copied in the order of dimensions {self.copied})"
+        statistic = (
+            f"statistics {v.statistic.name}, sums in {'float64' if v.sums == np.float64 else 'float32, then float64'}"
+        )
+        return "\n".join(
+            (
+                f"dtype         {v.dtype.name}; {statistic}",
+                f"view          R0={r0} K0={k0} R1={r1} K1={k1}{copied}",
+                f"schedule      {loops}; {v.width} elements in one access; blocks of {s.block[0]}x{s.block[1]} threads",
+                f"reduction     {reduction}",
+            )
+        )
+
 
 class DeviceDispatcher(Dispatcher):
     """The steps on a GPU, for one set of options: arguments and results are those of the Dispatcher, as DeviceArrays.
@@ -80,9 +97,10 @@ class DeviceDispatcher(Dispatcher):
             steps.HYPER: self._hyper_on(x, hyper),
             steps.NEW_STATE: new_state,
             steps.SAVED: saved,
-            steps.COPY: copy or empty(x, params.shape, params.dtype),
         }
-        self._run_step(("train", "train_reduce", "normalize"), lay, views, memory)
+        if copy is not None:
+            memory[steps.COPY] = copy
+        self._run_step(("train", "train_reduce", "normalize"), lay, views, memory, out=out)
         return y, new_state, saved
 
     def infer(  # type: ignore[override]
@@ -98,7 +116,7 @@ class DeviceDispatcher(Dispatcher):
         y = empty_like(x) if out is None else out
         lay = self.layout(x.shape, training=False)
         memory = {steps.PARAMS: params, steps.STATE: state}
-        self._run_step(("infer",), lay, {"x": x, "residual": residual, "y": y}, memory, activate)
+        self._run_step(("infer",), lay, {"x": x, "residual": residual, "y": y}, memory, activate, out=out)
         return y
 
     def backward(  # type: ignore[override]
@@ -123,7 +141,7 @@ class DeviceDispatcher(Dispatcher):
         views = {"x": x, "dy": dy, "residual": residual, "weights": weights, "a": a, "b": b, "dx": dx, "dresidual": dz}
         memory = {steps.PARAMS: params, steps.SAVED: saved, steps.DPARAMS: dparams}
         names = ("backward", "backward_reduce", "input_gradient")
-        self._run_step(names, lay, views, memory, frozen=not training)
+        self._run_step(names, lay, views, memory, frozen=not training, out=out)
         return dx, dparams, dy if activated and dz is None else dz
 
     def moments(self, x: Array, weights: Array | None = None) -> Array:  # type: ignore[override]
@@ -132,6 +150,11 @@ class DeviceDispatcher(Dispatcher):
         saved = empty(x, (5, lay.channels), np.dtype(np.float64))
         self._run_step(("moments",), lay, {"x": x, "weights": weights}, {steps.SAVED: saved})
         return saved
+
+    def explain(self, x: Array, training: bool) -> Plan:
+        """How a call would run on `x`."""
+        step = "train" if training else "infer"
+        return self._plan(step, self.layout(x.shape, training), {"x": x, "y": empty_like(x)}, True, False)
 
     def saved_of(self, state: Array) -> Array:  # type: ignore[override]
         """What a gradient needs after inference, in whose statistics nothing is counted."""
@@ -158,15 +181,18 @@ class DeviceDispatcher(Dispatcher):
         memory: dict[int, Array],
         activate: bool = True,
         frozen: bool = False,
+        out: Array | None = None,
     ) -> None:
-        """names: of the kernels: one launch for all, where there is one and it is worth it, then the others."""
+        """names: of the kernel that does everything in one launch, where there is one, then of those that take turns.
+
+        out: the result that is the caller's, which may share memory with an input.
+        """
         x = arrays["x"]
         assert x is not None
         if x.size == 0:
             raise ValueError("an empty input is not for a GPU")
-        clashing = [n for n in _WRITTEN if any(_clash(arrays.get(n), a) for m, a in arrays.items() if m != n)]
-        if clashing:
-            self._run_beside(clashing, names, lay, arrays, memory, activate, frozen)
+        if out is not None and any(_clash(out, a) for a in arrays.values()):
+            self._run_beside(out, names, lay, arrays, memory, activate, frozen)
             return
         plan = self._plan(names[0], lay, arrays, activate, frozen)
         if plan.copied is not None:
@@ -178,7 +204,7 @@ class DeviceDispatcher(Dispatcher):
         for place, array in memory.items():
             addresses[place] = array.address
         stream = x.library.stream(x.device)
-        scratch = self._scratch(x, plan, lay, addresses, stream)  # alive until the launches are queued
+        scratch = None if names == ("infer",) else self._scratch(x, plan, lay, addresses, stream)
         for name in self._launches(names, schedule):
             grid = schedule.apply if name in ("infer", "normalize", "input_gradient") else schedule.reduce
             blocks = schedule.families if name in ("train", "backward") else schedule.blocks(shape, grid)
@@ -186,7 +212,7 @@ class DeviceDispatcher(Dispatcher):
             arguments += [shape, grid, tuple(addresses), lay.channels, self.options.epsilon]
             launch(name, plan.variant, x.device, stream, blocks, schedule.block, arguments)
         x.library.finish(x.device)
-        del scratch
+        del scratch  # not before the launches are queued
 
     def _launches(self, names: tuple[str, ...], schedule: Schedule) -> tuple[str, ...]:
         if len(names) == 1:
@@ -198,6 +224,8 @@ class DeviceDispatcher(Dispatcher):
         statistics = lay.groups * lay.channels
         sums = 4 * plan.schedule.chunks * statistics * 8
         sizes = {steps.PARTIAL: sums, steps.SHIFTS: statistics * 8, steps.COEFFICIENTS: 5 * statistics * 8}
+        if addresses[steps.COPY] == 0:
+            sizes[steps.COPY] = 2 * lay.channels * 8
         total = sum(-(-n // _ALIGNMENT) * _ALIGNMENT for n in sizes.values())
         memory = empty(x, (total,), np.dtype(np.uint8))
         address = memory.address
@@ -209,7 +237,7 @@ class DeviceDispatcher(Dispatcher):
 
     def _run_beside(
         self,
-        clashing: list[str],
+        out: Array,
         names: tuple[str, ...],
         lay: Layout,
         arrays: dict[str, Array | None],
@@ -217,12 +245,11 @@ class DeviceDispatcher(Dispatcher):
         activate: bool,
         frozen: bool,
     ) -> None:
-        """The same with results in memory of their own, as theirs has parts of an input in other places."""
-        targets = {n: a for n in clashing if (a := arrays[n]) is not None}
-        beside = {n: empty(a, a.shape, a.dtype) for n, a in targets.items()}
-        self._run_step(names, lay, {**arrays, **beside}, memory, activate, frozen)
-        for name, target in targets.items():
-            target.library.assign(target, target.shape, tuple(range(target.ndim)), beside[name].owner)
+        """The same with a result in memory of its own, as `out` has parts of an input in other places."""
+        beside = empty(out, out.shape, out.dtype)
+        others = {name: beside if a is out else a for name, a in arrays.items()}
+        self._run_step(names, lay, others, memory, activate, frozen)
+        out.library.assign(out, out.shape, tuple(range(out.ndim)), beside.owner)
 
     def _run_on_copies(
         self,
