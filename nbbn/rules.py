@@ -160,7 +160,7 @@ def relu_gradient(dy, z):
 def input_gradient(dy, x, mean, scale, bias, slope, a, weight):
     """One dx, with the terms of input_gradient_terms(), the a of an adjustment and the weight of x in the moments;
     None where there is none."""
-    term = bias + (x - mean) * slope
+    term = bias if slope == 0 else bias + (x - mean) * slope  # statistics that are constants let x be infinite
     if a is not None:
         dy = dy * a
     if weight is not None:

@@ -120,6 +120,17 @@ def test_relu_of_what_is_not_finite_and_of_zeros(dtype):
     assert not np.signbit(y[1:]).any()
 
 
+@EVERY_DTYPE
+@pytest.mark.parametrize("axis", [0, 1], ids=["planes", "rows"])
+def test_the_gradient_of_inference_where_the_input_is_infinite(dtype, axis):
+    """It is dy times a constant, wherever the relu lets dy through."""
+    x = np.array([[np.inf, -np.inf, 2.0, -2.0]], dtype).repeat(3, 0)
+    layer = nbbn.BatchNormalization(axis=axis, epsilon=0.0, activation="relu")
+    _, pullback = layer.vjp(x)
+    expected = np.array([[2, 0, 2, 0]], dtype).repeat(3, 0)
+    np.testing.assert_array_equal(pullback(np.full_like(x, 2)).inputs, expected)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_nan_of_the_residual_stays_where_it_is(training):
     x, residual, dy = arrays(3, (9, 3))

@@ -88,6 +88,7 @@ VALUES = [
     (rules.relu_gradient, (INF, 0.0), 0.0),
     (rules.relu_gradient, (NAN, 1.0), NAN),
     (rules.relu_gradient, (3.0, NAN), 3.0),
+    (rules.input_gradient, (8.0, INF, 3.0, 0.5, 0.0, 0.0, 1.0, 1.0), 4.0),
     (rules.input_gradient, (8.0, 5.0, 3.0, 0.5, 1.0, 0.25, 1.0, 2.0), 2.5),
     (rules.input_gradient, (8.0, 5.0, 3.0, 0.5, 1.0, 0.25, 1.0, 0.0), 4.0),
     (rules.input_gradient, (4.0, 5.0, 3.0, 0.5, 1.0, 0.25, 2.0, 2.0), 2.5),
