@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from nbbn import rules
 from nbbn.kernels import epilogue
-from nbbn.kernels.cuda.blocks import Variant, at, block_functions, operand
+from nbbn.kernels.cuda.blocks import Variant, at, block_functions, input_functions
 from nbbn.kernels.cuda.memory import vector
 from nbbn.kernels.cuda.target import cuda, device
 
@@ -13,21 +13,17 @@ from nbbn.kernels.cuda.target import cuda, device
 @lru_cache(maxsize=256)
 def apply_functions(v: Variant) -> SimpleNamespace:
     """The results of a task, from the coefficients of the thread's statistics: (5, own) arrays."""
-    rows, width, unroll, adjusted, fused = v.rows, v.width, v.unroll, v.adjustment, v.residual
-    ahead, real, relu, weighted, frozen, gated = (
-        unroll * width,
-        v.statistic.type,
-        v.relu or None,
-        v.weights,
-        v.frozen,
-        v.dresidual,
-    )
+    rows, width, unroll, weighted, frozen, gated = v.rows, v.width, v.unroll, v.weights, v.frozen, v.dresidual
+    ahead, real, relu = unroll * width, v.statistic.type, v.relu or None
     elements = vector(v.dtype, width)
     read, write, read_operand = elements.read, elements.write, vector(v.statistic, width).read
-    walk = block_functions(rows, v.short).walk
-    ends = epilogue.functions(device)
-    output, gradient = ends.output, ends.gradient
-    of_residual, of_adjustment, of_weights = operand(fused), operand(adjusted), operand(weighted)
+    walk, ends, inputs = (
+        block_functions(rows, v.short).walk,
+        epilogue.functions(device),
+        input_functions(v, v.relu or not v.frozen),
+    )
+    output, gradient, read_inputs = ends.output, ends.gradient, inputs.read_inputs
+    of_residual, of_adjustment, of_weights = inputs.of_residual, inputs.of_adjustment, inputs.of_weights
 
     @device
     def normalize(x, residual, a, b, y, bounds, forward):
@@ -43,12 +39,7 @@ def apply_functions(v: Variant) -> SimpleNamespace:
                 for u in range(unroll):
                     r1 = begin + u * r1_step
                     if r1 < bounds[5]:
-                        read(at(x, r0, k0, r1, k1), values, u * width)
-                        if fused:
-                            read(at(residual, r0, k0, r1, k1), rv, u * width)
-                        if adjusted:
-                            read_operand(at(a, r0, k0, r1, k1), av, u * width)
-                            read_operand(at(b, r0, k0, r1, k1), bv, u * width)
+                        read_inputs(x, residual, a, b, r0, k0, r1, k1, values, rv, av, bv, u * width)
                 for u in range(unroll):
                     r1 = begin + u * r1_step
                     if r1 < bounds[5]:
@@ -78,15 +69,9 @@ def apply_functions(v: Variant) -> SimpleNamespace:
                     r1 = begin + u * r1_step
                     if r1 < bounds[5]:
                         read(at(dy, r0, k0, r1, k1), g, u * width)
-                        if relu is not None or not frozen:
-                            read(at(x, r0, k0, r1, k1), values, u * width)
-                        if fused:
-                            read(at(residual, r0, k0, r1, k1), rv, u * width)
+                        read_inputs(x, residual, a, b, r0, k0, r1, k1, values, rv, av, bv, u * width)
                         if weighted:
                             read_operand(at(weights, r0, k0, r1, k1), w, u * width)
-                        if adjusted:
-                            read_operand(at(a, r0, k0, r1, k1), av, u * width)
-                            read_operand(at(b, r0, k0, r1, k1), bv, u * width)
                 for u in range(unroll):
                     r1 = begin + u * r1_step
                     if r1 < bounds[5]:
@@ -104,15 +89,14 @@ def apply_functions(v: Variant) -> SimpleNamespace:
                             if frozen:  # whatever x is
                                 g[i] = g[i] * backward[1, s]
                             else:
-                                ai, wi, mean, scale = (
-                                    of_adjustment(av, i),
-                                    of_weights(w, i),
+                                mean, scale, bias, slope = (
                                     backward[0, s],
                                     backward[1, s],
+                                    backward[2, s],
+                                    backward[3, s],
                                 )
-                                g[i] = rules.input_gradient(
-                                    g[i], values[i], mean, scale, backward[2, s], backward[3, s], ai, wi
-                                )
+                                ai, wi = of_adjustment(av, i), of_weights(w, i)
+                                g[i] = rules.input_gradient(g[i], values[i], mean, scale, bias, slope, ai, wi)
                         write(at(dx, r0, k0, r1, k1), g, u * width)
                 begin += r1_step * unroll
             r0 += r0_step

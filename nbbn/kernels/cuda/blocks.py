@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from nbbn.kernels import tasks
+from nbbn.kernels.cuda.memory import vector
 from nbbn.kernels.cuda.target import cuda, device
 
 THREADS = 256  # of a block, at most
@@ -120,8 +121,33 @@ def block_functions(rows: bool, short: bool) -> SimpleNamespace:
     return SimpleNamespace(walk=walk, is_writer=is_writer, block_sum=block_sum)
 
 
-def operand(there: bool) -> Any:
-    """values[i], or None, which is a type to the rules, where there is no such operand."""
+@lru_cache(maxsize=256)
+def input_functions(v: Variant, needs_x: bool) -> SimpleNamespace:
+    """What a thread reads for an element of the output, and the parts of it: None, which is a type to the rules, where
+    there is no such operand."""
+    read, read_operand = vector(v.dtype, v.width).read, vector(v.statistic, v.width).read
+    fused, adjusted = v.residual, v.adjustment
+
+    @device
+    def read_inputs(x, residual, a, b, r0, k0, r1, k1, values, rv, av, bv, i):
+        """`width` elements of each array to the i-th place of its values."""
+        if needs_x:
+            read(at(x, r0, k0, r1, k1), values, i)
+        if fused:
+            read(at(residual, r0, k0, r1, k1), rv, i)
+        if adjusted:
+            read_operand(at(a, r0, k0, r1, k1), av, i)
+            read_operand(at(b, r0, k0, r1, k1), bv, i)
+
+    return SimpleNamespace(
+        read_inputs=read_inputs,
+        of_residual=_element(fused),
+        of_adjustment=_element(adjusted),
+        of_weights=_element(v.weights),
+    )
+
+
+def _element(there: bool) -> Any:
     if there:
         return device(lambda values, i: values[i])
     return device(lambda values, i: None)

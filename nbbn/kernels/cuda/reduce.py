@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from nbbn.kernels import epilogue
-from nbbn.kernels.cuda.blocks import Variant, at, block_functions, operand
+from nbbn.kernels.cuda.blocks import Variant, at, block_functions, input_functions
 from nbbn.kernels.cuda.memory import vector
 from nbbn.kernels.cuda.target import cuda, device
 
@@ -20,9 +20,9 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
     read_one, read_one_operand = vector(v.dtype, 1).read, vector(v.statistic, 1).read
     block = block_functions(rows, v.short)
     walk, is_writer, block_sum = block.walk, block.is_writer, block.block_sum
-    gradient = epilogue.functions(device).gradient
-    of_residual, of_adjustment = operand(v.residual), operand(adjusted)
-    moment_sums, gradient_sums, fused = 3 if weighted else 2, 4 if adjusted else 2, v.residual
+    gradient, inputs = epilogue.functions(device).gradient, input_functions(v, True)
+    read_inputs, of_residual, of_adjustment = inputs.read_inputs, inputs.of_residual, inputs.of_adjustment
+    moment_sums, gradient_sums = 3 if weighted else 2, 4 if adjusted else 2
 
     @device
     def write_sums(sums, count, bounds, k1, first, partial):
@@ -156,12 +156,7 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
                     r1 = begin + u * r1_step
                     if r1 < bounds[5]:
                         read(at(dy, r0, k0, r1, k1), g, u * width)
-                        read(at(x, r0, k0, r1, k1), values, u * width)
-                        if fused:
-                            read(at(residual, r0, k0, r1, k1), rv, u * width)
-                        if adjusted:
-                            read_operand(at(a, r0, k0, r1, k1), av, u * width)
-                            read_operand(at(b, r0, k0, r1, k1), bv, u * width)
+                        read_inputs(x, residual, a, b, r0, k0, r1, k1, values, rv, av, bv, u * width)
                 for u in range(unroll):
                     if begin + u * r1_step < bounds[5]:
                         add_gradient(g, values, rv, av, bv, u * width, forward, part)
