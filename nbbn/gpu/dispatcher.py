@@ -1,7 +1,7 @@
 """From arrays on a GPU to kernels: the Dispatcher's steps, one or two launches each, without waiting for any."""
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,29 @@ class Plan:
         )
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a step is to do.
+
+    names: of the kernel that does everything in one launch, where there is one, then of those that take turns. arrays:
+    by the names of steps.VIEWS. memory: by the places of steps. activate: with the activation. frozen: the statistics
+    are constants.
+    """
+
+    names: tuple[str, ...]
+    lay: Layout
+    arrays: dict[str, Array | None]
+    memory: dict[int, Array]
+    activate: bool = True
+    frozen: bool = False
+
+    @property
+    def x(self) -> Array:
+        found = self.arrays["x"]
+        assert found is not None
+        return found
+
+
 class DeviceDispatcher(Dispatcher):
     """The steps on a GPU, for one set of options: arguments and results are those of the Dispatcher, as DeviceArrays.
 
@@ -100,7 +123,7 @@ class DeviceDispatcher(Dispatcher):
         }
         if copy is not None:
             memory[steps.COPY] = copy
-        self._run_step(("train", "train_reduce", "normalize"), lay, views, memory, out=out)
+        self._run_step(Call(("train", "train_reduce", "normalize"), lay, views, memory), out)
         return y, new_state, saved
 
     def infer(  # type: ignore[override]
@@ -116,7 +139,7 @@ class DeviceDispatcher(Dispatcher):
         y = empty_like(x) if out is None else out
         lay = self.layout(x.shape, training=False)
         memory = {steps.PARAMS: params, steps.STATE: state}
-        self._run_step(("infer",), lay, {"x": x, "residual": residual, "y": y}, memory, activate, out=out)
+        self._run_step(Call(("infer",), lay, {"x": x, "residual": residual, "y": y}, memory, activate), out)
         return y
 
     def backward(  # type: ignore[override]
@@ -141,20 +164,20 @@ class DeviceDispatcher(Dispatcher):
         views = {"x": x, "dy": dy, "residual": residual, "weights": weights, "a": a, "b": b, "dx": dx, "dresidual": dz}
         memory = {steps.PARAMS: params, steps.SAVED: saved, steps.DPARAMS: dparams}
         names = ("backward", "backward_reduce", "input_gradient")
-        self._run_step(names, lay, views, memory, frozen=not training, out=out)
+        self._run_step(Call(names, lay, views, memory, frozen=not training), out)
         return dx, dparams, dy if activated and dz is None else dz
 
     def moments(self, x: Array, weights: Array | None = None) -> Array:  # type: ignore[override]
         """Count, mean and biased variance, and two rows more, as a (5, C) float64 array."""
         lay = self.layout(x.shape, training=False)
         saved = empty(x, (5, lay.channels), np.dtype(np.float64))
-        self._run_step(("moments",), lay, {"x": x, "weights": weights}, {steps.SAVED: saved})
+        self._run_step(Call(("moments",), lay, {"x": x, "weights": weights}, {steps.SAVED: saved}))
         return saved
 
     def explain(self, x: Array, training: bool) -> Plan:
         """How a call would run on `x`."""
-        step = "train" if training else "infer"
-        return self._plan(step, self.layout(x.shape, training), {"x": x, "y": empty_like(x)}, True, False)
+        names = ("train" if training else "infer",)
+        return self._plan(Call(names, self.layout(x.shape, training), {"x": x, "y": empty_like(x)}, {}))
 
     def saved_of(self, state: Array) -> Array:  # type: ignore[override]
         """What a gradient needs after inference, in whose statistics nothing is counted."""
@@ -173,35 +196,22 @@ class DeviceDispatcher(Dispatcher):
 
     # -- running a step -----------------------------------------------------------------------------------------------
 
-    def _run_step(
-        self,
-        names: tuple[str, ...],
-        lay: Layout,
-        arrays: dict[str, Array | None],
-        memory: dict[int, Array],
-        activate: bool = True,
-        frozen: bool = False,
-        out: Array | None = None,
-    ) -> None:
-        """names: of the kernel that does everything in one launch, where there is one, then of those that take turns.
-
-        out: the result that is the caller's, which may share memory with an input.
-        """
-        x = arrays["x"]
-        assert x is not None
+    def _run_step(self, call: Call, out: Array | None = None) -> None:
+        """out: the result that is the caller's, which may share memory with an input."""
+        x, names, lay = call.x, call.names, call.lay
         if x.size == 0:
             raise ValueError("an empty input is not for a GPU")
-        if out is not None and any(_clash(out, a) for a in arrays.values()):
-            self._run_beside(out, names, lay, arrays, memory, activate, frozen)
+        if out is not None and any(_clash(out, a) for a in call.arrays.values()):
+            self._run_beside(call, out)
             return
-        plan = self._plan(names[0], lay, arrays, activate, frozen)
+        plan = self._plan(call)
         if plan.copied is not None:
-            self._run_on_copies(plan.copied, names, lay, arrays, memory, activate, frozen)
+            self._run_on_copies(call, plan.copied)
             return
         schedule, shape = plan.schedule, plan.shape
-        views = {name: _NOTHING if a is None else (a.address, *plan.strides[name]) for name, a in arrays.items()}
+        views = {name: _NOTHING if a is None else (a.address, *plan.strides[name]) for name, a in call.arrays.items()}
         addresses = [0] * steps.MEMORY_SIZE
-        for place, array in memory.items():
+        for place, array in call.memory.items():
             addresses[place] = array.address
         stream = x.library.stream(x.device)
         scratch = None if names == ("infer",) else self._scratch(x, plan, lay, addresses, stream)
@@ -235,59 +245,41 @@ class DeviceDispatcher(Dispatcher):
         addresses[steps.COUNTERS] = _counters(x.library, x.device, stream, plan.schedule.families)
         return memory
 
-    def _run_beside(
-        self,
-        out: Array,
-        names: tuple[str, ...],
-        lay: Layout,
-        arrays: dict[str, Array | None],
-        memory: dict[int, Array],
-        activate: bool,
-        frozen: bool,
-    ) -> None:
+    def _run_beside(self, call: Call, out: Array) -> None:
         """The same with a result in memory of its own, as `out` has parts of an input in other places."""
         beside = empty(out, out.shape, out.dtype)
-        others = {name: beside if a is out else a for name, a in arrays.items()}
-        self._run_step(names, lay, others, memory, activate, frozen)
+        self._run_step(replace(call, arrays={name: beside if a is out else a for name, a in call.arrays.items()}))
         out.library.assign(out, out.shape, tuple(range(out.ndim)), beside.owner)
 
-    def _run_on_copies(
-        self,
-        order: Sizes,
-        names: tuple[str, ...],
-        lay: Layout,
-        arrays: dict[str, Array | None],
-        memory: dict[int, Array],
-        activate: bool,
-        frozen: bool,
-    ) -> None:
+    def _run_on_copies(self, call: Call, order: Sizes) -> None:
         """The same on contiguous copies, as there is no canonical view."""
+        lay = call.lay
         sizes, kept = tuple(lay.sizes[i] for i in order), tuple(lay.kept[i] for i in order)
         copies: dict[str, Array | None] = {}
-        for name, a in arrays.items():
+        for name, a in call.arrays.items():
             if a is None:
                 copies[name] = None
             elif name in _WRITTEN:
                 copies[name] = empty(a, sizes, a.dtype)
             else:
                 copies[name] = wrap(a.library.copy(a, lay.sizes, order), a.library)
-        self._run_step(names, Layout(sizes, kept, lay.groups, lay.channels), copies, memory, activate, frozen)
-        for name in set(_WRITTEN) & set(arrays):
-            target, copy = arrays[name], copies[name]
+        self._run_step(replace(call, lay=Layout(sizes, kept, lay.groups, lay.channels), arrays=copies))
+        for name in set(_WRITTEN) & set(copies):
+            target, copy = call.arrays[name], copies[name]
             if target is not None and copy is not None:
                 target.library.assign(target, lay.sizes, order, copy.owner)
 
-    def _plan(self, step: str, lay: Layout, arrays: dict[str, Array | None], activate: bool, frozen: bool) -> Plan:
-        there = {name: a for name, a in arrays.items() if a is not None}
-        x = there["x"]
+    def _plan(self, call: Call) -> Plan:
+        there = {name: a for name, a in call.arrays.items() if a is not None}
+        x, lay = call.x, call.lay
         alignment = tuple(a.address % _ALIGNMENT for a in there.values())
-        key: tuple[Any, ...] = (step, lay.sizes, lay.kept, lay.groups, x.dtype, x.device, activate, frozen, alignment)
-        key += tuple((name, a.strides) for name, a in there.items())
+        key: tuple[Any, ...] = (call.names, lay.sizes, lay.kept, lay.groups, x.dtype, x.device, alignment)
+        key += (call.activate, call.frozen, *((name, a.strides) for name, a in there.items()))
         found = self._device_plans.get(key)
         if found is None:
             if len(self._device_plans) >= _MAX_PLANS:
                 self._device_plans.clear()
-            found = self._device_plans[key] = self._new_device_plan(lay, there, activate, frozen)
+            found = self._device_plans[key] = self._new_device_plan(lay, there, call.activate, call.frozen)
         return found
 
     def _new_device_plan(self, lay: Layout, there: dict[str, Array], activate: bool, frozen: bool) -> Plan:
