@@ -4,12 +4,15 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import report, suite
 from benchmarks.cases import CASES, MODES, select
+from benchmarks.cuda import report as cuda_report
+from benchmarks.cuda import suite as cuda_suite
+from benchmarks.cuda.cases import CASES as CUDA_CASES
 from benchmarks.peers import PEERS
 from benchmarks.problem import WrongResult
 from benchmarks.timing import QUICK, Effort
@@ -29,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WrongResult as fault:
         print(f"wrong result: {fault}", file=sys.stderr)
         return 1
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
         parser.error(str(error))
 
 
@@ -38,28 +41,41 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command", required=True)
     what = "time nbbn and its peers on the CPU (extra: bench)"
     cpu = commands.add_parser("cpu", help=what, description=what)
-    cpu.add_argument(
-        "--case",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help=f"of {', '.join(CASES)}; * and ? match; repeatable",
-    )
-    cpu.add_argument("--mode", action="append", choices=MODES, help="repeatable; default: all")
-    cpu.add_argument("--peers", metavar="LIST", help=f"of {', '.join(PEERS)}, with commas; default: those installed")
-    cpu.add_argument("--quick", action="store_true", help="few rounds")
+    _add_selection(cpu, CASES, PEERS)
     cpu.add_argument("--keep-memory", action="store_true", help="glibc keeps what is freed, for every contender")
     cpu.add_argument(
         "--patience", type=float, default=120, metavar="SECONDS", help="per case, for a quiet CPU; default: %(default)s"
     )
-    cpu.add_argument("--output", type=Path, default=RESULTS / "cpu.json", metavar="FILE", help="default: %(default)s")
+    _add_output(cpu, "cpu.json")
     cpu.set_defaults(run=run_cpu)
+    what = "time nbbn and its peers on a GPU (extras: bench, cuda; a PyTorch with CUDA)"
+    gpu = commands.add_parser("cuda", help=what, description=what)
+    _add_selection(gpu, CUDA_CASES, ("torch", "jax"))
+    _add_output(gpu, "cuda.json")
+    gpu.set_defaults(run=run_cuda)
     what = "draw the picture of a report and print its tables"
     again = commands.add_parser("report", help=what, description=what)
     again.add_argument("file", type=Path)
     again.add_argument("--update", type=Path, metavar="FILE.md", help="replace the tables between this file's markers")
     again.set_defaults(run=run_report)
     return parser
+
+
+def _add_selection(parser: argparse.ArgumentParser, cases: Iterable[str], peers: Iterable[str]) -> None:
+    parser.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help=f"of {', '.join(cases)}; * and ? match; repeatable",
+    )
+    parser.add_argument("--mode", action="append", choices=MODES, help="repeatable; default: all")
+    parser.add_argument("--peers", metavar="LIST", help=f"of {', '.join(peers)}, with commas; default: those installed")
+    parser.add_argument("--quick", action="store_true", help="few rounds")
+
+
+def _add_output(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument("--output", type=Path, default=RESULTS / name, metavar="FILE", help="default: %(default)s")
 
 
 def run_cpu(
@@ -75,17 +91,37 @@ def run_cpu(
         sys.stdout.flush()
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **KEEP_MEMORY})
 
-    modes = tuple(m for m in MODES if mode is None or m in mode)
     plan = suite.Plan(
         cases=select(case),
-        modes=modes,
-        peers=suite.find_peers(None if peers is None else [p for p in peers.split(",") if p]),
+        modes=_modes(mode),
+        peers=suite.find_peers(_names(peers)),
         effort=QUICK if quick else Effort(),
         # First calls belong to the whole suite, and no case changes them.
         startups=0 if case else 1 if quick else 5,
         patience=patience,
         memory="kept by glibc" if keep_memory else "the allocator's default",
     )
+    return _run(suite, plan, output)
+
+
+def run_cuda(case: list[str], mode: list[str] | None, peers: str | None, quick: bool, output: Path) -> int:
+    cases, modes = select(case, CUDA_CASES), _modes(mode)
+    cuda_suite.find_torch()
+    effort = Effort(rounds=5, seconds=0.0) if quick else Effort(rounds=25, seconds=2.0)
+    plan = cuda_suite.Plan(cases, modes, cuda_suite.find_peers(_names(peers)), effort)
+    return _run(cuda_suite, plan, output)
+
+
+def _modes(chosen: list[str] | None) -> tuple[str, ...]:
+    return tuple(m for m in MODES if chosen is None or m in chosen)
+
+
+def _names(peers: str | None) -> list[str] | None:
+    return None if peers is None else [p for p in peers.split(",") if p]
+
+
+def _run(module: Any, plan: Any, output: Path) -> int:
+    """module: the suite of the plan."""
     from tqdm import tqdm  # from here on the extra is needed; what was asked for has been understood
 
     with tqdm(total=plan.steps, unit="case", disable=None) as bar:
@@ -94,22 +130,24 @@ def run_cpu(
             bar.n = done
             bar.set_description(name)
 
-        found = suite.run(plan, output, progress)
+        found = module.run(plan, output, progress)
     return finish(found, output)
 
 
 def run_report(file: Path, update: Path | None) -> int:
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    suite.save(found, file)
+    on_gpu = "gpu" in found["machine"]
+    (cuda_suite if on_gpu else suite).save(found, file)
     if update is not None:
-        report.update(update, found)
+        report.update(update, found, (cuda_report if on_gpu else report).tables)
     return finish(found, file)
 
 
 def finish(found: dict[str, Any], output: Path) -> int:
     """The picture beside the report, and the tables on stdout."""
-    print(report.tables(found))
-    report.draw(found, output.with_suffix(".png"))
+    writer = cuda_report if "gpu" in found["machine"] else report
+    print(writer.tables(found))
+    writer.draw(found, output.with_suffix(".png"))
     return 0
 
 

@@ -52,14 +52,14 @@ class Bound:
 
     text: str
     limit: float
-    ratio: Callable[[Measured], float | None]
+    ratio: Callable[[Any], float | None]
     at_least: bool = False
 
     def met(self, ratio: float) -> bool:
         return ratio >= self.limit if self.at_least else ratio <= self.limit
 
 
-def _quotient(a: float | None, b: float | None) -> float | None:
+def quotient(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a / b
 
 
@@ -71,20 +71,20 @@ def _copyto(mode: str, channels_last: bool | None = None) -> Callable[[Measured]
         applies = m.large and m.mode == mode and case.plain_batch_norm and not case.fused
         if not applies or channels_last not in (None, case.channels_last):
             return None
-        return _quotient(m.own(), m.time("yardstick/copyto"))
+        return quotient(m.own(), m.time("yardstick/copyto"))
 
     return ratio
 
 
 def _peers(m: Measured) -> float | None:
-    return _quotient(m.fastest(OWN), m.fastest(*PEERS))
+    return quotient(m.fastest(OWN), m.fastest(*PEERS))
 
 
 def _pytorch(mode: str) -> Callable[[Measured], float | None]:
     def ratio(m: Measured) -> float | None:
         if m.mode != mode or m.case.bytes < 64 * MEGABYTE:
             return None
-        return _quotient(m.time("torch/ordinary"), m.time(f"{OWN}/ordinary"))
+        return quotient(m.time("torch/ordinary"), m.time(f"{OWN}/ordinary"))
 
     return ratio
 
@@ -93,26 +93,26 @@ def _module(mode: str) -> Callable[[Measured], float | None]:
     def ratio(m: Measured) -> float | None:
         if m.mode != mode or m.case.name != "dense-32x64":
             return None
-        return _quotient(m.time(f"{OWN}/ordinary"), m.time("torch/ordinary, module"))
+        return quotient(m.time(f"{OWN}/ordinary"), m.time("torch/ordinary, module"))
 
     return ratio
 
 
 def _half(m: Measured) -> float | None:
     applies = m.mode == "inference" and m.case.dtype in ("float16", "bfloat16")
-    return _quotient(m.own(), m.time(f"{OWN}/plain")) if applies else None
+    return quotient(m.own(), m.time(f"{OWN}/plain")) if applies else None
 
 
 def _options(m: Measured) -> float | None:
-    return None if m.case.plain_batch_norm else _quotient(m.own(), m.time(f"{OWN}/plain"))
+    return None if m.case.plain_batch_norm else quotient(m.own(), m.time(f"{OWN}/plain"))
 
 
 def _threads(m: Measured) -> float | None:
-    return _quotient(m.time(f"{OWN}/preallocated, one thread"), m.own())
+    return quotient(m.time(f"{OWN}/preallocated, one thread"), m.own())
 
 
 def _allocating(m: Measured) -> float | None:
-    return _quotient(m.time(f"{OWN}/ordinary"), m.time(f"{OWN}/preallocated")) if m.large else None
+    return quotient(m.time(f"{OWN}/ordinary"), m.time(f"{OWN}/preallocated")) if m.large else None
 
 
 BOUNDS = (
@@ -137,7 +137,7 @@ STARTUP = {"cold": 3.0, "warm": 0.8}
 def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Every bound for every case that it speaks of: bound, case, mode, ratio, limit, at_least, met."""
     cache = report["machine"]["last_level_cache"]
-    found = [row for b in BOUNDS for r in report["results"] for row in _row(b, Measured(r, cache))]
+    found = evaluate(BOUNDS, [Measured(r, cache) for r in report["results"]])
     for shape, states in report["startup"].items():
         for state, seconds in states.items():
             b = Bound(f"first training call of a process, {state} cache, in s", STARTUP[state], lambda m: None)
@@ -145,10 +145,11 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _row(bound: Bound, measured: Measured) -> Iterable[dict[str, Any]]:
-    ratio = bound.ratio(measured)
-    if ratio is not None:
-        yield _as_dict(bound, measured.case.name, measured.mode, ratio)
+def evaluate(bounds: Iterable[Bound], results: Iterable[Any]) -> list[dict[str, Any]]:
+    """The rows of the results, each a Measured of this module or another's, that the bounds speak of."""
+    results = list(results)
+    pairs = ((b, m, b.ratio(m)) for b in bounds for m in results)
+    return [_as_dict(b, m.case.name, m.mode, ratio) for b, m, ratio in pairs if ratio is not None]
 
 
 def _as_dict(bound: Bound, case: str, mode: str, ratio: float) -> dict[str, Any]:

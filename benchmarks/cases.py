@@ -132,15 +132,15 @@ def _cases() -> Iterable[Case]:
 CASES = {case.name: case for case in _cases()}
 
 
-def select(patterns: Iterable[str]) -> list[Case]:
-    """The cases whose name matches any of the patterns (*, ?, [...]), all of them without a pattern.
+def select(patterns: Iterable[str], cases: Mapping[str, Case] = CASES) -> list[Case]:
+    """Those of `cases` whose name matches any of the patterns (*, ?, [...]), all of them without a pattern.
 
     Raises: ValueError for a pattern that matches nothing; it names what comes near.
     """
     patterns = list(patterns)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in CASES):
-            near = get_close_matches(pattern, CASES, n=4, cutoff=0.4)
-            hint = f"nearest: {', '.join(near)}" if near else f"there are: {', '.join(CASES)}"
+        if not any(fnmatchcase(name, pattern) for name in cases):
+            near = get_close_matches(pattern, cases, n=4, cutoff=0.4)
+            hint = f"nearest: {', '.join(near)}" if near else f"there are: {', '.join(cases)}"
             raise ValueError(f"no case matches {pattern!r}; {hint}")
-    return [c for c in CASES.values() if not patterns or any(fnmatchcase(c.name, p) for p in patterns)]
+    return [c for c in cases.values() if not patterns or any(fnmatchcase(c.name, p) for p in patterns)]

@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +98,14 @@ def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1e3 * seconds:.3g}"
 
 
-def update(document: Path, report: Report) -> None:
+def update(document: Path, report: Report, write: Callable[[Report], str] = tables) -> None:
     """Replace what stands between the two markers of a Markdown file. Raises: ValueError if it has no markers."""
     text = document.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text.partition(BEGIN)[2]:
         raise ValueError(f"{document} has no lines {BEGIN!r} and {END!r}")
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
-    document.write_text(f"{before}{BEGIN}\n\n{tables(report)}\n{END}{after}", encoding="utf-8")
+    document.write_text(f"{before}{BEGIN}\n\n{write(report)}\n{END}{after}", encoding="utf-8")
 
 
 def draw(report: Report, output: Path) -> None:

@@ -47,12 +47,12 @@ def measure(contenders: Mapping[str, Call], effort: Effort) -> dict[str, Sample]
     batches = {name: _batch(contenders[name], effort) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
-    with _no_collection():
+    with no_collection():
         while len(times[names[-1]]) < effort.rounds or time.perf_counter() - start < effort.seconds:
             for name in names:
                 times[name].append(_turn(contenders[name], batches[name], effort.lead_in))
             names.append(names.pop(0))
-    return {name: _summary(times[name], batches[name]) for name in contenders}
+    return {name: summary(times[name], batches[name]) for name in contenders}
 
 
 def _batch(call: Call, effort: Effort) -> int:
@@ -76,13 +76,13 @@ def _turn(call: Call, calls: int, lead_in: float) -> float:
     return (clock() - start) * 1e-9 / calls
 
 
-def _summary(times: list[float], calls: int) -> Sample:
+def summary(times: list[float], calls: int) -> Sample:
     lower, median, upper = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
     return Sample(median, lower, upper, len(times), calls)
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """No garbage collection inside."""
     was_enabled = gc.isenabled()
     gc.collect()

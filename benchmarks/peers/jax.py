@@ -21,7 +21,7 @@ def version() -> str:
 def prepare(problem: Problem, mode: str) -> dict[str, Contender]:
     jax: Any = importlib.import_module("jax")
     jax.config.update("jax_enable_x64", True)
-    formulas = _Formulas(jax.numpy, problem)
+    formulas = Formulas(jax.numpy, problem)
     function, arguments, big, read = getattr(formulas, mode)()
     arguments = [None if a is None else jax.device_put(a) for a in arguments]
     return {
@@ -53,7 +53,7 @@ def _donating(jax: Any, function: Callable[..., Any], arguments: list[Any], big:
     return Contender(call, read)
 
 
-class _Formulas:
+class Formulas:
     """Each method: a function to be compiled, its arguments, how many of its results are of the input's size, and how
     they are read. The first argument has the input's shape and dtype."""
 

@@ -49,7 +49,7 @@ class Library(Protocol):
         """The other way: `value`, contiguous, has the transposed shape."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DeviceArray:
     """An array on a GPU. strides: in bytes. owner: the library's array, which keeps the memory."""
 

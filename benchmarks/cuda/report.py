@@ -1,0 +1,115 @@
+"""A report of a GPU as tables in Markdown and as a picture."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import MODES
+from benchmarks.cuda.bounds import COPY
+from benchmarks.peers import OWN
+from benchmarks.report import COLORS, Report, bounds_table, left_out_table
+
+# name in the report, heading of its column, marker in the picture; Okabe and Ito's colours are the libraries'.
+FORMS = {
+    COPY: ("copy", "|"),
+    f"{OWN}/preallocated": ("nbbn, `out=`", "D"),
+    f"{OWN}/ordinary": ("nbbn", "d"),
+    "torch/eager": ("PyTorch, eager", "o"),
+    "torch/native": ("without cuDNN", "s"),
+    "torch/compile": ("compiled", "^"),
+    "torch/module": ("module", "v"),
+    "jax/ordinary": ("JAX, host's clock", "P"),
+}
+
+
+def tables(report: Report) -> str:
+    """The machine, the bounds, and every case, in Markdown."""
+    parts = [machine_lines(report), bounds_table(report)]
+    parts += [_times(report, "contenders", mode) for mode in MODES]
+    parts += [_times(report, "calls", mode) for mode in MODES]
+    parts.append(left_out_table(report))
+    return "\n\n".join("\n".join(part) for part in map(list, parts) if part) + "\n"
+
+
+def machine_lines(report: Report) -> Iterator[str]:
+    m = report["machine"]
+    g = m["gpu"]
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+    yield (
+        f"{g['name']} (compute capability {g['compute_capability']}, {g['multiprocessors']} multiprocessors, "
+        f"{g['memory'] / 2**30:.0f} GiB, L2 {g['l2_cache'] / 2**20:.0f} MiB), driver {g['driver']}, CUDA {g['cuda']}, "
+        f"cuDNN {g['cudnn']}; {m['cpu']}, {m['cores']} cores; {m['system']}."
+    )
+    yield f"nbbn {m['nbbn']} ({m['commit']}), Python {m['python']}, {versions}."
+    yield f"{m['date']}. Copies of 256 MiB and more: {_bandwidth(report)}."
+
+
+def _bandwidth(report: Report) -> str:
+    """Of the copies of large arrays, whose bytes are read and written."""
+    found = [
+        2 * r["bytes"] / r["contenders"][COPY]["median"] / 1e9 for r in report["results"] if r["bytes"] >= 256 << 20
+    ]
+    return f"{min(found):.0f} to {max(found):.0f} GB/s" if found else "none"
+
+
+def _times(report: Report, kind: str, mode: str) -> Iterator[str]:
+    """Microseconds per case; kind: "contenders" or "calls"."""
+    results = [r for r in report["results"] if r["mode"] == mode and r[kind]]
+    if not results:
+        return
+    columns = [name for name in FORMS if any(name in r[kind] for r in results)]
+    what = "by the GPU's events, L2 cache cold" if kind == "contenders" else "by the host's clock, many calls in a row"
+    yield f"{mode.capitalize()}, microseconds ({what}; medians):"
+    yield ""
+    yield f"| case | limit | {' | '.join(FORMS[c][0] for c in columns)} | nbbn / PyTorch |"
+    yield "|---" * (len(columns) + 3) + "|"
+    for r in results:
+        times = {name: s["median"] for name, s in r[kind].items()}
+        best = {
+            lib: min((t for n, t in times.items() if n.startswith(f"{lib}/")), default=0.0) for lib in (OWN, "torch")
+        }
+        ratio = f"{best[OWN] / best['torch']:.2f}" if best["torch"] else "-"
+        limit = f"{1e6 * r['limit']:.4g}" if kind == "contenders" else "-"
+        yield f"| {r['case']} | {limit} | {' | '.join(_us(times.get(c)) for c in columns)} | {ratio} |"
+
+
+def _us(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e6 * seconds:.4g}"
+
+
+def draw(report: Report, output: Path) -> None:
+    """Save every contender's time over the limit, one row per case and one panel per mode, as a PNG."""
+    from matplotlib.figure import Figure
+
+    cases = list(dict.fromkeys(r["case"] for r in report["results"]))
+    modes = [m for m in MODES if any(r["mode"] == m for r in report["results"])]
+    if not modes:
+        raise ValueError("the report has no results to draw")
+    figure = Figure(figsize=(16, 2.2 + 0.24 * len(cases)), dpi=100, layout="constrained")
+    panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
+    handles: dict[str, Any] = {}
+    for panel, mode in zip(panels, modes, strict=True):
+        _draw_mode(panel, [r for r in report["results"] if r["mode"] == mode], cases, handles)
+        panel.set_title(mode)
+    panels[0].set_yticks(range(len(cases)), cases)
+    panels[0].set_ylim(len(cases) - 0.5, -0.5)
+    figure.suptitle(f"Time over the memory limit: {report['machine']['gpu']['name']}")
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=8, frameon=False)
+    figure.savefig(output, format="png")
+
+
+def _draw_mode(panel: Any, results: list[dict[str, Any]], cases: list[str], handles: dict[str, Any]) -> None:
+    for r in results:
+        row = cases.index(r["case"])
+        for name, (label, marker) in FORMS.items():
+            if name in r["contenders"]:
+                color = COLORS.get(name.partition("/")[0], "0.3")
+                filled = {} if name != f"{OWN}/ordinary" else {"markerfacecolor": "white"}
+                at = r["contenders"][name]["median"] / r["limit"]
+                (point,) = panel.plot(at, row, linestyle="", marker=marker, color=color, **filled)
+                handles.setdefault(label.replace("`", ""), point)
+    panel.axvline(1, color="0.3", linewidth=1, zorder=1)
+    panel.set_xscale("log")
+    panel.set_xlabel("time / limit")
+    panel.grid(color="0.9", zorder=0)
+    panel.set_axisbelow(True)

@@ -1,0 +1,76 @@
+"""A layer on arrays of a library whose adapter takes those of the host for a GPU's: in Numba's simulator memory is the
+host's. Run by test_adapters.py in a process of its own: `python adapters_in_simulator.py torch float32`."""
+
+import importlib
+import sys
+
+import numpy as np
+from test_adapters import Capsules, Exporter, cupy_stand_in
+
+import nbbn
+from nbbn import dtypes
+from nbbn.gpu import schedule
+
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}  # a few roundings; one of a value up to 4, rounded differently
+
+
+def adapted(name):
+    """The library's adapter, with the host in the place of the GPU; what makes its arrays, and a NumPy array of one."""
+    if name in ("DLPack", "interface"):
+        library = importlib.import_module("nbbn.adapters.interface")
+        kind = Capsules if name == "DLPack" else Exporter
+        return library, lambda a: kind(a.copy()), lambda a: a.host if isinstance(a, kind) else library.to_host(a)
+    if name == "cupy":
+        sys.modules["cupy"] = cupy_stand_in()
+    library = importlib.import_module(f"nbbn.adapters.{name}")
+    framework = importlib.import_module(name)
+    kind = {"torch": "Tensor", "cupy": "ndarray", "jax": "Array"}[name]
+    library.is_device_array = lambda value: isinstance(value, getattr(framework, kind))
+    library.stream = lambda device: 0
+    if name == "torch":
+        library._device = lambda number: framework.device("cpu")
+    if name == "cupy":
+        framework.ndarray.__module__ = "cupy"
+    return library, lambda a: library.from_host(a, 0), library.to_host
+
+
+def run(library, make, to_host, dtype):
+    """Every result of a layer's calls, as NumPy arrays: those of the library's arrays, and those of NumPy's."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(2, 1, (4, 2, 3, 4)).astype(dtypes.resolve(dtype))
+    deep = rng.normal(2, 1, (2, 2, 3, 2, 2)).astype(x.dtype)
+    mask = rng.random((4, 3, 4)) > 0.3
+    result = type(library.empty((1,), x.dtype, 0))
+    for give, take, kind in ((make, to_host, result), (np.copy, np.asarray, np.ndarray)):
+        layer = nbbn.BatchNormalization(axis=1, momentum=0.5, activation="relu")
+        found = {}
+        y, pullback = layer.vjp(give(x), training=True, residual=give(x[::-1].copy()), mask=mask)
+        gradients = pullback(give(x))
+        for array in (y, gradients.inputs, gradients.gamma, layer.moving_mean):
+            assert isinstance(array, kind), f"{kind.__name__} expected; received {type(array).__name__}"
+        found |= {"y": y, "dx": gradients.inputs, "dgamma": gradients.gamma, "dresidual": gradients.residual}
+        found |= {"mean": layer.moving_mean, "inference": layer(give(x))}
+        # Five alternating runs, which are copied, and a virtual batch.
+        found["copied"] = nbbn.BatchNormalization(axis=[1, 3], momentum=0.5)(give(deep), training=True)
+        found["virtual"] = nbbn.BatchNormalization(axis=1, virtual_batch_size=2)(give(x), training=True)
+        if library.__name__ != "nbbn.adapters.jax":  # whose arrays do not change
+            out = give(x)
+            assert layer(give(x), out=out) is out
+            found["out"] = out
+        results = {name: take(value).astype(np.float64) for name, value in found.items()}
+        results |= {f"weight {i}": w for i, w in enumerate(layer.get_weights())}
+        yield results
+
+
+def main(name, dtype):
+    schedule.THREADS, schedule.COLUMNS, schedule.VECTORS, schedule.APPLIED = 8, 4, 1, 8
+    found, expected = run(*adapted(name), dtype)
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        bound = TOLERANCES["float32" if key.startswith("weight") or key == "mean" else dtype]
+        np.testing.assert_allclose(value, expected[key], rtol=bound, atol=bound, err_msg=key)
+    print(f"{len(found)} results agree")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
