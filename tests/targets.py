@@ -3,7 +3,9 @@
 A target takes and returns NumPy arrays. Its methods are the Dispatcher's, with every choice made by hand.
 """
 
+import os
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import numba
@@ -96,5 +98,22 @@ class CpuScalars:
         return stored
 
 
-# name: (runs the steps, converts elements)
-TARGETS = {"cpu": (Cpu, CpuScalars)}
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+
+def _has_gpu() -> bool:
+    if find_spec("numba_cuda") is None:
+        return False
+    from numba import cuda
+
+    return bool(cuda.is_available())
+
+
+# name: (runs the steps, converts elements). The simulator's session is for what it simulates.
+TARGETS: dict[str, tuple[type[Any], type[Any]]] = {}
+if not SIMULATED:
+    TARGETS["cpu"] = (Cpu, CpuScalars)
+if SIMULATED or _has_gpu():
+    from targets_cuda import Cuda, CudaScalars
+
+    TARGETS["cuda"] = (Cuda, CudaScalars)

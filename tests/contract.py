@@ -1,0 +1,287 @@
+"""What the tests of all targets share: schedules, small problems, and what the oracle makes of them."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from agreement import check, gated_as, gradients, output, state, state_dtype
+from ml_dtypes import bfloat16
+from reference import Reference
+from targets import TARGETS
+
+from nbbn import schedule
+
+DTYPES = [np.float16, bfloat16, np.float32, np.float64]
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+
+
+class Way(NamedTuple):
+    """A schedule, a canonical shape [R0, K0, R1, K1], and whether it is one pass where both are possible.
+
+    On a GPU one pass is one launch, and K1 = 1 is always planes.
+    """
+
+    schedule: str | None
+    shape: tuple[int, int, int, int]
+    one_pass: bool = False
+
+    def make(self, target, options, parallel=False):
+        return target(options, self.schedule, parallel, self.one_pass)
+
+    def twice(self):
+        return self._replace(one_pass=False)
+
+
+# With the thresholds of small_thresholds(): whole chunks and parts of them, whole tiles and parts.
+PLANES, ROWS = Way("planes", (6, 3, 7, 1), True), Way("rows", (6, 3, 7, 19))
+SHORT_PLANES, FEW_CHANNELS = Way("rows", (6, 3, 7, 1), True), Way("rows", (6, 3, 8, 5), True)
+GPU_PLANES, GPU_SHORT_PLANES = Way("planes", (6, 2, 5, 1)), Way("planes", (6, 2, 8, 1), True)
+GPU_ROWS = Way("rows", (6, 2, 2, 3), True)
+WAYS = {
+    "cpu": {
+        "planes": PLANES,
+        "planes, two passes": PLANES.twice(),
+        "rows": ROWS,
+        "rows of planes": Way("rows", (6, 3, 13, 1)),
+        "short planes": SHORT_PLANES,
+        "short planes, two passes": SHORT_PLANES.twice(),
+        "few channels": FEW_CHANNELS,
+        "few channels, two passes": FEW_CHANNELS.twice(),
+    },
+    # A GPU's simulator runs some hundred threads a second: just enough for what differs, which is the elements of one
+    # access (1, or 2 to 8, by the dtype), parts of tiles, and planes that several chunks share.
+    "cuda": {
+        "planes": GPU_PLANES,
+        "wide planes": Way("planes", (1, 1, 72, 1)),
+        "short planes": GPU_SHORT_PLANES,
+        "short planes, two passes": GPU_SHORT_PLANES.twice(),
+        "rows": GPU_ROWS,
+        "rows, two passes": GPU_ROWS.twice(),
+        "wide rows": Way("rows", (1, 1, 4, 24)),
+    },
+}
+# The statistics of all groups of a channel are in tiles that one pass takes together.
+GROUPED = {
+    "cpu": {
+        "planes": Way("planes", (6, 3, 7, 1), True),
+        "short planes": Way("rows", (6, 4, 4, 1), True),
+        "one tile per group": Way("rows", (12, 2, 8, 2), True),
+        "tiles that hold parts of two groups": Way("rows", (12, 3, 5, 1), True),
+        "few channels": Way("rows", (12, 1, 8, 3), True),
+    },
+    "cuda": {
+        "planes": Way("planes", (6, 2, 3, 1), True),
+        "rows": Way("rows", (6, 1, 2, 3), True),
+        "tiles that are not of one group": Way("rows", (6, 1, 1, 3), True),
+        "one tile per group": Way("rows", (6, 1, 1, 8), True),
+    },
+}
+# What runs, whatever was asked for: loops, one pass.
+RUNS = {
+    "cpu": {
+        "planes": ("planes", True),
+        "planes, two passes": ("planes", False),
+        "rows": ("rows", False),
+        "rows of planes": ("rows", False),
+        "short planes": ("folded", True),
+        "short planes, two passes": ("folded", False),
+        "few channels": ("folded", True),
+        "few channels, two passes": ("folded", False),
+    },
+    "cuda": {
+        "planes": ("planes", False),
+        "wide planes": ("planes", False),
+        "short planes": ("short planes", True),
+        "short planes, two passes": ("short planes", False),
+        "rows": ("swapped rows", True),
+        "rows, two passes": ("swapped rows", False),
+        "wide rows": ("rows", False),
+    },
+}
+# On a CPU every pair is a kernel that takes seconds to compile: folded rows are the rows' loops with another look-up.
+_OTHER_DTYPES = {
+    "cpu": [
+        *((name, dtype) for name in ("planes", "rows") for dtype in (np.float16, bfloat16, np.float64)),
+        ("short planes", np.float16),
+        ("few channels", np.float16),
+    ],
+    "cuda": [(name, dtype) for name in WAYS["cuda"] for dtype in (np.float16, bfloat16, np.float64)],
+}
+DTYPES_OF_WAYS = {
+    target: [*((name, np.float32) for name in ways), *_OTHER_DTYPES[target]] for target, ways in WAYS.items()
+}
+
+
+def over_ways(*names, ways=WAYS):
+    """A test of every target, in those of these ways that it has; in all of them where none is named."""
+    cases = {
+        f"{target}-{name}": (target, way)
+        for target in TARGETS
+        for name, way in ways[target].items()
+        if name in names or not names
+    }
+    return pytest.mark.parametrize(("target", "way"), cases.values(), ids=cases, indirect=["target"])
+
+
+EVERY_WAY = over_ways()
+BOTH_LOOPS = over_ways("planes", "rows")
+_CASES = {
+    f"{target}-{name} {np.dtype(dtype)}": (target, WAYS[target][name], dtype)
+    for target in TARGETS
+    for name, dtype in DTYPES_OF_WAYS[target]
+}
+EVERY_WAY_AND_DTYPE = pytest.mark.parametrize(
+    ("target", "way", "dtype"), _CASES.values(), ids=_CASES, indirect=["target"]
+)
+
+CLIPS = {"rmax": 1.5, "rmin": 0.7, "dmax": 0.5}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bessel": {"bessel_correction": True},
+    "momentum 0": {"momentum": 0.0},
+    "momentum 1": {"momentum": 1.0},
+    "renorm": {"renorm": True},
+    "renorm clipped": {"renorm": True, "renorm_clipping": CLIPS, "renorm_momentum": 0.8},
+    "virtual": {"virtual_batch_size": 2},
+    "virtual renorm": {"virtual_batch_size": 3, "renorm": True, "renorm_clipping": CLIPS},
+}
+
+# Several chunks per statistic and several tiles of K1, and rows of all kinds, as large inputs have them.
+_CPU_THRESHOLDS = {
+    "CHUNK_ELEMENTS": 16,
+    "CHUNK_ROWS": 1,
+    "TILE_COLUMNS": 16,
+    "SHORT_PLANE": 12,
+    "FOLDED_ELEMENTS": 0,
+}
+_GPU_THRESHOLDS = {"THREADS": 4, "COLUMNS": 2, "VECTORS": 1, "APPLIED": 8, "MAX_CHUNKS": 3}
+
+
+def small_thresholds(monkeypatch):
+    for name, value in _CPU_THRESHOLDS.items():
+        monkeypatch.setattr(schedule, name, value)
+    if "cuda" in TARGETS:
+        for name, value in _GPU_THRESHOLDS.items():
+            monkeypatch.setattr(f"nbbn.gpu.schedule.{name}", value)
+
+
+def bits(array):
+    return np.ascontiguousarray(array).tobytes()
+
+
+class Problem:
+    """Arrays for one call, and what the oracle makes of them. The kept axes are 1 and 3."""
+
+    def __init__(self, shape, dtype, weights=False, adjustment=False, residual=False, **options):
+        rng = np.random.default_rng(0)
+        self.dtype, self.stored = np.dtype(dtype), state_dtype(dtype)
+        self.options = {"axis": (1, 3), "momentum": 0.9, "bessel_correction": False, **options}
+        self.x = (rng.normal(size=(1, *shape[1:])) + rng.normal(size=shape)).astype(dtype)
+        self.dy = rng.normal(size=shape).astype(dtype)
+        self.weights = self.adjustment = self.residual = None
+        if residual:
+            self.residual = rng.normal(size=shape).astype(dtype)
+        if weights:
+            self.weights = (rng.random(shape) < 0.8) * rng.integers(1, 9, shape).astype(self.stored) / 4
+        if adjustment:
+            self.adjustment = tuple(rng.integers(4, 16, shape).astype(self.stored) / 8 for _ in range(2))
+        pair = self.adjustment
+        self.oracle = Reference(**self.options, adjustment=None if pair is None else lambda s: pair).build(shape)
+        values = [rng.uniform(0.5, 2, self.oracle.parameter_shape) for _ in self.oracle.weight_names]
+        values[0][..., ::2] *= -1  # gamma of both signs
+        rows = np.array(values).reshape(len(values), -1).astype(self.stored)
+        self.params, self.state = rows[:2], rows[2:]
+        self.oracle.set_weights(list(rows.reshape(-1, *self.oracle.parameter_shape)))
+
+    @property
+    def operands(self):
+        return {"weights": self.weights, "adjustment": self.adjustment, "residual": self.residual}
+
+    def check_training(self, run):
+        """Run a step forward and backward; fail unless all that comes back agrees with the oracle."""
+        before = [w.copy() for w in self.oracle.get_weights()]
+        step = self.oracle(self.x, training=True, mask=self.weights, residual=self.residual)
+        inputs = [a for a in (self.x, self.dy, self.params, self.state, self.residual) if a is not None]
+        copies = [bits(a) for a in inputs]
+        y, new_state, saved = run.train(self.x, self.params, self.state, **self.operands)
+        check("y", y, step.y, output(step, self.dtype), self.dtype)
+        self.check_state(new_state, before, step)
+        self.check_saved(saved, step)
+        found = run.backward(self.dy, self.x, self.params, saved, **self.operands)
+        self.check_gradients(*found, gated_as(step, y, self.dtype))
+        assert [bits(a) for a in inputs] == copies, "an input was changed"
+
+    def check_output_of_inference(self, run, out=None):
+        step = self.oracle(self.x, residual=self.residual)
+        y = run.infer(self.x, self.params, self.state, residual=self.residual, out=out)
+        check("y", y, step.y, output(step, self.dtype), self.dtype)
+        return step, y
+
+    def check_inference(self, run):
+        """The same with the moving statistics."""
+        step, y = self.check_output_of_inference(run)
+        found = run.frozen_backward(self.dy, self.x, self.params, self.state, residual=self.residual)
+        self.check_gradients(*found, gated_as(step, y, self.dtype))
+
+    def check_state(self, found, before, step):
+        assert found.shape == self.state.shape
+        names, values = self.oracle.weight_names[2:], self.oracle.get_weights()[2:]
+        for name, row, old, new in zip(names, found, before[2:], values, strict=True):
+            bound = state(name, old, new, step, self.dtype)
+            check(name, row, new.ravel(), bound.ravel(), self.stored)
+
+    def check_saved(self, saved, step):
+        """Count, mean, 1 / sigma, r and d are float64, whatever the input: rounding of a dozen operations."""
+        expected = [step.W, step.mean, 1 / step.sigma, step.r, step.d]
+        assert saved.dtype == np.float64
+        for name, row, value in zip(("count", "mean", "rstd", "r", "d"), saved, expected, strict=True):
+            full = np.broadcast_to(value, step.W.shape)
+            np.testing.assert_allclose(row.ravel(), full.ravel(), rtol=1e-13, atol=1e-13, err_msg=name)
+
+    def check_gradients(self, dx, dparams, dz, step):
+        expected, bound = step.gradients(self.dy), gradients(step, self.dy, self.dtype)
+        check("dx", dx, expected.inputs, bound.inputs, self.dtype)
+        for name, row in zip(("gamma", "beta"), dparams, strict=True):
+            value, limit = getattr(expected, name), getattr(bound, name)
+            check(f"d{name}", row, value.ravel(), limit.ravel(), self.stored)
+        gated = np.where(step.gate, self.dy, np.zeros((), self.dtype))
+        np.testing.assert_array_equal(dz, gated, strict=True)
+
+
+def all_results(run, problem, out=None, gradient_out=None):
+    y, new_state, saved = run.train(problem.x, problem.params, problem.state, out=out, **problem.operands)
+    gradients = run.backward(problem.dy, problem.x, problem.params, saved, out=gradient_out, **problem.operands)
+    return [bits(r) for r in (y, new_state, saved, *gradients)]
+
+
+def strided(x):
+    """The same values with gaps, backwards, in a larger array of other values."""
+    wide = np.full([2 * n for n in x.shape], 77, x.dtype)
+    wide[::2, ::2, ::2, ::2] = x[::-1, :, ::-1]
+    return wide[::2, ::2, ::2, ::2][::-1, :, ::-1]
+
+
+def check_strided_output(run, problem, expected):
+    """Fail unless a training step writes its output, and nothing in the gaps."""
+    out = strided(np.zeros(problem.x.shape, np.float32))
+    y, _, _ = run.train(problem.x, problem.params, problem.state, out=out)
+    assert y is out
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
+    everything = out.base
+    while everything.base is not None:
+        everything = everything.base
+    assert (everything == 77).sum() == everything.size - out.size
+
+
+def check_sizes(target, way, shapes, loops):
+    """Fail unless training agrees with the oracle at every size, and these loops were among those that ran."""
+    seen = set()
+    for shape in shapes:
+        problem = Problem(shape, np.float32)
+        run = way.make(target, problem.options)
+        try:
+            problem.check_training(run)
+        except AssertionError as error:
+            raise AssertionError(f"{shape}: {error}") from error
+        seen |= {loops for _, loops, _, _ in run.kernels()}
+    assert loops in seen

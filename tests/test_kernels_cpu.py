@@ -1,0 +1,337 @@
+"""What is about the CPU's schedules: streaming, blocks, threads, machine code."""
+
+import math
+import platform
+
+import numba
+import numpy as np
+import pytest
+from agreement import check, output
+from contract import (
+    DTYPES_OF_WAYS,
+    EVERY_DTYPE,
+    GROUPED,
+    PLANES,
+    ROWS,
+    SHORT_PLANES,
+    WAYS,
+    Problem,
+    Way,
+    all_results,
+    bits,
+    check_strided_output,
+    small_thresholds,
+)
+from ml_dtypes import bfloat16
+from processes import check as check_process
+from targets import Cpu
+
+from nbbn import dtypes, schedule
+from nbbn.kernels.cpu import memory
+from nbbn.kernels.cpu.memory import BLOCK, copy_block
+from nbbn.kernels.cpu.scalars import HALF_INSTRUCTIONS
+from nbbn.runtime import thread_limit
+
+
+@pytest.fixture
+def target():
+    return Cpu
+
+
+@pytest.fixture(autouse=True)
+def _small_thresholds(monkeypatch):
+    small_thresholds(monkeypatch)
+
+
+# --- blocks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("store", ["direct", "in place", "streamed"])
+@EVERY_DTYPE
+def test_inference_in_the_order_of_memory(target, store, dtype, monkeypatch):
+    """Planes of any length about blocks of any alignment, with many and with few of them in a block and in a chunk."""
+    monkeypatch.setattr(schedule, "CHUNK_ELEMENTS", BLOCK)
+    monkeypatch.setattr(schedule, "STREAMED_SHARE", 0.0 if store == "streamed" else math.inf)
+    fused = {"residual": True, "activation": "relu"} if dtype == np.float32 else {}
+    for k0, r1 in ((1, 1), (1, 5000), (3, 2), (700, 7), (2, BLOCK - 1), (3, BLOCK), (2, BLOCK + 1), (5, 300)):
+        problem = Problem((2, k0, r1, 1), dtype, **fused)
+        for start in (0, 1, 5):
+            out = np.empty(problem.x.size + start, dtype)[start:].reshape(problem.x.shape)
+            if store == "in place":
+                out[...] = problem.x
+                problem.x = out
+            run = Way(None, problem.x.shape).make(target, problem.options)
+            problem.check_output_of_inference(run, out)
+            assert run.kernels() == [("infer", "runs", False, store == "streamed")]
+
+
+BORDERS = [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 1]
+
+
+@pytest.mark.parametrize("store", ["direct", "in place", "streamed"])
+@pytest.mark.parametrize("n", BORDERS)
+@pytest.mark.parametrize("schedule_name", ["planes", "rows"])
+def test_sizes_about_a_block(target, schedule_name, n, store, monkeypatch):
+    """Blocks as large as they are: of the columns of rows, and of planes that are not written directly."""
+    monkeypatch.setattr(schedule, "TILE_COLUMNS", BLOCK)
+    monkeypatch.setattr(schedule, "STREAMED_SHARE", 0.0 if store == "streamed" else math.inf)
+    shape = (2, 2, n, 1) if schedule_name == "planes" else (1, 1, 5, n)
+    problem = Problem(shape, np.float32)
+    run = target(problem.options, schedule_name, parallel=False)
+    step = problem.oracle(problem.x, training=True)
+    x = problem.x.copy()
+    y, _, saved = run.train(x, problem.params, problem.state, out=x if store == "in place" else np.empty_like(x))
+    check("y", y, step.y, output(step, problem.dtype), problem.dtype)
+    dy = problem.dy.copy()
+    out = dy if store == "in place" else np.empty_like(dy)
+    dx, dparams, _ = run.backward(dy, problem.x, problem.params, saved, out=out)
+    problem.check_gradients(dx, dparams, problem.dy, step)
+    assert {streamed for _, _, _, streamed in run.kernels()} == {store == "streamed"}
+
+
+# --- results that bypass the caches -----------------------------------------------------------
+
+CANARY = 77
+LINE = 64
+
+
+def between_canaries(size, dtype, offset):
+    """An array of memory that begins `offset` elements after the start of a line, and all the memory around it."""
+    dtype = np.dtype(dtype)
+    memory = np.zeros(size * dtype.itemsize + 4 * LINE, np.uint8)
+    lines = -memory.ctypes.data % LINE
+    around = memory[lines : lines + (len(memory) - lines) // dtype.itemsize * dtype.itemsize].view(dtype)
+    around[...] = CANARY
+    first = LINE // dtype.itemsize + offset
+    return around[first : first + size], around
+
+
+def offsets(dtype):
+    return range(LINE // np.dtype(dtype).itemsize)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("mode", ["BUFFERED", "STREAMED"])
+def test_a_block_is_written_exactly(dtype, mode):
+    """At every place in a line of memory, and not a byte beside it."""
+
+    @numba.njit
+    def copy(source, target, mode):
+        copy_block(source, target, mode)
+
+    carrier, mode = dtypes.carrier(np.dtype(dtype)), getattr(memory, mode)
+    for size in [*range(1, 201), BLOCK - 1, BLOCK]:
+        source = np.arange(1, size + 1).astype(dtype)
+        for offset in offsets(dtype):
+            target, around = between_canaries(size, dtype, offset)
+            copy(source.view(carrier), target.view(carrier), mode)
+            assert bits(target) == bits(source), (size, offset)
+            assert (around == CANARY).sum() == around.size - size + (source == CANARY).sum(), (size, offset)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), DTYPES_OF_WAYS["cpu"], ids=lambda v: v if isinstance(v, str) else np.dtype(v).name
+)
+def test_streamed_results_are_the_same_and_have_their_place(target, name, dtype, monkeypatch):
+    way = WAYS["cpu"][name]
+    problem = Problem(way.shape, dtype)
+    expected = all_results(way.make(target, problem.options), problem)
+    monkeypatch.setattr(schedule, "STREAMED_SHARE", 0.0)
+    run, size = way.make(target, problem.options), problem.x.size
+    for offset in offsets(dtype):
+        (y, y_around), (dx, dx_around) = (between_canaries(size, dtype, offset) for _ in range(2))
+        found = all_results(run, problem, y.reshape(way.shape), dx.reshape(way.shape))
+        assert found == expected
+        for result, around in ((y, y_around), (dx, dx_around)):
+            outside = around.size - size
+            assert (around == CANARY).sum() == outside + (result == CANARY).sum(), offset
+    assert {streamed for _, _, _, streamed in run.kernels()} == {True}
+
+
+@pytest.mark.parametrize("way", [PLANES, ROWS, SHORT_PLANES], ids=["planes", "rows", "short planes"])
+def test_all_outputs_of_a_step_are_streamed(target, way, monkeypatch):
+    """The gradient of the residual beside that of the input; inference; in place."""
+    problem = Problem(way.shape, np.float32, residual=True, activation="relu")
+    expected = all_results(way.make(target, problem.options), problem)
+    plain = way.make(target, problem.options).infer(problem.x, problem.params, problem.state, residual=problem.residual)
+    monkeypatch.setattr(schedule, "STREAMED_SHARE", 0.0)
+    run = way.make(target, problem.options)
+    assert all_results(run, problem) == expected
+    for x, residual, out in (in_place(problem, "x"), in_place(problem, "residual")):
+        assert bits(run.infer(x, problem.params, problem.state, residual=residual, out=out)) == bits(plain)
+    assert {streamed for _, _, _, streamed in run.kernels()} == {True}
+
+
+@pytest.mark.parametrize("way", [PLANES, ROWS], ids=["planes", "rows"])
+@pytest.mark.parametrize("share", [0.0, math.inf], ids=["beyond the cache", "in the cache"])
+def test_strided_output_is_never_streamed(target, way, share, monkeypatch):
+    """A line of memory would have neighbours in it."""
+    monkeypatch.setattr(schedule, "STREAMED_SHARE", share)
+    problem = Problem(way.shape, np.float32)
+    expected, _, _ = way.make(target, problem.options).train(problem.x, problem.params, problem.state)
+    run = way.make(target, problem.options)
+    check_strided_output(run, problem, expected)
+    assert {streamed for _, _, _, streamed in run.kernels()} == {False}
+
+
+def in_place(problem, name):
+    """x and residual, of which one is the output, too."""
+    copies = {"x": problem.x.copy(), "residual": problem.residual.copy()}
+    return copies["x"], copies["residual"], copies[name]
+
+
+# --- the same bits ----------------------------------------------------------------------
+
+MIXED_SHAPES = {
+    "planes": [(6, 3, 7, 1), (1, 2, 100, 1), (40, 1, 3, 1), (1, 1, 1, 1)],
+    "rows": [(6, 3, 7, 5), (1, 1, 100, 17), (40, 1, 1, 3), (2, 2, 29, 17), (1, 1, 2, 33)],
+    "short planes": [(6, 3, 7, 1), (40, 5, 3, 1), (4, 40, 12, 1)],
+    "few channels": [(6, 3, 8, 5), (1, 1, 100, 3), (2, 2, 30, 7)],
+}
+
+
+# One pass, parallel.
+TWICE = [(False, False), (False, True)]
+ONCE = [(True, False), (True, True)]
+# A choice, in which every dtype and all loops are: each is two kernels that take seconds to compile.
+SAME_BITS = {
+    "planes": ("planes", np.float32, {}, TWICE + ONCE),
+    "rows": ("rows", np.float32, {}, TWICE),
+    "short planes": ("short planes", np.float32, {}, TWICE + ONCE),
+    "few channels": ("few channels", np.float32, {}, TWICE + ONCE),
+    "rows, float16": ("rows", np.float16, {}, TWICE),
+    "rows with residual and relu, bfloat16": ("rows", bfloat16, {"residual": True, "activation": "relu"}, TWICE),
+    "planes with operands, float64": ("planes", np.float64, {"weights": True, "adjustment": True}, ONCE),
+}
+
+
+@pytest.mark.parametrize(("name", "dtype", "operands", "modes"), SAME_BITS.values(), ids=SAME_BITS)
+def test_serial_and_parallel_one_pass_and_two_give_the_same_bits(target, name, dtype, operands, modes):
+    for shape in MIXED_SHAPES[name]:
+        problem = Problem(shape, dtype, **operands)
+        runs = [target(problem.options, WAYS["cpu"][name].schedule, parallel, one_pass) for one_pass, parallel in modes]
+        first, *others = (all_results(run, problem) for run in runs)
+        assert all(other == first for other in others), shape
+
+
+@pytest.mark.parametrize("way", GROUPED["cpu"].values(), ids=GROUPED["cpu"])
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_virtual_batches_have_the_same_bits_in_one_pass_and_two(target, way, size):
+    problem = Problem(way.shape, np.float32, virtual_batch_size=size)
+    one, two = (all_results(w.make(target, problem.options), problem) for w in (way, way.twice()))
+    assert one == two
+
+
+@pytest.mark.parametrize("name", ["planes", "rows"])
+def test_every_number_of_threads_gives_the_same_bits(target, name):
+    if thread_limit() < 2:
+        pytest.skip("this machine, or NBBN_NUM_THREADS, allows one thread only")
+    previous = numba.get_num_threads()
+    try:
+        for shape in MIXED_SHAPES[name]:
+            problem = Problem(shape, np.float32)
+            found = set()
+            for threads in range(1, thread_limit() + 1):
+                numba.set_num_threads(threads)
+                found.add(tuple(all_results(target(problem.options, name, parallel=True), problem)))
+            assert len(found) == 1, shape
+    finally:
+        numba.set_num_threads(previous)
+
+
+FINGERPRINT = """
+import numpy as np, nbbn
+x = np.random.default_rng(0).normal(3, 1, size=(64, 3, 40, 40)).astype(np.float32)
+digest = ""
+for axis, shape in ((1, x.shape), (-1, (64, 40, 40, 3))):
+    layer = nbbn.BatchNormalization(axis=axis, momentum=0.5)
+    y, pullback = layer.vjp(x.reshape(shape), training=True)
+    digest += f"{hash(tuple(a.tobytes() for a in (y, *pullback(y)[:3], *layer.weights)))} "
+print(digest)
+"""
+
+
+def test_nbbn_num_threads_changes_no_bit():
+    """Large enough for several chunks of the usual size, of planes and of few channels; four threads on any machine."""
+    options = {"NUMBA_NUM_THREADS": "4", "PYTHONHASHSEED": "0"}
+    found = {check_process(FINGERPRINT, NBBN_NUM_THREADS=n, timeout=120, **options) for n in ("1", "2", "4")}
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", [(6, 3, 7, 1), (1, 1, 100, 1), (40, 1, 3, 1), (6, 3, 8, 5), (9, 40, 3, 1)], ids=str)
+def test_schedules_agree(target, shape, residual, monkeypatch):
+    """Other sums, in another order: float64 rounding in the statistics, half a unit in y."""
+    problem = Problem(shape, np.float32, residual=residual, activation="relu" if residual else None)
+    found = {}
+    for name, folded in [("planes", 0), ("rows", 0), ("rows", math.inf)]:
+        monkeypatch.setattr(schedule, "FOLDED_ELEMENTS", folded)
+        if name == "planes" and shape[3] > 1:
+            continue
+        run = target(problem.options, name, parallel=False)
+        found[name, folded] = run.train(problem.x, problem.params, problem.state, **problem.operands)
+    first, *others = found.values()
+    for other in others:
+        np.testing.assert_allclose(first[0], other[0], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(first[2], other[2], rtol=1e-14, atol=1e-14)
+
+
+# --- 16-bit floats -------------------------------------------------------------------------
+
+WITHOUT_F16C = """
+from conversions import DTYPES, check_every_value, check_rounding
+from nbbn.kernels.cpu import scalars
+from targets import CpuScalars
+assert not scalars.HALF_INSTRUCTIONS
+for dtype in DTYPES.values():
+    check_every_value(CpuScalars(dtype))
+    check_rounding(CpuScalars(dtype))
+import numpy as np, nbbn
+x = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float16)
+print(nbbn.BatchNormalization()(x, training=True).tobytes().hex())
+"""
+
+
+@pytest.mark.skipif(not HALF_INSTRUCTIONS, reason="this processor has no F16C: the tests above are this one")
+def test_without_f16c():
+    """A processor without the half instructions: integer code, where LLVM's would call what is not there."""
+    printed = check_process(WITHOUT_F16C, NUMBA_CPU_NAME="generic")
+    x = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float16)
+    y = np.frombuffer(bytes.fromhex(printed), np.float16).reshape(x.shape)
+    exact = (x - x.mean(0, np.float64)) / np.sqrt(x.var(0, np.float64) + 1e-3)
+    np.testing.assert_allclose(y, exact, rtol=2**-11, atol=2**-14)  # half a unit
+
+
+# --- machine code ------------------------------------------------------------------------------
+
+PACKED = """
+import re
+import numpy as np
+from targets import Cpu
+for schedule, shape in (("planes", (4, 3, 64, 1)), ("rows", (1, 1, 64, 70))):
+    run = Cpu({"axis": (1, 3)}, schedule, parallel=False)
+    x, state = np.ones(shape, np.float32), np.ones((2, shape[1] * shape[3]), np.float32)
+    run.backward(x, x, state, run.train(x, state, state)[2])
+    run.infer(x, state, state)
+    for plan in run.dispatcher._plans.values():
+        (text,) = plan.kernel(False).inspect_asm().values()
+        found = set(re.findall(r"\\bv(mul|add|sub|fmadd)\\d*(p[sd])\\b.*%[yz]mm", text))
+        print(schedule, plan.step, *sorted({f"{name}{kind}" for name, kind in found}))
+"""
+
+
+def _has_avx2():
+    from llvmlite import binding
+
+    return platform.machine().lower() in ("x86_64", "amd64") and binding.get_host_cpu_features().get("avx2", False)
+
+
+@pytest.mark.skipif(not _has_avx2(), reason="the names of packed instructions are those of AVX2")
+def test_loops_are_vectorized():
+    """Arithmetic on elements is packed float32, and sums are packed float64."""
+    lines = check_process(PACKED, NBBN_CACHE_DIR="", timeout=120).splitlines()
+    assert len(lines) == 6
+    for line in lines:
+        _, step, *found = line.split()
+        assert {"mulps", "subps", "addps"} <= set(found), line
+        assert step == "infer" or {"fmaddpd", "subpd"} <= set(found), line

@@ -1,0 +1,264 @@
+"""What is about a GPU's schedules: sums in float32, the width of an access, chunks, families, counters, copies."""
+
+import agreement
+import numpy as np
+import pytest
+from contract import GROUPED, WAYS, Problem, bits, small_thresholds
+from ml_dtypes import bfloat16
+from targets import TARGETS
+
+if "cuda" not in TARGETS:
+    pytest.skip("neither a GPU nor Numba's simulator of one (NUMBA_ENABLE_CUDASIM=1)", allow_module_level=True)
+
+from targets_cuda import Cuda, DeviceMemory, to_host
+
+from nbbn.gpu import dispatcher
+
+WAYS_ON_GPU = pytest.mark.parametrize("way", WAYS["cuda"].values(), ids=WAYS["cuda"])
+FLOAT32 = np.finfo(np.float32).eps
+
+
+@pytest.fixture(autouse=True)
+def _small_thresholds(monkeypatch):
+    small_thresholds(monkeypatch)
+
+
+def schedule_of(run):
+    """Of the one step that has run."""
+    (plan,) = run.dispatcher._device_plans.values()
+    return plan.schedule
+
+
+# --- sums in float32 -----------------------------------------------------------------------
+
+
+class Float32Terms(agreement.Terms):
+    """Bounds for sums of 16 elements in float32, each thread's about a value of its own, that are added up in float64.
+
+    A sum of 16 squares of rounded differences is off by 9 roundings of float32 at most, relative to squares about that
+    value: which the distance of the farthest value counts in units of the deviation. FEW is more than 9.
+    """
+
+    def __init__(self, step, dtype):
+        super().__init__(step, dtype)
+        distance = 0.0 if step.frozen else float(np.max(step.x_hat**2, initial=0, where=step.w > 0))
+        self.sum_share = FLOAT32 / np.finfo(agreement.state_dtype(dtype)).eps
+        self.unit = agreement.FEW * FLOAT32 * (1 + distance)
+
+
+class Float32Problem(Problem):
+    def check_saved(self, saved, step):
+        terms = Float32Terms(step, np.float32)
+        expected = np.broadcast_to(step.mean, step.W.shape), np.broadcast_to(1 / step.sigma, step.W.shape)
+        scale = np.abs(expected[0]).max() + step.sigma.max()
+        np.testing.assert_allclose(saved[1], expected[0].ravel(), rtol=0, atol=terms.unit * scale)
+        np.testing.assert_allclose(saved[2], expected[1].ravel(), rtol=terms.unit)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16, np.float32], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("name", ["wide planes", "short planes", "rows", "wide rows"])
+def test_sums_in_float32(name, dtype, monkeypatch):
+    way = WAYS["cuda"][name]
+    monkeypatch.setattr(agreement, "Terms", Float32Terms)
+    problem = Float32Problem(way.shape, dtype)
+    problem.check_training(Cuda(problem.options, one_pass=way.one_pass, sums="float32"))
+
+
+@pytest.mark.parametrize("operands", [{"weights": True}, {"adjustment": True}], ids=str)
+def test_sums_in_float32_with_operands(operands, monkeypatch):
+    monkeypatch.setattr(agreement, "Terms", Float32Terms)
+    for way in (WAYS["cuda"]["short planes"], WAYS["cuda"]["rows"]):
+        problem = Float32Problem(way.shape, np.float32, **operands)
+        problem.check_training(Cuda(problem.options, one_pass=way.one_pass, sums="float32"))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1500, 1), (300, 2, 3, 1), (1, 1, 400, 3)], ids=["planes", "short", "rows"])
+@pytest.mark.parametrize("first", [None, 0.0, 2e4], ids=["data", "zero", "outlier"])
+def test_a_large_mean_keeps_the_variance(shape, first):
+    """1e4 deviations from 0, in float32, to 1e-5: whatever value a thread's sums are about.
+
+    What is far away is a part of the variance, and a larger one than the rounding of the other values' distances to it.
+    """
+    x = np.random.default_rng(0).normal(1e4, 1, shape).astype(np.float32)
+    if first is not None:
+        x[0, :, 0] = first
+    _, mean, variance = Cuda({"axis": (1, 3)}, sums="float32").moments(x)
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(mean, exact.mean((0, 2)).ravel(), rtol=1e-7)
+    np.testing.assert_allclose(variance, exact.var((0, 2)).ravel(), rtol=1e-5)
+
+
+def test_a_large_mean_keeps_the_variance_without_the_first_value():
+    """A thread's sums are about the first value that counts."""
+    x = np.random.default_rng(0).normal(1e4, 1, (1, 1, 400, 1)).astype(np.float32)
+    weights = np.ones(x.shape, np.float32)
+    weights[:, :, ::3], x[:, :, ::3] = 0, 0
+    count, _, variance = Cuda({"axis": (1, 3)}, sums="float32").moments(x, weights)
+    kept = x[weights > 0].astype(np.float64)
+    assert count == kept.size
+    np.testing.assert_allclose(variance, kept.var(), rtol=1e-5)
+
+
+# --- schedules -----------------------------------------------------------------------------
+
+
+def test_the_ways_are_wide_and_cut():
+    """Or the tests of all targets would test little here."""
+    found = {}
+    for name, way in WAYS["cuda"].items():
+        run = way.make(Cuda, {"axis": (1, 3)})
+        run.moments(Problem(way.shape, np.float32).x)
+        found[name] = schedule_of(run)
+    assert {name for name, s in found.items() if s.width == 4} == {"wide planes", "wide rows"} | {
+        "short planes",
+        "short planes, two passes",
+    }
+    assert {name for name, s in found.items() if s.width == 1} == {"planes", "rows", "rows, two passes"}
+    assert all((s.chunks == 1) == s.one_launch for s in found.values())
+    assert all(s.blocks(way.shape, s.apply) > 1 for s, way in zip(found.values(), WAYS["cuda"].values(), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 150, 1), (9, 2, 6, 1), (2, 2, 5, 7), (1, 1, 20, 24)], ids=str)
+def test_larger_blocks(shape, monkeypatch):
+    """Whose sums are trees of several levels, and whose rows are longer."""
+    monkeypatch.setattr("nbbn.gpu.schedule.THREADS", 32)
+    monkeypatch.setattr("nbbn.gpu.schedule.COLUMNS", 4)
+    for one_launch in (True, False):
+        problem = Problem(shape, np.float32)
+        problem.check_training(Cuda(problem.options, one_pass=one_launch))
+
+
+@pytest.mark.parametrize("operands", [{}, {"weights": True, "adjustment": True}], ids=["plain", "operands"])
+@pytest.mark.parametrize(
+    "shape", [(6, 2, 8, 1), (2, 2, 20, 1), (6, 2, 2, 3), (1, 1, 5, 8)], ids=["short planes", "planes", "rows", "wide"]
+)
+def test_one_launch_and_two_agree(shape, operands):
+    """Other sums, in another order: float64 rounding in the statistics, a few units in float32."""
+    problem = Problem(shape, np.float32, **operands)
+    found = []
+    for one_launch in (True, False):
+        run = Cuda(problem.options, one_pass=one_launch)
+        y, new_state, saved = run.train(problem.x, problem.params, problem.state, **problem.operands)
+        gradients = run.backward(problem.dy, problem.x, problem.params, saved, **problem.operands)
+        assert [one for _, _, one, _ in run.kernels()] == [one_launch] * 2
+        found.append((saved, y, new_state, *gradients))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-13, atol=1e-13)
+    for one, two in zip(found[0][1:], found[1][1:], strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "families"),
+    [("planes", 2), ("rows", 2), ("tiles that are not of one group", 1), ("one tile per group", 1)],
+)
+def test_families(name, families):
+    """Tiles that have the same channels in different groups: a block, or the last of several, finishes them together.
+
+    Where tiles have parts of two groups, all of them are one family, and one launch is not possible.
+    """
+    way = GROUPED["cuda"][name]
+    problem = Problem(way.shape, np.float32, virtual_batch_size=2)
+    run = Cuda(problem.options, one_pass=True)
+    problem.check_training(run)
+    found = [plan.schedule for plan in run.dispatcher._device_plans.values()]
+    assert {s.families for s in found} == {families}
+    assert {s.one_launch for s in found} == {name != "tiles that are not of one group"}
+
+
+# --- memory --------------------------------------------------------------------------------
+
+
+def at_offset(x, elements):
+    """The same values, `elements` elements beyond an aligned address."""
+    memory = np.zeros(x.size + 16, x.dtype)
+    first = -memory.ctypes.data % 16 // x.itemsize + elements
+    found = memory[first : first + x.size].reshape(x.shape)
+    found[...] = x
+    return found
+
+
+@pytest.mark.parametrize(("elements", "width"), [(0, 4), (1, 1), (2, 2), (3, 1), (4, 4)])
+@pytest.mark.parametrize("shape", [(2, 2, 8, 1), (1, 1, 3, 8)], ids=["planes", "rows"])
+def test_what_is_not_aligned_is_read_in_smaller_pieces(shape, elements, width):
+    problem = Problem(shape, np.float32)
+    problem.x, problem.dy = at_offset(problem.x, 0), at_offset(problem.dy, elements)
+    run = Cuda(problem.options)
+    problem.check_training(run)
+    train, backward = (plan.schedule.width for plan in run.dispatcher._device_plans.values())
+    assert (train, backward) == (4, width)
+
+
+@pytest.mark.parametrize(
+    ("part", "width"),
+    [(np.s_[:, :, :, :8], 4), (np.s_[:, :, :, 1:9], 1), (np.s_[:, :, :, 2:10], 2), (np.s_[:, :, :, ::2], 1)],
+    ids=["aligned", "odd", "even", "every other"],
+)
+@pytest.mark.parametrize("pitch", [16, 18], ids=["aligned rows", "even rows"])
+def test_parts_of_rows(part, width, pitch):
+    """Every row begins where the ones before it leave it."""
+    problem = Problem((1, 1, 3, 8), np.float32)
+    rows = at_offset(np.zeros((1, 1, 3, pitch), np.float32), 0)
+    target = rows[:, :, :, :16][part]
+    target[...] = problem.x
+    problem.x = target
+    run = Cuda(problem.options)
+    run.moments(problem.x)
+    assert schedule_of(run).width == min(width, {16: 4, 18: 2}[pitch])
+    problem.check_training(run)
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "relu"}, {"virtual_batch_size": 2}], ids=str)
+def test_five_runs_of_dimensions_are_copied(options):
+    """Reduced, kept, reduced, kept, reduced: no canonical view; strided arrays, and operands, too."""
+    shape = (4, 2, 2, 3, 2)
+    problem = Problem(shape, np.float32, weights=True, adjustment=not options, residual=True, **options)
+    run = Cuda(problem.options)
+    problem.check_training(run)
+    assert any(plan.copied is not None for plan in run.dispatcher._device_plans.values())
+
+
+def test_five_runs_of_dimensions_of_inference_in_place():
+    problem = Problem((2, 2, 2, 3, 2), np.float32)
+    run = Cuda(problem.options)
+    _, y = problem.check_output_of_inference(run)
+    x = problem.x.copy()
+    assert bits(run.infer(x, problem.params, problem.state, out=x)) == bits(y) == bits(x)
+
+
+# --- what the launches of a step leave behind ------------------------------------------------
+
+
+@WAYS_ON_GPU
+def test_counters_are_zero_again(way):
+    """Whatever the number of families was; or the next step's last block would not know that it is."""
+    problem = Problem(way.shape, np.float32)
+    run = way.make(Cuda, problem.options)
+    run.moments(problem.x)
+    counters = [c for found in dispatcher._all_counters.values() for c in found]
+    assert counters
+    assert not any(to_host(c).any() for c in counters)
+
+
+@pytest.mark.parametrize("options", [{}, {"renorm": True}], ids=["plain", "renorm"])
+@pytest.mark.parametrize("name", ["planes", "rows"])
+def test_the_state_may_change_in_place(name, options):
+    """As a captured graph needs it: a step after another one goes on from its state."""
+    way = WAYS["cuda"][name]
+    problem = Problem(way.shape, np.float32, **options)
+    run, memory = way.make(Cuda, problem.options), DeviceMemory()
+    x, params, state = map(memory.view, (problem.x, problem.params, problem.state))
+    hyper, expected = run.dispatcher.hyper(4, problem.dtype), problem.state
+    for _ in range(2):
+        _, expected, _ = run.train(problem.x, problem.params, expected)
+        _, found, _ = run.dispatcher.train(x, params, state, hyper, new_state=state)
+        assert found is state
+        np.testing.assert_array_equal(to_host(state), expected)
+
+
+def test_a_gradient_gets_the_parameters_of_its_step():
+    problem = Problem(WAYS["cuda"]["rows"].shape, np.float32)
+    run, memory = Cuda(problem.options), DeviceMemory()
+    x, params, state = map(memory.view, (problem.x, problem.params, problem.state))
+    copy = memory.view(np.zeros_like(problem.params))
+    run.dispatcher.train(x, params, state, run.dispatcher.hyper(4, problem.dtype), copy=copy)
+    np.testing.assert_array_equal(to_host(copy), problem.params)

@@ -1,0 +1,162 @@
+"""The machine code of the CUDA kernels, as far as it can be read without a GPU."""
+
+import os
+import re
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+
+if find_spec("numba_cuda") is None:
+    pytest.skip("numba-cuda is not installed (extra: cuda)", allow_module_level=True)
+if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
+    pytest.skip("Numba's simulator compiles nothing", allow_module_level=True)
+
+from numba.cuda import types
+from ptx import ACCESS, WIDE_LOAD, WIDE_STORE, compiled, element_loops, innermost, loops, ptx_of, resources
+from targets_cuda import conversion
+
+from nbbn.kernels.cuda.blocks import Variant
+from nbbn.kernels.cuda.steps import VIEWS
+
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+DTYPES = [np.dtype(d) for d in (np.float16, bfloat16, np.float32, np.float64)]
+APPLYING = ("normalize", "infer", "input_gradient")  # the others reduce, too
+ONE_LAUNCH = ("train", "backward")
+OPERANDS = {"adjustment": True, "residual": True, "relu": True}
+
+
+def variant(dtype, loops, **options):
+    dtype = np.dtype(dtype)
+    sums = FLOAT64 if dtype == FLOAT64 else FLOAT32
+    given = {"width": 16 // dtype.itemsize, "sums": sums, "rows": loops == "rows", "short": loops == "short", **options}
+    return Variant(dtype, **given)
+
+
+# "freeze" has no elements.
+STEPS = [step for step, views in VIEWS.items() if views]
+# Everything for one device; a choice for others, for other options, and for what they are together.
+CASES = {
+    **{
+        f"{step} {dtype.name} {loops}": (step, variant(dtype, loops), (9, 0))
+        for step in STEPS
+        for dtype in DTYPES
+        for loops in ("planes", "rows")
+    },
+    **{
+        f"{step} {np.dtype(dtype).name} {loops} sm_{cc[0]}{cc[1]}": (step, variant(dtype, loops), cc)
+        for cc in ((7, 5), (8, 0))
+        for step, dtype, loops in (
+            ("train_reduce", np.float16, "rows"),
+            ("infer", np.float16, "planes"),
+            ("input_gradient", bfloat16, "planes"),
+        )
+    },
+    **{
+        f"{step} {np.dtype(dtype).name} {loops} {' '.join(options)}": (step, variant(dtype, loops, **options), (9, 0))
+        for step, dtype, loops, options in (
+            ("train_reduce", np.float16, "short", {"weights": True}),
+            ("train_reduce", np.float32, "rows", {"weights": True, "renorm": True}),
+            ("normalize", np.float16, "planes", OPERANDS),
+            ("normalize", np.float32, "rows", OPERANDS),
+            ("infer", bfloat16, "rows", {"residual": True, "relu": True}),
+            ("train", np.float32, "planes", {"renorm": True, **OPERANDS}),
+            ("backward_reduce", np.float32, "rows", OPERANDS),
+            ("input_gradient", np.float32, "planes", {"dresidual": True, "weights": True, **OPERANDS}),
+            ("input_gradient", np.float16, "rows", {"dresidual": True, "residual": True, "relu": True}),
+            ("input_gradient", bfloat16, "short", {"frozen": True}),
+        )
+    },
+}
+BELOW_FLOAT64 = {name: case for name, case in CASES.items() if case[1].dtype != FLOAT64}
+EVERY_KERNEL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@EVERY_KERNEL
+def test_no_local_memory(case):
+    """A thread's arrays are registers, and all of them have a place: ptxas spills none."""
+    ptx = compiled(*case)
+    assert not re.search(r"\.local\b", ptx)
+    found = resources(ptx, case[2])
+    assert (found.stack, found.local) == (0, 0)
+
+
+@EVERY_KERNEL
+def test_elements_are_read_and_written_16_bytes_at_a_time(case):
+    step, _, _ = case
+    for loop in (found := innermost(element_loops(compiled(*case)))):
+        assert loop.count(ACCESS) == loop.count(WIDE_LOAD) + loop.count(WIDE_STORE)
+    written = [loop for loop in found if loop.count(WIDE_STORE)]
+    assert len(found) == (2 if step in ONE_LAUNCH else 1)
+    assert len(written) == (1 if step in (*APPLYING, *ONE_LAUNCH) else 0)
+
+
+@EVERY_KERNEL
+def test_no_division_between_elements(case):
+    """None of 64 bits, where it takes a hundred instructions. One launch has loops over tiles around, which divide."""
+    step, _, _ = case
+    found = element_loops(compiled(*case))
+    for loop in innermost(found) if step in ONE_LAUNCH else found:
+        assert not loop.count(r"(div|rem)\.[su]64")
+
+
+@pytest.mark.parametrize("case", BELOW_FLOAT64.values(), ids=BELOW_FLOAT64)
+def test_float64_is_where_it_is_meant(case):
+    """In loops over elements it is the sums' alone: one conversion and one addition each for as many
+    elements as a thread reads at once. Where there are no sums and no gate, there is none anywhere."""
+    step, v, _ = case
+    ptx = compiled(*case)
+    if step in APPLYING and not (v.relu and step == "input_gradient"):
+        assert ".f64" not in ptx
+    for loop in innermost(element_loops(ptx)):
+        sums = 0 if loop.count(WIDE_STORE) else sums_of(step, v) * v.own
+        assert loop.count(r".*\.f64") <= 2 * sums
+
+
+def sums_of(step, v):
+    if step.startswith("backward"):
+        return 4 if v.adjustment else 2
+    return 3 if v.weights else 2
+
+
+@EVERY_KERNEL
+def test_nothing_depends_on_the_order_of_threads(case):
+    """The only atomic operation counts blocks."""
+    found = re.findall(r"\b(?:atom|red)\.\S+", compiled(*case))
+    assert all(re.search(r"\.inc\.u32", name) for name in found), found
+    assert len(found) == (1 if case[0] in ("moments", "train_reduce", "backward_reduce") else 0)
+
+
+def test_steps_without_elements():
+    assert set(VIEWS) - set(STEPS) == {"freeze"}
+    assert not re.search(r"\.local\b", compiled("freeze", variant(np.float32, "planes"), (9, 0)))
+
+
+def test_float64_sums_of_float32_are_all_float64():
+    """Or the test above would find nothing where there is something."""
+    found = innermost(element_loops(compiled("train_reduce", variant(np.float32, "planes", sums=FLOAT64), (9, 0))))
+    v = variant(np.float32, "planes")
+    assert sum(loop.count(r".*\.f64") for loop in found) >= 3 * v.width * v.unroll
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_narrow_accesses(width):
+    """As arrays that are not aligned need them."""
+    ptx = compiled("infer", variant(np.float32, "planes", width=width), (9, 0))
+    assert not element_loops(ptx)
+    kind = {1: r"[fbu]32", 2: r"v2\.[fbu]32"}[width]
+    assert any(loop.count(rf"st\.global\.{kind}$") for loop in loops(ptx))
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_16_bit_conversions(dtype, width):
+    """float16 by the hardware's instructions, bfloat16 by integer arithmetic without branches."""
+    arguments = types.void(types.int64, types.int64, types.int64)
+    read, write = (ptx_of(conversion(*pair, width), arguments, (9, 0)) for pair in ((dtype, FLOAT32), (FLOAT32, dtype)))
+    if dtype == np.float16:
+        assert "cvt.f32.f16" in read
+        assert "cvt.rn.f16.f32" in write
+    assert ".local" not in read + write
+    assert len(re.findall(r"\bbra\b", read + write)) <= 2  # beyond the end of the array
