@@ -87,6 +87,7 @@ CASES = {
     "renorm": ((5, 3), -1, {"renorm": True, "renorm_clipping": {"rmax": 2.0}}),
     "ghost": ((6, 2, 3), -1, {"virtual_batch_size": 2}),
     "cumulative": ((4, 3), -1, {"momentum": None}),
+    "cumulative renorm": ((4, 3), -1, {"momentum": None, "renorm": True}),
     "no gamma, no beta": ((4, 3), -1, {"center": False, "scale": False}),
     "bessel": ((4, 3), -1, {"bessel_correction": True}),
     "relu": ((5, 4), -1, {"activation": "relu"}),
@@ -101,6 +102,18 @@ def test_training_and_inference(shape, axis, options):
     pair = Pair(shape, axis, **options)
     for training in (True, True, False):
         pair.check(training=training)
+
+
+def test_a_cumulative_average_counts_where_something_counts():
+    """In each channel by itself, on the GPU; what is there can be taken to the host and back."""
+    pair = Pair((4, 3), -1, momentum=None).check()
+    mask = np.ones((4, 3), np.float32)
+    mask[:, 1] = 0
+    pair.check(mask=mask).check(update_statistics=False)
+    np.testing.assert_array_equal(host(pair.gpu._variables.seen.owner), [[2, 1, 2]] * 2)
+    pair.gpu.to("cpu").to("cuda")
+    pair.check()
+    np.testing.assert_array_equal(pair.gpu._variables.on_host().seen, pair.cpu._variables.seen)
 
 
 def test_masks():

@@ -87,6 +87,9 @@ def forward(
     hyper = layer._hyper(x) if batch else None
     variables = layer._device_variables(shapes, x)
     params, state = variables.params.astype(dtype), variables.state.astype(dtype)
+    in_place, seen = update and state is variables.state, None
+    if in_place and hyper is not None and layer.options.momentum is None:
+        hyper, seen = dispatcher.hyper(x.ndim, x.dtype), variables.seen
     y = target if target is not None else empty_like(x)
     if x.size == 0:
         return y.owner, DeviceRecord(x, params, state)
@@ -96,7 +99,6 @@ def forward(
             params, state = params.astype(dtype, copy=True), state.astype(dtype, copy=True)
         return y.owner, DeviceRecord(x, params, state, residual=added)
     copy = empty(x, params.shape, dtype) if keep else None
-    in_place = update and state is variables.state and layer.options.momentum is not None
     with variables.lock:
         _, new_state, saved = dispatcher.train(
             x,
@@ -109,6 +111,7 @@ def forward(
             out=y,
             new_state=state if in_place else None,
             copy=copy,
+            seen=seen,
         )
         record = DeviceRecord(x, copy or params, state, saved, new_state, added, weights, adjustment)
         if update and not in_place:

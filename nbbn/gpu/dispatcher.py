@@ -106,8 +106,13 @@ class DeviceDispatcher(Dispatcher):
         out: Array | None = None,
         new_state: Array | None = None,
         copy: Array | None = None,
+        seen: Array | None = None,
     ) -> tuple[Array, Array, Array]:
-        """y, the new state and saved. copy: what gets the parameters as they are."""
+        """y, the new state and saved.
+
+        copy: what gets the parameters as they are. seen: how many batches are in the state, (2, C) float64, which makes
+        the new one the average of all, each with the same weight, and is counted up; without it hyper has a momentum.
+        """
         lay = self.layout(x.shape, training=True)
         y = empty_like(x) if out is None else out
         new_state = empty(x, state.shape, state.dtype) if new_state is None else new_state
@@ -121,8 +126,9 @@ class DeviceDispatcher(Dispatcher):
             steps.NEW_STATE: new_state,
             steps.SAVED: saved,
         }
-        if copy is not None:
-            memory[steps.COPY] = copy
+        for place, array in ((steps.COPY, copy), (steps.SEEN, seen)):
+            if array is not None:
+                memory[place] = array
         self._run_step(Call(("train", "train_reduce", "normalize"), lay, views, memory), out)
         return y, new_state, saved
 
@@ -274,15 +280,21 @@ class DeviceDispatcher(Dispatcher):
         x, lay = call.x, call.lay
         alignment = tuple(a.address % _ALIGNMENT for a in there.values())
         key: tuple[Any, ...] = (call.names, lay.sizes, lay.kept, lay.groups, x.dtype, x.device, alignment)
-        key += (call.activate, call.frozen, *((name, a.strides) for name, a in there.items()))
+        key += (
+            call.activate,
+            call.frozen,
+            steps.SEEN in call.memory,
+            *((name, a.strides) for name, a in there.items()),
+        )
         found = self._device_plans.get(key)
         if found is None:
             if len(self._device_plans) >= _MAX_PLANS:
                 self._device_plans.clear()
-            found = self._device_plans[key] = self._new_device_plan(lay, there, call.activate, call.frozen)
+            found = self._device_plans[key] = self._new_device_plan(call, there)
         return found
 
-    def _new_device_plan(self, lay: Layout, there: dict[str, Array], activate: bool, frozen: bool) -> Plan:
+    def _new_device_plan(self, call: Call, there: dict[str, Array]) -> Plan:
+        lay = call.lay
         shape, strides, copied = canonical_view(lay, list(there.values()))
         found = dict(zip(there, strides, strict=True))
         x = there["x"]
@@ -297,10 +309,11 @@ class DeviceDispatcher(Dispatcher):
             weights="weights" in there,
             adjustment="a" in there,
             residual="residual" in there,
-            relu=self.options.activation == "relu" and activate,
+            relu=self.options.activation == "relu" and call.activate,
             renorm=self.options.renorm,
+            cumulative=steps.SEEN in call.memory,
             dresidual="dresidual" in there,
-            frozen=frozen,
+            frozen=call.frozen,
         )
         placed = {name: schedule.place(s) for name, s in found.items()}
         return Plan(schedule.place(shape), placed, copied, schedule, variant)

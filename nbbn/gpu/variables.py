@@ -13,7 +13,7 @@ from nbbn.variables import PARAMETERS, STATISTICS, Array, Variables
 
 
 class DeviceVariables(Variables):
-    """The same arrays, `params` and `state`, as DeviceArrays of the library that made the layer's first input.
+    """The same arrays, `params`, `state` and `seen`, as DeviceArrays of the library that made the layer's first input.
 
     They stay where they are: training writes the new state over the old one, so that a stream is the order of the calls
     and a captured graph can be run again. Whatever else changes or reads them goes by way of the host, and waits.
@@ -21,11 +21,13 @@ class DeviceVariables(Variables):
 
     params: DeviceArray  # type: ignore[assignment]
     state: DeviceArray  # type: ignore[assignment]
+    seen: DeviceArray  # type: ignore[assignment]  # float64, for kernels
 
     def __init__(self, host: Variables, library: Library, device: int) -> None:
-        self.shapes, self.names, self.seen, self.lock = host.shapes, host.names, host.seen, host.lock
+        self.shapes, self.names, self.lock = host.shapes, host.names, host.lock
         self.library, self.device = library, device
-        self.params, self.state = (wrap(library.from_host(a, device), library) for a in (host.params, host.state))
+        arrays = (host.params, host.state, host.seen.astype(np.float64))
+        self.params, self.state, self.seen = (wrap(library.from_host(a, device), library) for a in arrays)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (self.on_host(), cast(ModuleType, self.library).__name__, self.device)
@@ -38,8 +40,9 @@ class DeviceVariables(Variables):
     def on_host(self) -> Variables:
         """A copy, in NumPy arrays."""
         copy = object.__new__(Variables)
-        copy.shapes, copy.names, copy.seen, copy.lock = self.shapes, self.names, self.seen.copy(), type(self.lock)()
+        copy.shapes, copy.names, copy.lock = self.shapes, self.names, type(self.lock)()
         copy.params, copy.state = (np.array(self.library.to_host(a.owner)) for a in (self.params, self.state))
+        copy.seen = self.library.to_host(self.seen.owner).astype(np.int64)
         return copy
 
     def check(self, name: str, value: Any) -> Array:
@@ -58,7 +61,7 @@ class DeviceVariables(Variables):
         host = self.on_host()
         host.absorb(to_host(batch.owner), counted, parts, options)
         self.write(self.state, host.state)
-        self.seen = host.seen
+        self.write(self.seen, host.seen)
 
     def write(self, target: DeviceArray, values: Array) -> None:
         """Replace what is in one of the arrays, in its place."""

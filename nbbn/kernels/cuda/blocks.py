@@ -40,6 +40,7 @@ class Variant:
     residual: bool = False
     relu: bool = False
     renorm: bool = False
+    cumulative: bool = False
     dresidual: bool = False
     frozen: bool = False
 

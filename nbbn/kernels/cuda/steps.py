@@ -16,7 +16,7 @@ from numba.cuda import types
 
 from nbbn import rules
 from nbbn.kernels import channel, tasks
-from nbbn.kernels.channel import BATCH_MEAN, BETA, COUNT, GAMMA, MEAN, RSTD, VARIANCE, D, R
+from nbbn.kernels.channel import BATCH_MEAN, BETA, COUNT, GAMMA, MEAN, MOMENTUM, RSTD, VARIANCE, D, R
 from nbbn.kernels.cuda.apply import apply_functions
 from nbbn.kernels.cuda.blocks import FAMILIES, GRID_SIZE, VIEW_SIZE, Variant, block_functions, is_last
 from nbbn.kernels.cuda.memory import matrices
@@ -24,9 +24,10 @@ from nbbn.kernels.cuda.reduce import reduce_functions
 from nbbn.kernels.cuda.target import cuda, device
 
 # The small arrays of a step, by address: see kernels/channel.py; sums of chunks (chunks, sums, statistics) and shifts
-# are float64, counters uint32 and zero. COPY gets the parameters as they are, for a gradient.
-PARTIAL, SHIFTS, COUNTERS, PARAMS, STATE, HYPER, NEW_STATE, SAVED, COEFFICIENTS, DPARAMS, COPY = range(11)
-MEMORY_SIZE = 11
+# are float64, counters uint32 and zero. COPY gets the parameters as they are, for a gradient; SEEN counts the batches
+# of a cumulative average, (2, C) float64 for mean and variance.
+PARTIAL, SHIFTS, COUNTERS, PARAMS, STATE, HYPER, NEW_STATE, SAVED, COEFFICIENTS, DPARAMS, COPY, SEEN = range(12)
+MEMORY_SIZE = 12
 # The views of each step, by the names that the Dispatcher gives them.
 VIEWS = {
     "moments": ("x", "weights"),
@@ -53,6 +54,7 @@ def signature(step: str, v: Variant) -> Any:
 def steps(v: Variant) -> dict[str, Callable[..., None]]:
     """The kernels as Python functions, by name."""
     own, width, renorm, adjusted, relu = v.own, v.width, v.renorm or None, v.adjustment, v.relu
+    cumulative = v.cumulative
     a_or_none = 1 if adjusted else None
     reduce, apply = reduce_functions(v), apply_functions(v)
     sum_moments, sum_gradient = reduce.sum_moments, reduce.sum_gradient
@@ -122,9 +124,19 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
             array64(memory[SAVED], (5, statistics)),
             array(memory[COEFFICIENTS], (forward_rows, statistics)),
         )
-        train_channel(
-            c, c + 1, params, state, array64(memory[HYPER], (7,)), a_or_none, renorm, new_state, saved, coefficients
-        )
+        hyper, given = cuda.local.array(7, np.float64), array64(memory[HYPER], (7,))
+        for i in range(7):
+            hyper[i] = given[i]
+        seen = array64(memory[SEEN], (2, channels if cumulative else 0))
+        if cumulative:
+            hyper[MOMENTUM] = seen[0, c] / (seen[0, c] + 1.0)
+        train_channel(c, c + 1, params, state, hyper, a_or_none, renorm, new_state, saved, coefficients)
+        if cumulative:
+            batches = 0.0
+            for s in range(c, statistics, channels):
+                batches = 1.0 if saved[COUNT, s] > 0 else batches
+            for part in range(2):
+                seen[part, c] += batches
         copy[GAMMA, c] = params[GAMMA, c]
         copy[BETA, c] = params[BETA, c]
 
