@@ -148,6 +148,19 @@ def test_weights_change_in_their_place():
     np.testing.assert_array_equal(host(pair.gpu.gamma), np.full(3, 2.0))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_pullback_is_that_of_its_call(training):
+    """Whatever has changed since then."""
+    pair = Pair((4, 3), -1).check()
+    x, dy = pair.array(), pair.array()
+    _, pullback = pair.gpu.vjp(device(x), training=training)
+    expected = [np.asarray(host(g)) for g in pullback(device(dy))[:3]]
+    pair.gpu.set_weights([w + 1 for w in pair.gpu.get_weights()])
+    pair.gpu(device(3 * x), training=True)
+    for found, value in zip(pullback(device(dy)), expected, strict=False):
+        np.testing.assert_array_equal(host(found), value)
+
+
 def test_out_and_in_place():
     pair = Pair((4, 3), -1)
     x = pair.array()

@@ -51,6 +51,7 @@ class DeviceRecord(NamedTuple):
     residual: DeviceArray | None = None
     weights: DeviceArray | None = None
     adjustment: tuple[DeviceArray, DeviceArray] | None = None
+    frozen: bool = False  # whether the statistics were those of the state
 
     def counted(self) -> np.ndarray:
         assert self.saved is not None
@@ -95,9 +96,11 @@ def forward(
         return y.owner, DeviceRecord(x, params, state)
     if hyper is None:
         dispatcher.infer(x, params, state, residual=added, out=y)
-        if keep:
-            params, state = params.astype(dtype, copy=True), state.astype(dtype, copy=True)
-        return y.owner, DeviceRecord(x, params, state, residual=added)
+        if not keep:
+            return y.owner, DeviceRecord(x, params, state)
+        kept = empty(x, params.shape, dtype)
+        saved = dispatcher.saved_of(state, params, kept)
+        return y.owner, DeviceRecord(x, kept, state, saved, residual=added, frozen=True)
     copy = empty(x, params.shape, dtype) if keep else None
     with variables.lock:
         _, new_state, saved = dispatcher.train(
@@ -142,13 +145,13 @@ def gradients(layer: Layer, dy: Any, record: DeviceRecord, out: Any, shapes: Sha
         activated = record.residual is not None
         if activated and target is not None and layer.options.activation is None and target.overlaps(g):
             g = g.astype(g.dtype, copy=True)  # the residual's gradient, once `out` is written
-        saved = record.saved if record.saved is not None else dispatcher.saved_of(record.state)
+        assert record.saved is not None
         dx, dparams, dz = dispatcher.backward(
             g,
             x,
             record.params,
-            saved,
-            training=record.saved is not None,
+            record.saved,
+            training=not record.frozen,
             residual=record.residual,
             weights=record.weights,
             adjustment=record.adjustment,

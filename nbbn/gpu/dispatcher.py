@@ -185,12 +185,16 @@ class DeviceDispatcher(Dispatcher):
         names = ("train" if training else "infer",)
         return self._plan(Call(names, self.layout(x.shape, training), {"x": x, "y": empty_like(x)}, {}))
 
-    def saved_of(self, state: Array) -> Array:  # type: ignore[override]
-        """What a gradient needs after inference, in whose statistics nothing is counted."""
+    def saved_of(  # type: ignore[override]
+        self, state: Array, params: Array | None = None, copy: Array | None = None
+    ) -> Array:
+        """What a gradient needs after inference, in whose statistics nothing is counted. copy: gets the parameters."""
         channels = state.shape[1]
         saved = empty(state, (5, channels), np.dtype(np.float64))
         addresses = [0] * steps.MEMORY_SIZE
         addresses[steps.STATE], addresses[steps.SAVED] = state.address, saved.address
+        if params is not None and copy is not None:
+            addresses[steps.PARAMS], addresses[steps.COPY] = params.address, copy.address
         variant = Variant(state.dtype, True, 1, state.dtype, renorm=self.options.renorm)
         threads = schedule.THREADS
         shape, grid = (1, 1, 1, channels), (1, 1, threads, 1)

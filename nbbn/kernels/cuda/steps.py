@@ -235,7 +235,8 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         normalize_task(x, residual, x, x, y, bounds, forward)
 
     def freeze(shape, grid, memory, channels, epsilon):
-        """What a gradient needs of statistics that are constants, which is what a count of 0 says."""
+        """What a gradient needs of statistics that are constants, which is what a count of 0 says, and, where there is
+        a COPY, the parameters."""
         c = np.int64(cuda.blockIdx.x) * grid[tasks.K1_STEP] + cuda.threadIdx.x
         if c < channels:
             state, saved = array(memory[STATE], (state_rows, channels)), array64(memory[SAVED], (5, channels))
@@ -244,6 +245,10 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
             saved[RSTD, c] = 1.0 / rules.stddev(np.float64(state[VARIANCE, c]), np.float64(epsilon))
             saved[R, c] = 1.0
             saved[D, c] = 0.0
+            if memory[COPY] != 0:
+                params, copy = array(memory[PARAMS], (2, channels)), array(memory[COPY], (2, channels))
+                copy[GAMMA, c] = params[GAMMA, c]
+                copy[BETA, c] = params[BETA, c]
 
     def backward_reduce(x, dy, residual, a, b, shape, grid, memory, channels, epsilon):
         chunk, tile, family, blocks = task(shape, grid)
