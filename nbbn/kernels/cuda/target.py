@@ -1,8 +1,10 @@
 """numba.cuda as kernels see it, on a GPU or in Numba's simulator (NUMBA_ENABLE_CUDASIM=1)."""
 
+import sys
 from typing import Any
 
 import numba.cuda
+import numpy as np
 from numba.cuda import config
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
@@ -15,7 +17,22 @@ class _Simulated:
     def __getattr__(self, name: str) -> Any:
         from numba.cuda.simulator.kernel import _get_kernel_context
 
-        return getattr(_get_kernel_context(), name)
+        found = getattr(_get_kernel_context(), name)
+        return _SimulatedShared(found) if name == "shared" else found
+
+
+class _SimulatedShared:
+    """Shared memory, which is found by the line that asks for it. The simulator itself can give different arrays to
+    threads that ask at once, and first."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def array(self, shape: Any, dtype: Any) -> np.ndarray:
+        caller = sys._getframe(1)
+        place = caller.f_code.co_filename, caller.f_lineno
+        found: np.ndarray = self.own._allocations.setdefault(place, np.empty(shape, dtype))
+        return found
 
 
 cuda: Any = _Simulated() if SIMULATED else numba.cuda
