@@ -191,6 +191,24 @@ def test_an_empty_batch():
     np.testing.assert_array_equal(host(found.gamma), np.zeros(3))
 
 
+def test_the_state_is_read_where_no_other_thread_can_change_it(monkeypatch):
+    """Also where it is not updated in its place: the input's statistics have another dtype."""
+    pair = Pair((4, 3), -1, momentum=0.5).check()
+    variables = pair.gpu._variables
+
+    class Lock:
+        def __enter__(self):  # another thread has had it until now
+            variables.write(variables.state, np.full((2, 3), 8.0))
+
+        def __exit__(self, *error): ...
+
+    monkeypatch.setattr(variables, "lock", Lock())
+    x = np.arange(12.0).reshape(4, 3)
+    pair.gpu(device(x), training=True)
+    monkeypatch.undo()
+    np.testing.assert_allclose(pair.gpu.get_weights()[2], 4 + x.mean(0) / 2, rtol=1e-6)
+
+
 def test_one_dtype_built_and_another_called():
     pair = Pair((4, 3), -1).check()
     pair.dtype = np.float64

@@ -1,5 +1,6 @@
 """A layer's calls on arrays that are on a GPU, and their gradients."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -87,23 +88,25 @@ def forward(
     weights, adjustment = _operands(layer, x, mask, tuple(shapes.features), dtype) if batch else (None, None)
     hyper = layer._hyper(x) if batch else None
     variables = layer._device_variables(shapes, x)
-    params, state = variables.params.astype(dtype), variables.state.astype(dtype)
-    in_place, seen = update and state is variables.state, None
-    if in_place and hyper is not None and layer.options.momentum is None:
-        hyper, seen = dispatcher.hyper(x.ndim, x.dtype), variables.seen
-    y = target if target is not None else empty_like(x)
+    params = variables.params.astype(dtype)
     if x.size == 0:
-        return y.owner, DeviceRecord(x, params, state)
+        return (target or empty_like(x)).owner, DeviceRecord(x, params, variables.state)
     if hyper is None:
-        dispatcher.infer(x, params, state, residual=added, out=y)
+        state = variables.state.astype(dtype)
+        y = dispatcher.infer(x, params, state, residual=added, out=target)
         if not keep:
             return y.owner, DeviceRecord(x, params, state)
         kept = empty(x, params.shape, dtype)
         saved = dispatcher.saved_of(state, params, kept)
         return y.owner, DeviceRecord(x, kept, state, saved, residual=added, frozen=True)
     copy = empty(x, params.shape, dtype) if keep else None
-    with variables.lock:
-        _, new_state, saved = dispatcher.train(
+    # The lock makes the update one step of a sequence: threads that train one layer lose none.
+    with variables.lock if update else contextlib.nullcontext():
+        state = variables.state.astype(dtype)
+        in_place, seen = update and state is variables.state, None
+        if in_place and layer.options.momentum is None:
+            hyper, seen = dispatcher.hyper(x.ndim, x.dtype), variables.seen
+        y, new_state, saved = dispatcher.train(
             x,
             params,
             state,
@@ -111,7 +114,7 @@ def forward(
             residual=added,
             weights=weights,
             adjustment=adjustment,
-            out=y,
+            out=target,
             new_state=state if in_place else None,
             copy=copy,
             seen=seen,
