@@ -19,6 +19,8 @@ MAX_TASKS = 32
 # Rows of a chunk, at least: its sums, two float64 per column, are then small beside what it reads.
 CHUNK_ROWS = 128
 TILE_COLUMNS = BLOCK
+# Columns of folded rows, at most: beside their sums, which are float64, there is room for x in L1.
+FOLDED_COLUMNS = 512
 # Rows are blocks of four (kernels/cpu/rows.py).
 ROW_BLOCK = 4
 
@@ -116,7 +118,8 @@ def _rows_or_planes(view: Sizes, foldable: bool, loops: str | None) -> tuple[str
             return "planes", view[:3], 1, 1
     elif loops == "planes":
         raise ValueError(f"schedule 'planes' needs K1 = 1; this input's view is [R0, K0, R1, K1] = {list(view)}")
-    repeats = _divisor(r1, TILE_COLUMNS // k1) if foldable and 2 * k1 <= TILE_COLUMNS else 1
+    most = FOLDED_COLUMNS // max(1, k1)  # explain() may ask about an empty input
+    repeats = _divisor(r1, most) if foldable and most > 1 else 1
     return "folded" if repeats > 1 else "rows", (r0, k0, r1 // repeats, k1 * repeats), 1, k1
 
 
@@ -128,7 +131,7 @@ def _divisor(n: int, most: int) -> int:
 def _cut(loops: str, shape: Sizes, run: int) -> tuple[Sizes, int]:
     """The steps of r0, r1 and k1 that cut the view into tasks, and the number of tiles."""
     r0, k0, r1, k1 = extent(loops, shape)
-    width = max(1, min(k1, TILE_COLUMNS // max(1, run) * run))  # explain() may ask about an empty input
+    width = max(1, min(k1, TILE_COLUMNS // max(1, run) * run))  # an empty input has no column
     tiles = max(1, k0 * -(-k1 // width))
     values = max(1, r0 * r1)
     by_row = loops in ("rows", "folded")

@@ -28,8 +28,8 @@ def _machine(monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """Several chunks per statistic, several tiles of columns, and all kinds of rows, as large inputs have them."""
-    values = {"CHUNK_ELEMENTS": 8, "CHUNK_ROWS": 1, "MAX_TASKS": 20, "TILE_COLUMNS": 16, "SHORT_PLANE": 12}
-    for name, value in {**values, "FOLDED_ELEMENTS": 0}.items():
+    values = {"CHUNK_ELEMENTS": 8, "CHUNK_ROWS": 1, "MAX_TASKS": 20, "TILE_COLUMNS": 16}
+    for name, value in {**values, "FOLDED_COLUMNS": 16, "SHORT_PLANE": 12, "FOLDED_ELEMENTS": 0}.items():
         monkeypatch.setattr(schedule, name, value)
 
 
@@ -281,12 +281,12 @@ LOOPS = [
     ((64, 64, 257, 1), True, "planes", (64, 64, 257)),
     ((64, 64, 49, 1), False, "planes", (64, 64, 49)),
     ((3, 64, 200, 1), True, "planes", (3, 64, 200)),
-    ((1, 1, 65536, 3), True, "folded", (1, 1, 256, 768)),
-    ((1, 1, 65536, 512), True, "folded", (1, 1, 32768, 1024)),
-    ((1, 1, 65536, 513), True, "rows", (1, 1, 65536, 513)),
+    ((1, 1, 65536, 3), True, "folded", (1, 1, 512, 384)),
+    ((1, 1, 65536, 256), True, "folded", (1, 1, 32768, 512)),
+    ((1, 1, 65536, 257), True, "rows", (1, 1, 65536, 257)),
     ((1, 1, 65537, 3), True, "rows", (1, 1, 65537, 3)),
     ((1, 1, 65536, 3), False, "rows", (1, 1, 65536, 3)),
-    ((8, 4, 4096, 3), True, "folded", (8, 4, 16, 768)),
+    ((8, 4, 4096, 3), True, "folded", (8, 4, 32, 384)),
     ((1, 1, 4, 16384), True, "rows", (1, 1, 4, 16384)),
     ((1, 1, 10922, 3), True, "rows", (1, 1, 10922, 3)),  # an element below FOLDED_ELEMENTS
 ]
@@ -300,6 +300,7 @@ def test_loops_of_the_usual_thresholds(view, foldable, loops, shape):
 
 def test_thresholds_that_depend_on_each_other():
     assert schedule.TILE_COLUMNS <= BLOCK, "the columns of a task lie in local arrays"
+    assert schedule.FOLDED_COLUMNS <= schedule.TILE_COLUMNS, "a tile has whole periods"
     assert schedule.SHORT_PLANE <= schedule.TILE_COLUMNS, "a tile has whole runs"
 
 

@@ -57,12 +57,13 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
         saved: (5, G * C), with the moments that batch_moments() wrote; RSTD, R and D are filled in.
         """
         update(first, last, state, hyper, renorm, new_state, saved)
-        channels = params.shape[1]
+        channels, epsilon = params.shape[1], hyper[EPSILON]
         for g in range(saved.shape[1] // channels):
+            rstd = saved[RSTD, g * channels : (g + 1) * channels]
             for c in range(first, last):
-                s = g * channels + c
-                saved[RSTD, s] = 1.0 / rules.stddev(saved[RSTD, s], hyper[EPSILON])
-                output_coefficients(s, params[GAMMA, c], params[BETA, c], saved, a, coefficients)
+                rstd[c] = 1.0 / rules.stddev(rstd[c], epsilon)
+            for c in range(first, last):
+                output_coefficients(g * channels + c, params[GAMMA, c], params[BETA, c], saved, a, coefficients)
 
     @compiled
     def output_coefficients(s, gamma, beta, saved, a, coefficients):
@@ -93,40 +94,46 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
         The batch's statistics are the average over its groups; a group without any value has none. The loop is inside:
         a call per channel, with its arrays as arguments, would take longer than what it does.
         """
-        momentum, groups = hyper[MOMENTUM], saved.shape[1] // state.shape[1]
-        for row in range(state.shape[0]):
-            for c in range(first, last):
-                new_state[row, c] = state[row, c]
+        momentum, renorm_momentum, epsilon = hyper[MOMENTUM], hyper[RENORM_MOMENTUM], hyper[EPSILON]
+        bessel, channels = hyper[BESSEL] != 0, state.shape[1]
+        groups = saved.shape[1] // channels
         for c in range(first, last):
-            present, mean, variance, r, d = 0, 0.0, 0.0, 1.0, 0.0
+            present, mean, variance = 0, 0.0, 0.0
             for g in range(groups):
-                s = g * state.shape[1] + c
+                s = g * channels + c
                 n = saved[COUNT, s]
                 if n > 0:
                     present += 1
                     mean += saved[BATCH_MEAN, s]
-                    variance += saved[RSTD, s] * (rules.bessel_factor(n) if hyper[BESSEL] != 0 else 1.0)
+                    variance += saved[RSTD, s] * (rules.bessel_factor(n) if bessel else 1.0)
             if present > 1:
                 mean, variance = mean / present, variance / present
-            if renorm is not None:
-                sigma, old_stddev = rules.stddev(variance, hyper[EPSILON]), np.float64(state[STDDEV, c])
-                old = np.float64(state[RENORM_MEAN, c]), np.float64(state[RENORM_STDDEV, c])
-                r, d = rules.renorm_correction(
-                    mean, sigma, old[0], old[1], hyper[EPSILON], hyper[RMIN], hyper[RMAX], hyper[DMAX]
-                )
-                if present > 0:
-                    stddev = rules.moving_average(old_stddev, sigma, momentum)
-                    new_state[STDDEV, c] = stddev
-                    new_state[VARIANCE, c] = rules.variance_of_stddev(stddev, hyper[EPSILON])
-                    new_state[RENORM_MEAN, c] = rules.moving_average(old[0], mean, hyper[RENORM_MOMENTUM])
-                    new_state[RENORM_STDDEV, c] = rules.moving_average(old[1], sigma, hyper[RENORM_MOMENTUM])
-            elif present > 0:
-                new_state[VARIANCE, c] = rules.moving_average(np.float64(state[VARIANCE, c]), variance, momentum)
-            if present > 0:
+            if present == 0:
+                for row in range(state.shape[0]):
+                    new_state[row, c] = state[row, c]
+            else:
                 new_state[MEAN, c] = rules.moving_average(np.float64(state[MEAN, c]), mean, momentum)
+            if renorm is None:
+                if present > 0:
+                    new_state[VARIANCE, c] = rules.moving_average(np.float64(state[VARIANCE, c]), variance, momentum)
+                continue
+            sigma, old_stddev = rules.stddev(variance, epsilon), np.float64(state[STDDEV, c])
+            old = np.float64(state[RENORM_MEAN, c]), np.float64(state[RENORM_STDDEV, c])
+            r, d = rules.renorm_correction(mean, sigma, old[0], old[1], epsilon, hyper[RMIN], hyper[RMAX], hyper[DMAX])
+            if present > 0:
+                stddev = rules.moving_average(old_stddev, sigma, momentum)
+                new_state[STDDEV, c] = stddev
+                new_state[VARIANCE, c] = rules.variance_of_stddev(stddev, epsilon)
+                new_state[RENORM_MEAN, c] = rules.moving_average(old[0], mean, renorm_momentum)
+                new_state[RENORM_STDDEV, c] = rules.moving_average(old[1], sigma, renorm_momentum)
             for g in range(groups):
-                saved[R, g * state.shape[1] + c] = r
-                saved[D, g * state.shape[1] + c] = d
+                saved[R, g * channels + c] = r
+                saved[D, g * channels + c] = d
+        if renorm is None:
+            for row, value in ((R, 1.0), (D, 0.0)):
+                for g in range(groups):
+                    for c in range(first, last):
+                        saved[row, g * channels + c] = value
 
     @compiled
     def infer(params, state, hyper, coefficients):

@@ -14,6 +14,7 @@ INTERNAL = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "
 
 # fastmath is stated, or a function takes that of whichever caller comes first.
 element = numba.njit(**INTERNAL, pipeline_class=LinkedCompiler, fastmath=False)
+inlined = numba.njit(**INTERNAL, pipeline_class=LinkedCompiler, fastmath=False, forceinline=True)
 summing = numba.njit(**INTERNAL, pipeline_class=LinkedCompiler, fastmath=SUMS)
 # Where the source says in which order: kernels that reorder sums, each in its own way, would differ in the last bits.
 adding = numba.njit(**INTERNAL, pipeline_class=LinkedCompiler, fastmath={"contract", "nsz"})

@@ -15,6 +15,9 @@ from nbbn.kernels.cpu.scalars import load, store
 
 BLOCK = 1024  # elements of a local array: a few of them fit into a core's L1
 LINE = 64  # bytes
+# Bytes between local arrays. Where a load and a store before it have the same last 12 bits of an address, the processor
+# lets the load wait until it knows more: arrays that follow each other, of a power of 2 bytes, would all have that.
+APART = 1024 + LINE
 
 # How a result reaches the memory of its array.
 DIRECT, BUFFERED, STREAMED = range(3)
@@ -26,12 +29,14 @@ _VECTOR = ir.VectorType(ir.IntType(8), LINE)
 @intrinsic
 def local(typingctx, like):
     """An array of BLOCK elements on the stack, not initialized, with the dtype of the array or of the NumPy dtype
-    `like`. It lives as long as the function that made it."""
+    `like`; None of None. It lives as long as the function that made it."""
+    if isinstance(like, types.NoneType):
+        return like(like), lambda context, builder, signature, args: args[0]
     result = types.Array(like.dtype, 1, "C")
 
     def emit(context, builder, signature, args):
         stored = context.get_data_type(result.dtype)
-        memory = cgutils.alloca_once(builder, ir.ArrayType(stored, BLOCK))
+        memory = cgutils.alloca_once(builder, ir.ArrayType(stored, BLOCK + APART // context.get_abi_sizeof(stored)))
         memory.align = LINE
         array = context.make_array(result)(context, builder)
         size = ir.Constant(_I64, context.get_abi_sizeof(stored))
@@ -133,7 +138,7 @@ def past_line(array):
 def expect(target, mode):
     """Before the elements of write(target, mode) are computed: of what is streamed, the lines at both ends are written
     in part, through the caches. Waiting for them then would halve the speed."""
-    if mode == STREAMED:
+    if target is not None and mode == STREAMED:
         _prefetch(target, 0)
         _prefetch(target, target.size - 1)
 
@@ -152,9 +157,9 @@ def fence(typingctx):
 @element
 def write(source, target, mode):
     """Copy a local array's beginning to `target`, which is contiguous where it is STREAMED; what is DIRECT is there."""
-    n, head, tail = target.size, 0, 0
-    if mode == DIRECT:
+    if target is None or mode == DIRECT:
         return
+    n, head, tail = target.size, 0, 0
     if mode == STREAMED:
         size = target.itemsize
         head = min(n, -_address(target) % LINE // size)

@@ -14,7 +14,7 @@ import numpy as np
 
 from nbbn import rules
 from nbbn.kernels.cpu.columns import FOLDED, PLAIN
-from nbbn.kernels.cpu.elements import adding, element
+from nbbn.kernels.cpu.elements import adding, element, inlined
 from nbbn.kernels.cpu.epilogue import gradient, output
 from nbbn.kernels.cpu.memory import DIRECT, STREAMED, expect, fence, local, run, write
 from nbbn.kernels.cpu.scalars import load, store
@@ -32,6 +32,13 @@ def place(x, r, k0):
     return r // x.shape[2], k0, r % x.shape[2]
 
 
+@element
+def after(x, place):
+    """The place of the next row: a division per row would take as long as a short row does."""
+    r0, k0, r1 = place
+    return (r0, k0, r1 + 1) if r1 + 1 < x.shape[2] else (r0 + 1, k0, 0)
+
+
 @adding
 def moment_terms(v, w, i, origin):
     """What one element adds to the sum, the squares and the count."""
@@ -41,6 +48,28 @@ def moment_terms(v, w, i, origin):
     weight = np.float64(load(w, i))
     centered = centered if weight > 0 else 0.0  # what does not count may be NaN
     return weight * centered, weight * centered * centered, weight
+
+
+@inlined
+def outputs(v, rv, av, bv, mean, scale, shift, gamma, beta, relu, target):
+    """Write a row of normalize()."""
+    for i in range(v.size):
+        m, s, h, g, t = load(mean, i), load(scale, i), load(shift, i), load(gamma, i), load(beta, i)
+        store(target, i, output(load(v, i), m, s, h, load(av, i), load(bv, i), g, t, load(rv, i), relu))
+
+
+@inlined
+def input_gradients(g, v, rv, wv, av, bv, forward, relu, coefficients, second, target):
+    """Write a row of input_gradient()."""
+    fmean, fscale, fshift, gamma, beta = forward
+    mean, scale, bias, slope = coefficients
+    for i in range(v.size):
+        xi, ai, bi, ri = load(v, i), load(av, i), load(bv, i), load(rv, i)
+        m, s, h, gm, bt = load(fmean, i), load(fscale, i), load(fshift, i), load(gamma, i), load(beta, i)
+        gi = gradient(load(g, i), xi, m, s, h, ai, bi, gm, bt, ri, relu)
+        store(second, i, gi)
+        m, s, h, e = load(mean, i), load(scale, i), load(bias, i), load(slope, i)
+        store(target, i, rules.input_gradient(gi, xi, m, s, h, e, ai, load(wv, i)))
 
 
 @adding
@@ -88,9 +117,9 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
             if weights is not None:
                 count[i] = 0.0
         step = (r_end - r_begin) // 4
-        for r in range(r_begin, r_begin + step):
-            p0, p1 = place(x, r, k0), place(x, r + step, k0)
-            p2, p3 = place(x, r + 2 * step, k0), place(x, r + 3 * step, k0)
+        p0, p1 = place(x, r_begin, k0), place(x, r_begin + step, k0)
+        p2, p3 = place(x, r_begin + 2 * step, k0), place(x, r_begin + 3 * step, k0)
+        for _ in range(step):
             v0, v1, v2, v3 = (
                 run(x, p0, begin, end),
                 run(x, p1, begin, end),
@@ -108,6 +137,7 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
                 store(squares, i, load(squares, i) + ((q0 + q1) + (q2 + q3)))
                 if weights is not None:
                     store(count, i, load(count, i) + ((n0 + n1) + (n2 + n3)))
+            p0, p1, p2, p3 = after(x, p0), after(x, p1), after(x, p2), after(x, p3)
         for r in range(r_begin + 4 * step, r_end):
             v0, w0 = run(x, place(x, r, k0), begin, end), run(weights, place(x, r, k0), begin, end)
             for i in range(end - begin):
@@ -125,7 +155,7 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
     def normalize(x, residual, a, b, coefficients, relu, bounds, grid, y):
         """Write y = (x - mean) * scale + shift, and what is asked for of: adjusted by a and b, plus residual, relu."""
         _, k0, _, _, r_begin, r_end, begin, end = bounds
-        mode, block, block2 = grid[STORE], local(y), local(y)
+        mode, block = grid[STORE], local(y)
         mean, scale, shift = local(coefficients), local(coefficients), local(coefficients)
         gamma, beta = local(coefficients), local(coefficients)
         expand(coefficients[0], bounds, grid, mean)
@@ -134,28 +164,8 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
         if a is not None:
             expand(coefficients[3], bounds, grid, gamma)
             expand(coefficients[4], bounds, grid, beta)
-        # Two rows at a time, half the chunk apart, save loads of the coefficients. With operands there would be more
-        # arrays than the compiler checks for overlaps.
-        step = (r_end - r_begin) // 2 if residual is None and a is None else 0
-        for r in range(r_begin, r_begin + step):
-            p, p2 = place(x, r, k0), place(x, r + step, k0)
-            v, v2, out, out2 = (
-                run(x, p, begin, end),
-                run(x, p2, begin, end),
-                run(y, p, begin, end),
-                run(y, p2, begin, end),
-            )
-            expect(out, mode)
-            expect(out2, mode)
-            target, target2 = (out, out2) if mode == DIRECT else (block, block2)
-            for i in range(end - begin):
-                m, s, h = load(mean, i), load(scale, i), load(shift, i)
-                store(target, i, output(load(v, i), m, s, h, None, None, None, None, None, relu))
-                store(target2, i, output(load(v2, i), m, s, h, None, None, None, None, None, relu))
-            write(block, out, mode)
-            write(block2, out2, mode)
-        for r in range(r_begin + 2 * step, r_end):
-            p = place(x, r, k0)
+        p = place(x, r_begin, k0)
+        for _ in range(r_begin, r_end):
             v, rv, av, bv = (
                 run(x, p, begin, end),
                 run(residual, p, begin, end),
@@ -164,11 +174,12 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
             )
             out = run(y, p, begin, end)
             expect(out, mode)
-            target = out if mode == DIRECT else block
-            for i in range(end - begin):
-                m, s, h, g, t = load(mean, i), load(scale, i), load(shift, i), load(gamma, i), load(beta, i)
-                store(target, i, output(load(v, i), m, s, h, load(av, i), load(bv, i), g, t, load(rv, i), relu))
-            write(block, out, mode)
+            if mode == DIRECT:
+                outputs(v, rv, av, bv, mean, scale, shift, gamma, beta, relu, out)
+            else:
+                outputs(v, rv, av, bv, mean, scale, shift, gamma, beta, relu, block)
+                write(block, out, mode)
+            p = after(x, p)
         if mode == STREAMED:
             fence()
 
@@ -198,8 +209,8 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
                 plain[i] = 0.0
                 offset[i] = 0.0
         step = (r_end - r_begin) // 2
-        for r in range(r_begin, r_begin + step):
-            p, p2 = place(x, r, k0), place(x, r + step, k0)
+        p, p2 = place(x, r_begin, k0), place(x, r_begin + step, k0)
+        for _ in range(step):
             g, g2, v, v2 = (
                 run(dy, p, begin, end),
                 run(dy, p2, begin, end),
@@ -229,6 +240,7 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
                 if a is not None:
                     store(plain, i, load(plain, i) + (q + q2))
                     store(offset, i, load(offset, i) + (o + o2))
+            p, p2 = after(x, p), after(x, p2)
         for r in range(r_begin + 2 * step, r_end):
             p = place(x, r, k0)
             g, v, rv = run(dy, p, begin, end), run(x, p, begin, end), run(residual, p, begin, end)
@@ -261,7 +273,7 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
         dy counts as far as the activation lets it through, and that is dresidual, if it is asked for.
         """
         _, k0, _, _, r_begin, r_end, begin, end = bounds
-        mode, block, second_block = grid[STORE], local(dx), local(dx)
+        mode, block, second_block = grid[STORE], local(dx), local(dresidual)
         mean, scale = local(coefficients), local(coefficients)
         bias, slope = local(coefficients), local(coefficients)
         expand(coefficients[0], bounds, grid, mean)
@@ -277,8 +289,8 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
             if a is not None:
                 expand(forward[3], bounds, grid, gamma)
                 expand(forward[4], bounds, grid, beta)
-        for r in range(r_begin, r_end):
-            p = place(x, r, k0)
+        p = place(x, r_begin, k0)
+        for _ in range(r_begin, r_end):
             v, g, out = run(x, p, begin, end), run(dy, p, begin, end), run(dx, p, begin, end)
             rv, wv, av, bv = (
                 run(residual, p, begin, end),
@@ -288,21 +300,15 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
             )
             second_out = run(dresidual, p, begin, end)
             expect(out, mode)
-            target = out if mode == DIRECT else block
-            if dresidual is not None:
-                expect(second_out, mode)
-                second = second_out if mode == DIRECT else second_block
-            for i in range(end - begin):
-                xi, ai, bi, ri = load(v, i), load(av, i), load(bv, i), load(rv, i)
-                m, s, h, gm, bt = load(fmean, i), load(fscale, i), load(fshift, i), load(gamma, i), load(beta, i)
-                gi = gradient(load(g, i), xi, m, s, h, ai, bi, gm, bt, ri, relu)
-                if dresidual is not None:
-                    store(second, i, gi)
-                m, s, h, e = load(mean, i), load(scale, i), load(bias, i), load(slope, i)
-                store(target, i, rules.input_gradient(gi, xi, m, s, h, e, ai, load(wv, i)))
-            write(block, out, mode)
-            if dresidual is not None:
+            expect(second_out, mode)
+            where, to = (fmean, fscale, fshift, gamma, beta), (mean, scale, bias, slope)
+            if mode == DIRECT:
+                input_gradients(g, v, rv, wv, av, bv, where, relu, to, second_out, out)
+            else:
+                input_gradients(g, v, rv, wv, av, bv, where, relu, to, second_block, block)
                 write(second_block, second_out, mode)
+                write(block, out, mode)
+            p = after(x, p)
         if mode == STREAMED:
             fence()
 

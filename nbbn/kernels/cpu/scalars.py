@@ -43,7 +43,9 @@ def load(typingctx, array, i):
 
 @intrinsic
 def store(typingctx, array, i, value):
-    """Write the i-th element of a one-dimensional array, rounded to nearest even. 0 <= i."""
+    """Write the i-th element of a one-dimensional array, rounded to nearest even; nothing to None. 0 <= i."""
+    if isinstance(array, types.NoneType):
+        return types.void(array, i, value), lambda context, builder, signature, args: context.get_dummy_value()
     argument, convert = _STORES.get(array.dtype, (array.dtype, _same))
 
     def emit(context, builder, signature, args):
