@@ -4,23 +4,21 @@ The Dispatcher allocates, finds the canonical view that all arrays of a call sha
 it is worth several threads, and turns the options into numbers that the channel stage reads.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from nbbn import dtypes
 from nbbn.kernels import channel
-from nbbn.kernels.cpu.memory import STREAMED
-from nbbn.kernels.cpu.steps import Step, compiled
-from nbbn.kernels.tasks import STORE
 from nbbn.layout import Layout, Sizes, collapse, contiguous_strides, copy_order, layout, resolve_axis
 from nbbn.options import Options
-from nbbn.runtime import buffers, parallel_region, thread_limit
-from nbbn.schedule import Schedule, choose
+from nbbn.plan import Plan
+from nbbn.repeats import Repeat
+from nbbn.runtime import buffers
+from nbbn.schedule import choose
+from nbbn.variables import Shapes
 
 _MAX_PLANS = 512  # plans are small; a server with endless shapes must not collect them for ever
 
@@ -45,86 +43,6 @@ class Force:
             raise ValueError(f"schedule must be 'planes', 'rows' or None; received {self.schedule!r}")
 
 
-@dataclass
-class Plan:
-    """How one step runs on arrays of one shape, dtype and memory layout."""
-
-    step: str
-    dtype: np.dtype
-    view: Sizes
-    strides: list[Sizes | None]  # per array, of its canonical view; None where that is a reshape
-    contiguous: bool  # whether the arrays of `dtype` are, in that view
-    copied: Sizes | None  # the order of dimensions of contiguous copies, where no canonical view exists
-    schedule: Schedule
-    absent: tuple[int, ...]  # the positions of the arguments that are None
-    carrier: np.dtype | None = field(init=False)  # what the arrays of `dtype` are viewed as
-    _kernels: dict[bool, Step] = field(init=False, default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        carrier = dtypes.carrier(self.dtype)
-        self.carrier = None if carrier is self.dtype else carrier
-
-    @property
-    def parallel(self) -> bool:
-        return self.schedule.parallel
-
-    def variant(self, parallel: bool) -> tuple[Any, ...]:
-        """What compiled() is to be asked for."""
-        types = dtypes.carrier(self.dtype), dtypes.statistic(self.dtype)
-        s = self.schedule
-        return self.step, s.loops, s.one_pass, parallel, *types, self.contiguous, self.absent
-
-    def kernel(self, parallel: bool) -> Step:
-        if parallel not in self._kernels:
-            self._kernels[parallel] = compiled(*self.variant(parallel))
-        return self._kernels[parallel]
-
-    def run(self, *arguments: Any) -> None:
-        if self.schedule.parallel:
-            elements = math.prod(self.view) if True in self._kernels else None  # that call compiles
-            with parallel_region(elements) as granted:
-                self.kernel(granted)(*arguments)
-        else:
-            self.kernel(False)(*arguments)
-
-    def views(self, arrays: Sequence[Array | None], outputs: int) -> list[Array | None]:
-        """The arrays, of which the last ones are written, in the shape and carrier dtype of the kernels."""
-        shape, last = self.schedule.shape, len(arrays) - outputs
-        views: list[Array | None] = []
-        for i, array in enumerate(arrays):
-            if array is None:
-                views.append(None)
-                continue
-            if self.carrier is not None and array.dtype == self.dtype:
-                array = array.view(self.carrier)
-            strides = self.strides[i]
-            if strides is None:
-                views.append(array.reshape(shape))
-            else:
-                views.append(as_strided(array, shape, strides[: len(shape)], writeable=i >= last))
-        return views
-
-    def __str__(self) -> str:
-        r0, k0, r1, k1 = self.view
-        s = self.schedule
-        values, chunks = s.values
-        memory = "contiguous" if self.contiguous else "strided, read in place"
-        if self.copied is not None:
-            memory = f"no canonical view: copied in the order of dimensions {self.copied}"
-        passes = "one, tile by tile" if s.one_pass else "two" if self.step in ("train", "backward") else "one"
-        store = "past the caches" if s.grid[STORE] == STREAMED else "through the caches"
-        return "\n".join(
-            (
-                f"step          {self.step}",
-                f"dtype         {self.dtype.name}; statistics {dtypes.statistic(self.dtype).name}, sums in float64",
-                f"view          R0={r0} K0={k0} R1={r1} K1={k1} ({memory})",
-                f"schedule      {s.loops} {'x'.join(map(str, s.shape))}; passes: {passes}; results written {store}",
-                f"chunks        {chunks} of {-(-values // chunks)} of {values} values",
-                f"threads       {f'up to {thread_limit()}' if s.parallel else '1'}",
-            )
-        )
-
-
 class Dispatcher:
     """Runs the steps of batch normalization for one set of options.
 
@@ -139,6 +57,8 @@ class Dispatcher:
         self._plans: dict[Any, Plan] = {}
         self._axis: dict[int, Sizes] = {}
         self._hyper: dict[tuple[int, np.dtype], Array] = {}
+        # By whether it is a training step, and shape, strides and dtype of the input.
+        self.repeats: dict[tuple[bool, Sizes, Sizes, np.dtype], Repeat] = {}
         self._epsilon = np.array([options.epsilon])
         self._renorm = True if options.renorm else None
         self._relu = True if options.activation == "relu" else None
@@ -232,6 +152,27 @@ class Dispatcher:
         flags = self.flags("infer") if activate else (None,)
         self._run("infer", lay, [x, residual], [], [y], flags, [params, state, self._epsilon], out)
         return y
+
+    def remember(self, training: bool, x: Array, shapes: Shapes) -> None:
+        """Have the step that has just run on `x` alone, into a new array, in `repeats`, if it can be there.
+
+        x: C-contiguous, not empty, and of the dtype of its statistics or of 16 bits. Its statistics are the layer's:
+        of the moments, momentum is not None.
+        """
+        key = training, x.shape, x.strides, x.dtype
+        if (known := self.repeats.get(key)) is not None and known.shapes is shapes:
+            return
+        if any(callable(v) for v in (self.options.renorm_clipping or {}).values()):
+            return  # these are to be asked at each step
+        lay, step = self.layout(x.shape, training), "train" if training else "infer"
+        absent: list[Array | None] = [None, None, None] if training else []
+        plan = self.plan(step, lay, [x, None], absent, [x], self.flags(step))
+        if plan.copied is not None or any(s is not None for s in plan.strides):
+            return
+        if len(self.repeats) >= _MAX_PLANS:
+            self.repeats.clear()
+        hyper = self.hyper(x.ndim, x.dtype) if training else self._epsilon
+        self.repeats[key] = Repeat(plan, x.shape, shapes, lay.groups * lay.channels, self.flags(step), hyper)
 
     def saved_of(self, state: Array) -> Array:
         """What a gradient needs after inference: statistics that are constants, which is what a count of 0 says."""

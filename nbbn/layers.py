@@ -286,6 +286,10 @@ class BatchNormalization(Placed):
             residual: array of the input's shape that is added to the normalized input, before the activation.
         Raises: TypeError, ValueError; the layer is then as it was.
         """
+        if type(inputs) is np.ndarray and mask is None and residual is None and update_statistics:
+            y = self._repeat(inputs, training, out)
+            if y is not None:
+                return y
         return self._forward(inputs, training, mask, update_statistics, out, residual)[0]
 
     def apply(self, *args: Any, **kwargs: Any) -> Array:
@@ -318,6 +322,20 @@ class BatchNormalization(Placed):
                     )
         y, record = self._forward(inputs, training, mask, update_statistics, out, residual, keep=True)
         return y, lambda dy, out=None: self._pull_back(dy, record, out, dtype)
+
+    def _repeat(self, x: Array, training: bool | None, out: Array | None) -> Array | None:
+        """The output, if this call is like an earlier one: _forward() without what that has found out."""
+        uses_batch, variables = self._uses_batch(training), self._variables
+        repeat = self._dispatcher.repeats.get((uses_batch, x.shape, x.strides, x.dtype))
+        if repeat is None or variables is None or repeat.shapes is not variables.shapes or self._on_gpu is not None:
+            return None
+        if not x.flags.aligned or (out is not None and not repeat.takes(out, x)):
+            return None
+        if not uses_batch:
+            return repeat.infer(x, out, variables.params, variables.state)
+        with variables.lock:
+            y, variables.state = repeat.train(x, out, variables.params, variables.state)
+        return y
 
     def _uses_batch(self, training: bool | None) -> bool:
         if training is None or training is False:
@@ -355,6 +373,8 @@ class BatchNormalization(Placed):
             variables = self._variables or self._build(shapes)
             params, state = variables.params.astype(dtype, copy=keep), variables.state.astype(dtype, copy=keep)
             y = self._dispatcher.infer(x, params, state, residual=residual, out=out)
+            if residual is None and not keep:
+                self._remember(False, x, out, variables)
             return y, Record(x, params, state, residual=residual)
         weights = adjustment = None
         if self._is_special:
@@ -375,7 +395,16 @@ class BatchNormalization(Placed):
             record = Record(x, params, state, saved, new_state, residual, weights, adjustment)
             if update and x.size:
                 self._update(variables, record)
+        if update and residual is None and weights is None and adjustment is None and not keep:
+            self._remember(True, x, out, variables)
         return y, record
+
+    def _remember(self, training: bool, x: Array, out: Array | None, variables: Variables) -> None:
+        """Have the next call like this one made by _repeat(), if it can be. `out` is a kernel's business, too."""
+        dense = x.flags.c_contiguous and (out is None or out.flags.c_contiguous)
+        blended = training and self.momentum is None  # by _update()
+        if x.size and dense and not blended and dtypes.statistic(x.dtype) == variables.shapes.dtype:
+            self._dispatcher.remember(training, x, variables.shapes)
 
     def _hyper(self, x: Array) -> Array:
         hyper = self._dispatcher.hyper(x.ndim, x.dtype)

@@ -88,6 +88,15 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
                 output_coefficients(s, params[GAMMA, c], params[BETA, c], saved, a, forward)
 
     @compiled
+    def add_group(s, bessel, saved, present, mean, variance):
+        """The sums over a channel's groups that have any value, with one more."""
+        n = saved[COUNT, s]
+        if n > 0:
+            corrected = saved[RSTD, s] * (rules.bessel_factor(n) if bessel else 1.0)
+            return present + 1, mean + saved[BATCH_MEAN, s], variance + corrected
+        return present, mean, variance
+
+    @compiled
     def update(first, last, state, hyper, renorm, new_state, saved):
         """Write the moving statistics of some channels, and to `saved` r and d of renorm, 1 and 0 without it.
 
@@ -98,14 +107,9 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
         bessel, channels = hyper[BESSEL] != 0, state.shape[1]
         groups = saved.shape[1] // channels
         for c in range(first, last):
-            present, mean, variance = 0, 0.0, 0.0
-            for g in range(groups):
-                s = g * channels + c
-                n = saved[COUNT, s]
-                if n > 0:
-                    present += 1
-                    mean += saved[BATCH_MEAN, s]
-                    variance += saved[RSTD, s] * (rules.bessel_factor(n) if bessel else 1.0)
+            present, mean, variance = add_group(c, bessel, saved, 0, 0.0, 0.0)
+            for g in range(1, groups):
+                present, mean, variance = add_group(g * channels + c, bessel, saved, present, mean, variance)
             if present > 1:
                 mean, variance = mean / present, variance / present
             if present == 0:
