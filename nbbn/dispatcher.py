@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from nbbn import dtypes
 from nbbn.kernels import channel
 from nbbn.layout import Layout, Sizes, collapse, contiguous_strides, copy_order, layout, resolve_axis
 from nbbn.options import Options
@@ -57,8 +58,7 @@ class Dispatcher:
         self._plans: dict[Any, Plan] = {}
         self._axis: dict[int, Sizes] = {}
         self._hyper: dict[tuple[int, np.dtype], Array] = {}
-        # By whether it is a training step, and shape, strides and dtype of the input.
-        self.repeats: dict[tuple[bool, Sizes, Sizes, np.dtype], Repeat] = {}
+        self.repeats: dict[tuple[str, Sizes, Sizes, np.dtype], Repeat] = {}  # by step, and by the input's geometry
         self._epsilon = np.array([options.epsilon])
         self._renorm = True if options.renorm else None
         self._relu = True if options.activation == "relu" else None
@@ -153,26 +153,34 @@ class Dispatcher:
         self._run("infer", lay, [x, residual], [], [y], flags, [params, state, self._epsilon], out)
         return y
 
-    def remember(self, training: bool, x: Array, shapes: Shapes) -> None:
-        """Have the step that has just run on `x` alone, into a new array, in `repeats`, if it can be there.
+    def known(self, step: str, x: Array, shapes: Shapes) -> Repeat | None:
+        """The step that remember() has kept for inputs like `x` and variables of these very shapes."""
+        repeat = self.repeats.get((step, x.shape, x.strides, x.dtype))
+        return repeat if repeat is not None and repeat.shapes is shapes and x.flags.aligned else None
 
-        x: C-contiguous, not empty, and of the dtype of its statistics or of 16 bits. Its statistics are the layer's:
-        of the moments, momentum is not None.
+    def remember(self, step: str, x: Array, out: Array | None, shapes: Shapes) -> None:
+        """Keep the step that has just run on `x` and what is like it, without other operands, if it can be kept.
+
+        out: what was given for its result.
         """
-        key = training, x.shape, x.strides, x.dtype
-        if (known := self.repeats.get(key)) is not None and known.shapes is shapes:
+        dense = x.flags.c_contiguous and (out is None or out.flags.c_contiguous)  # with others, this kernel did not run
+        if not (x.size and dense and dtypes.statistic(x.dtype) == shapes.dtype) or self.known(step, x, shapes):
             return
         if any(callable(v) for v in (self.options.renorm_clipping or {}).values()):
             return  # these are to be asked at each step
-        lay, step = self.layout(x.shape, training), "train" if training else "infer"
-        absent: list[Array | None] = [None, None, None] if training else []
-        plan = self.plan(step, lay, [x, None], absent, [x], self.flags(step))
+        lay, inputs = self.layout(x.shape, training=step != "infer"), [x, x] if step == "backward" else [x]
+        operands: list[Array | None] = [] if step == "infer" else [None, None, None]
+        outputs: list[Array | None] = [x, None] if step == "backward" else [x]
+        plan = self.plan(step, lay, [*inputs, None], operands, outputs, self.flags(step))
         if plan.copied is not None or any(s is not None for s in plan.strides):
             return
         if len(self.repeats) >= _MAX_PLANS:
             self.repeats.clear()
-        hyper = self.hyper(x.ndim, x.dtype) if training else self._epsilon
-        self.repeats[key] = Repeat(plan, x.shape, shapes, lay.groups * lay.channels, self.flags(step), hyper)
+        hyper = self.hyper(x.ndim, x.dtype) if step == "train" else self._epsilon
+        before, after = (None, *operands), (*outputs[1:], *self.flags(step), plan.schedule.grid)
+        self.repeats[step, x.shape, x.strides, x.dtype] = Repeat(
+            plan, x.shape, shapes, lay.groups * lay.channels, before, after, hyper
+        )
 
     def saved_of(self, state: Array) -> Array:
         """What a gradient needs after inference: statistics that are constants, which is what a count of 0 says."""

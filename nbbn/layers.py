@@ -325,13 +325,13 @@ class BatchNormalization(Placed):
 
     def _repeat(self, x: Array, training: bool | None, out: Array | None) -> Array | None:
         """The output, if this call is like an earlier one: _forward() without what that has found out."""
-        uses_batch, variables = self._uses_batch(training), self._variables
-        repeat = self._dispatcher.repeats.get((uses_batch, x.shape, x.strides, x.dtype))
-        if repeat is None or variables is None or repeat.shapes is not variables.shapes or self._on_gpu is not None:
+        step, variables = "train" if self._uses_batch(training) else "infer", self._variables
+        if variables is None or self._on_gpu is not None:
             return None
-        if not x.flags.aligned or (out is not None and not repeat.takes(out, x)):
+        repeat = self._dispatcher.known(step, x, variables.shapes)
+        if repeat is None or (out is not None and not repeat.takes(out, x)):
             return None
-        if not uses_batch:
+        if step == "infer":
             return repeat.infer(x, out, variables.params, variables.state)
         with variables.lock:
             y, variables.state = repeat.train(x, out, variables.params, variables.state)
@@ -374,7 +374,7 @@ class BatchNormalization(Placed):
             params, state = variables.params.astype(dtype, copy=keep), variables.state.astype(dtype, copy=keep)
             y = self._dispatcher.infer(x, params, state, residual=residual, out=out)
             if residual is None and not keep:
-                self._remember(False, x, out, variables)
+                self._dispatcher.remember("infer", x, out, variables.shapes)
             return y, Record(x, params, state, residual=residual)
         weights = adjustment = None
         if self._is_special:
@@ -395,16 +395,9 @@ class BatchNormalization(Placed):
             record = Record(x, params, state, saved, new_state, residual, weights, adjustment)
             if update and x.size:
                 self._update(variables, record)
-        if update and residual is None and weights is None and adjustment is None and not keep:
-            self._remember(True, x, out, variables)
+        if update and self.momentum is not None and record.is_plain() and not keep:
+            self._dispatcher.remember("train", x, out, variables.shapes)
         return y, record
-
-    def _remember(self, training: bool, x: Array, out: Array | None, variables: Variables) -> None:
-        """Have the next call like this one made by _repeat(), if it can be. `out` is a kernel's business, too."""
-        dense = x.flags.c_contiguous and (out is None or out.flags.c_contiguous)
-        blended = training and self.momentum is None  # by _update()
-        if x.size and dense and not blended and dtypes.statistic(x.dtype) == variables.shapes.dtype:
-            self._dispatcher.remember(training, x, variables.shapes)
 
     def _hyper(self, x: Array) -> Array:
         hyper = self._dispatcher.hyper(x.ndim, x.dtype)
@@ -425,9 +418,9 @@ class BatchNormalization(Placed):
             from nbbn.gpu import calls
 
             return calls.gradients(self, dy, cast(calls.DeviceRecord, record), out, self._variables.shapes)
-        found, dparams = pull_back(self._dispatcher, record, dy, out)
-        assert found.inputs is not None
         shapes = self._variables.shapes
+        found, dparams = pull_back(self._dispatcher, record, dy, out, shapes)
+        assert found.inputs is not None
         dgamma, dbeta = dparams.astype(shapes.dtype, copy=False).reshape(2, *shapes.params)
         return found._replace(
             inputs=found.inputs.astype(dtype, copy=False),

@@ -64,6 +64,9 @@ class _Planner(Dispatcher):
         self.kernels: Kernels = {}
         self.last: Sequence[str] = ()  # the steps after which _Planned is raised
 
+    def remember(self, *args: Any) -> None:
+        """Nothing has run."""
+
     def _run(
         self,
         step: str,

@@ -14,7 +14,7 @@ FLOORS = [
     ["rules", "layout", "dtypes", "runtime", "_registry"],
     ["initializers", "regularizers", "constraints"],
     ["kernels"],
-    ["options", "operands", "schedule", "dispatcher", "variables"],
+    ["options", "operands", "schedule", "plan", "repeats", "dispatcher", "variables"],
     ["gpu", "adapters"],
     ["nn", "pullback", "folding"],
     ["gpu.calls", "placement"],

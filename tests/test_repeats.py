@@ -34,7 +34,7 @@ def general(monkeypatch):
 def without_repeats(layer):
     """A copy that never takes the short way."""
     twin = pickle.loads(pickle.dumps(layer))
-    twin._repeat = lambda *args: None
+    twin._dispatcher.known = lambda *args: None
     return twin
 
 
@@ -51,7 +51,8 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("dense", d) for d in ("float16", "bfloat16", "float64")] + [(name, "float32") for name in CASES]
+    ("name", "dtype"),
+    [("dense", d) for d in ("float16", "bfloat16", "float64")] + [(name, "float32") for name in CASES],
 )
 def test_the_same_bits_and_the_same_state(general, name, dtype):
     shape, options = CASES[name]
@@ -70,6 +71,65 @@ def test_the_same_bits_and_the_same_state(general, name, dtype):
         np.testing.assert_array_equal(y.view(np.uint8), z.view(np.uint8))
     for y, z in zip(layer.get_weights(), twin.get_weights(), strict=True):
         np.testing.assert_array_equal(y, z)
+    check_gradients(general, layer, twin, xs)
+
+
+def check_gradients(general, layer, twin, xs):
+    def pull(nbbn_layer, x, dy, **more):
+        return nbbn_layer.vjp(x, training=True)[1](dy, **more)
+
+    pull(layer, xs[0], xs[1])
+    out = np.empty_like(xs[0])
+    general.clear()
+    for more in ({}, {"out": out}):
+        twin.set_weights(layer.get_weights())
+        found, expected = pull(layer, xs[1], xs[2], **more), pull(twin, xs[1], xs[2])
+        for y, z in zip(found[:3], expected[:3], strict=True):
+            assert y.dtype == z.dtype
+            np.testing.assert_array_equal(y.view(np.uint8), z.view(np.uint8))
+    assert found.inputs is out
+    assert general == ["train", "train", "backward"] * 2
+
+
+DY = {  # gradients that the short way leaves to the general one
+    "strided": np.asfortranarray,
+    "another dtype": lambda dy: dy.astype(np.float64),
+    "a list": list,
+}
+
+
+@pytest.mark.parametrize("name", DY)
+def test_gradients_that_are_not_like_the_input(general, name):
+    layer = nbbn.BatchNormalization()
+    _, pullback = layer.vjp(X, training=True)
+    expected = pullback(X2)
+    general.clear()
+    found = pullback(DY[name](X2))
+    assert general == ["backward"]
+    for y, z in zip(found[:3], expected[:3], strict=True):
+        np.testing.assert_allclose(y, z, rtol=1e-6, atol=1e-6)
+
+
+def test_gradient_in_the_place_of_dy(general):
+    layer = nbbn.BatchNormalization()
+    _, pullback = layer.vjp(X, training=True)
+    expected, dy = pullback(X2), X2.copy()
+    general.clear()
+    assert pullback(dy, out=dy).inputs is dy
+    assert general == ["backward"]
+    np.testing.assert_array_equal(dy, expected.inputs)
+    with pytest.raises(ValueError, match="out must not share memory with the input"):
+        pullback(X2, out=X)
+
+
+def test_gradients_of_inference_and_of_a_residual_are_general(general):
+    layer = nbbn.BatchNormalization()
+    layer.vjp(X, training=True)[1](X2)
+    general.clear()
+    layer.vjp(X)[1](X2)
+    layer.vjp(X, training=True, residual=X2)[1](X2)
+    layer.vjp(X, training=True, mask=np.ones(12))[1](X2)
+    assert general == ["infer", "frozen_backward", "train", "backward", "train", "backward"]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -16,7 +16,7 @@ from nbbn.kernels import channel
 from nbbn.layout import Sizes
 from nbbn.operands import as_adjustment, as_weights
 from nbbn.options import Options
-from nbbn.pullback import Gradients, Record, pull_back
+from nbbn.pullback import Gradients, Record, compute_gradients
 from nbbn.variables import PARTS, Shapes
 
 
@@ -182,7 +182,7 @@ def _adjustment_gradients(layer: Layer, dy: DeviceArray, record: DeviceRecord) -
     host = Record(**{**fields, "adjustment": pair})
     if record.residual is not None:
         host = host._replace(residual=to_host(record.residual.owner))
-    return pull_back(Dispatcher(layer.options), host, to_host(dy.owner), None)[0].adjustment
+    return compute_gradients(Dispatcher(layer.options), host, to_host(dy.owner), None)[0].adjustment
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
