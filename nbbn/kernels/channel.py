@@ -59,9 +59,9 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
         update(first, last, state, hyper, renorm, new_state, saved)
         channels, epsilon = params.shape[1], hyper[EPSILON]
         for g in range(saved.shape[1] // channels):
-            rstd = saved[RSTD, g * channels : (g + 1) * channels]
-            for c in range(first, last):
-                rstd[c] = 1.0 / rules.stddev(rstd[c], epsilon)
+            rstd = saved[RSTD, g * channels + first : g * channels + last]
+            for i in range(rstd.size):  # a loop of its own is vectorized
+                rstd[i] = 1.0 / rules.stddev(rstd[i], epsilon)
             for c in range(first, last):
                 output_coefficients(g * channels + c, params[GAMMA, c], params[BETA, c], saved, a, coefficients)
 

@@ -7,6 +7,8 @@ anything in the columns.
 from types import SimpleNamespace
 
 from nbbn.kernels.cpu.elements import element
+from nbbn.kernels.cpu.memory import run
+from nbbn.kernels.cpu.scalars import load, store
 from nbbn.kernels.tasks import PERIOD, RUN
 
 
@@ -18,19 +20,21 @@ def _plain_statistics(bounds, grid):
 
 
 @element
-def _copy(values, bounds, grid, columns):
-    """Write every column's value of one per statistic."""
+def _copy(values, row, bounds, grid, columns):
+    """Write every column's value of one per statistic, values[(*row, statistic)]."""
     first, last = _plain_statistics(bounds, grid)
+    v = run(values, row, first, last)
     for i in range(last - first):
-        columns[i] = values[first + i]
+        store(columns, i, load(v, i))
 
 
 @element
-def _copy_back(columns, bounds, grid, sums):
-    """Write every statistic's sum of its columns."""
+def _copy_back(columns, bounds, grid, sums, row):
+    """Write every statistic's sum of its columns, sums[(*row, statistic)]."""
     first, last = _plain_statistics(bounds, grid)
+    v = run(sums, row, first, last)
     for i in range(last - first):
-        sums[first + i] = columns[i]
+        store(v, i, load(columns, i))
 
 
 @element
@@ -42,12 +46,12 @@ def _folded_statistics(bounds, grid):
 
 
 @element
-def _expand(values, bounds, grid, columns):
+def _expand(values, row, bounds, grid, columns):
     first, last = _folded_statistics(bounds, grid)
-    length = grid[RUN]
+    v, length = run(values, row, first, last), grid[RUN]
     for period in range(0, bounds[7] - bounds[6], (last - first) * length):
         for s in range(first, last):
-            begin, value = period + (s - first) * length, values[s]
+            begin, value = period + (s - first) * length, load(v, s - first)
             for i in range(begin, begin + length):
                 columns[i] = value
 
@@ -65,14 +69,14 @@ def _halve(columns, begin, count, unit):
 
 
 @element
-def _fold(columns, bounds, grid, sums):
+def _fold(columns, bounds, grid, sums, row):
     first, last = _folded_statistics(bounds, grid)
-    length = grid[RUN]
+    v, length = run(sums, row, first, last), grid[RUN]
     period = (last - first) * length
     _halve(columns, 0, (bounds[7] - bounds[6]) // period, period)
     for s in range(last - first):
         _halve(columns, s * length, length, 1)
-        sums[first + s] = columns[s * length]
+        store(v, s, columns[s * length])
 
 
 PLAIN = SimpleNamespace(statistics=_plain_statistics, expand=_copy, fold=_copy_back)

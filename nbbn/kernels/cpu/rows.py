@@ -110,7 +110,7 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
         """Write sum (x - shift), sum (x - shift)^2 and, with weights, their count."""
         chunk, k0, _, _, r_begin, r_end, begin, end = bounds
         origin, total, squares, count = local(shift), local(shift), local(shift), local(shift)
-        expand(shift, bounds, grid, origin)
+        expand(shift, (), bounds, grid, origin)
         for i in range(end - begin):
             total[i] = 0.0
             squares[i] = 0.0
@@ -146,10 +146,10 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
                 store(squares, i, load(squares, i) + q0)
                 if weights is not None:
                     store(count, i, load(count, i) + n0)
-        fold(total, bounds, grid, partial[chunk, 0])
-        fold(squares, bounds, grid, partial[chunk, 1])
+        fold(total, bounds, grid, partial, (chunk, 0))
+        fold(squares, bounds, grid, partial, (chunk, 1))
         if weights is not None:
-            fold(count, bounds, grid, partial[chunk, 2])
+            fold(count, bounds, grid, partial, (chunk, 2))
 
     @element
     def normalize(x, residual, a, b, coefficients, relu, bounds, grid, y):
@@ -158,12 +158,12 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
         mode, block = grid[STORE], local(y)
         mean, scale, shift = local(coefficients), local(coefficients), local(coefficients)
         gamma, beta = local(coefficients), local(coefficients)
-        expand(coefficients[0], bounds, grid, mean)
-        expand(coefficients[1], bounds, grid, scale)
-        expand(coefficients[2], bounds, grid, shift)
+        expand(coefficients, (0,), bounds, grid, mean)
+        expand(coefficients, (1,), bounds, grid, scale)
+        expand(coefficients, (2,), bounds, grid, shift)
         if a is not None:
-            expand(coefficients[3], bounds, grid, gamma)
-            expand(coefficients[4], bounds, grid, beta)
+            expand(coefficients, (3,), bounds, grid, gamma)
+            expand(coefficients, (4,), bounds, grid, beta)
         p = place(x, r_begin, k0)
         for _ in range(r_begin, r_end):
             v, rv, av, bv = (
@@ -193,14 +193,14 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
         exact_mean = local(saved_mean)
         mean, scale, shift = local(forward), local(forward), local(forward)
         gamma, beta = local(forward), local(forward)
-        expand(saved_mean, bounds, grid, exact_mean)
+        expand(saved_mean, (), bounds, grid, exact_mean)
         if relu is not None:
-            expand(forward[0], bounds, grid, mean)
-            expand(forward[1], bounds, grid, scale)
-            expand(forward[2], bounds, grid, shift)
+            expand(forward, (0,), bounds, grid, mean)
+            expand(forward, (1,), bounds, grid, scale)
+            expand(forward, (2,), bounds, grid, shift)
             if a is not None:
-                expand(forward[3], bounds, grid, gamma)
-                expand(forward[4], bounds, grid, beta)
+                expand(forward, (3,), bounds, grid, gamma)
+                expand(forward, (4,), bounds, grid, beta)
         total, centered, plain, offset = local(saved_mean), local(saved_mean), local(saved_mean), local(saved_mean)
         for i in range(end - begin):
             total[i] = 0.0
@@ -260,11 +260,11 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
                 if a is not None:
                     store(plain, i, load(plain, i) + q)
                     store(offset, i, load(offset, i) + o)
-        fold(total, bounds, grid, partial[chunk, 0])
-        fold(centered, bounds, grid, partial[chunk, 1])
+        fold(total, bounds, grid, partial, (chunk, 0))
+        fold(centered, bounds, grid, partial, (chunk, 1))
         if a is not None:
-            fold(plain, bounds, grid, partial[chunk, 2])
-            fold(offset, bounds, grid, partial[chunk, 3])
+            fold(plain, bounds, grid, partial, (chunk, 2))
+            fold(offset, bounds, grid, partial, (chunk, 3))
 
     @element
     def input_gradient(dy, x, residual, weights, a, b, forward, relu, coefficients, bounds, grid, dx, dresidual):
@@ -276,19 +276,19 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
         mode, block, second_block = grid[STORE], local(dx), local(dresidual)
         mean, scale = local(coefficients), local(coefficients)
         bias, slope = local(coefficients), local(coefficients)
-        expand(coefficients[0], bounds, grid, mean)
-        expand(coefficients[1], bounds, grid, scale)
-        expand(coefficients[2], bounds, grid, bias)
-        expand(coefficients[3], bounds, grid, slope)
+        expand(coefficients, (0,), bounds, grid, mean)
+        expand(coefficients, (1,), bounds, grid, scale)
+        expand(coefficients, (2,), bounds, grid, bias)
+        expand(coefficients, (3,), bounds, grid, slope)
         fmean, fscale, fshift = local(forward), local(forward), local(forward)
         gamma, beta = local(forward), local(forward)
         if relu is not None:
-            expand(forward[0], bounds, grid, fmean)
-            expand(forward[1], bounds, grid, fscale)
-            expand(forward[2], bounds, grid, fshift)
+            expand(forward, (0,), bounds, grid, fmean)
+            expand(forward, (1,), bounds, grid, fscale)
+            expand(forward, (2,), bounds, grid, fshift)
             if a is not None:
-                expand(forward[3], bounds, grid, gamma)
-                expand(forward[4], bounds, grid, beta)
+                expand(forward, (3,), bounds, grid, gamma)
+                expand(forward, (4,), bounds, grid, beta)
         p = place(x, r_begin, k0)
         for _ in range(r_begin, r_end):
             v, g, out = run(x, p, begin, end), run(dy, p, begin, end), run(dx, p, begin, end)
