@@ -129,6 +129,14 @@ def _prefetch(typingctx, array, index):
 
 
 @element
+def ahead(array, place, begin, end):
+    """Have a run's beginning ready, until the processor has seen where it goes on: it does not look beyond a page."""
+    v = run(array, place, begin, end)
+    for line in range(4):
+        _prefetch(v, line * (LINE // array.itemsize))
+
+
+@element
 def past_line(array):
     """How many elements the array starts after the last border between lines of the cache."""
     return _address(array) % LINE // array.itemsize

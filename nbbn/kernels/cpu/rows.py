@@ -16,7 +16,7 @@ from nbbn import rules
 from nbbn.kernels.cpu.columns import FOLDED, PLAIN
 from nbbn.kernels.cpu.elements import adding, element, inlined
 from nbbn.kernels.cpu.epilogue import gradient, output
-from nbbn.kernels.cpu.memory import DIRECT, STREAMED, expect, fence, local, run, write
+from nbbn.kernels.cpu.memory import DIRECT, STREAMED, ahead, expect, fence, local, run, write
 from nbbn.kernels.cpu.scalars import load, store
 from nbbn.kernels.tasks import RUN, STORE
 
@@ -172,14 +172,18 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
                 run(a, p, begin, end),
                 run(b, p, begin, end),
             )
-            out = run(y, p, begin, end)
+            out, following = run(y, p, begin, end), after(x, p)
+            if end - begin < x.shape[3]:  # the next row does not follow in memory
+                ahead(x, following, begin, end)
+                if mode == DIRECT:
+                    ahead(y, following, begin, end)
             expect(out, mode)
             if mode == DIRECT:
                 outputs(v, rv, av, bv, mean, scale, shift, gamma, beta, relu, out)
             else:
                 outputs(v, rv, av, bv, mean, scale, shift, gamma, beta, relu, block)
                 write(block, out, mode)
-            p = after(x, p)
+            p = following
         if mode == STREAMED:
             fence()
 
