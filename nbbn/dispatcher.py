@@ -177,9 +177,8 @@ class Dispatcher:
         if len(self.repeats) >= _MAX_PLANS:
             self.repeats.clear()
         hyper = self.hyper(x.ndim, x.dtype) if step == "train" else self._epsilon
-        before, after = (None, *operands), (*outputs[1:], *self.flags(step), plan.schedule.grid)
         self.repeats[step, x.shape, x.strides, x.dtype] = Repeat(
-            plan, x.shape, shapes, lay.groups * lay.channels, before, after, hyper
+            plan, x.shape, shapes, lay.groups * lay.channels, self.flags(step), hyper
         )
 
     def saved_of(self, state: Array) -> Array:

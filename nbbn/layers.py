@@ -342,7 +342,7 @@ class BatchNormalization(Placed):
             return False
         if training is not True and not isinstance(training, (int, np.bool_, np.integer)):
             raise TypeError(f"training must be True, False or None; received {training!r}")
-        return bool(training) and (self.trainable or not self._FREEZES)
+        return bool(training) and (self._trainable or not self._FREEZES)
 
     def _forward(
         self,
