@@ -144,9 +144,14 @@ def test_out(general, training):
     np.testing.assert_array_equal(out, expected)
 
 
+def overlapping(layer, x):
+    memory = np.concatenate([x.ravel(), np.zeros(6, np.float32)])
+    return layer(memory[:72].reshape(12, 6), out=memory[6:].reshape(12, 6))
+
+
 OTHERWISE = {  # what the short way leaves to the general one
     "in place": lambda layer, x: layer(x, out=x),
-    "overlapping": lambda layer, x: layer(x, out=np.lib.stride_tricks.as_strided(x, x.shape, x.strides)),
+    "overlapping": lambda layer, x: overlapping(layer, x),
     "strided out": lambda layer, x: layer(x, out=np.empty((12, 12), np.float32)[:, ::2]),
     "another shape": lambda layer, x: layer(x[:5]),
     "another dtype": lambda layer, x: layer(x.astype(np.float16)),
