@@ -166,8 +166,9 @@ class Dispatcher:
         dense = x.flags.c_contiguous and (out is None or out.flags.c_contiguous)  # with others, this kernel did not run
         if not (x.size and dense and dtypes.statistic(x.dtype) == shapes.dtype) or self.known(step, x, shapes):
             return
-        if any(callable(v) for v in (self.options.renorm_clipping or {}).values()):
-            return  # these are to be asked at each step
+        hyper = self._hyper.get((x.ndim, x.dtype)) if step == "train" else self._epsilon
+        if hyper is None:  # of the clips, some are to be asked for at each step
+            return
         lay, inputs = self.layout(x.shape, training=step != "infer"), [x, x] if step == "backward" else [x]
         operands: list[Array | None] = [] if step == "infer" else [None, None, None]
         outputs: list[Array | None] = [x, None] if step == "backward" else [x]
@@ -176,7 +177,6 @@ class Dispatcher:
             return
         if len(self.repeats) >= _MAX_PLANS:
             self.repeats.clear()
-        hyper = self.hyper(x.ndim, x.dtype) if step == "train" else self._epsilon
         self.repeats[step, x.shape, x.strides, x.dtype] = Repeat(
             plan, x.shape, shapes, lay.groups * lay.channels, self.flags(step), hyper
         )

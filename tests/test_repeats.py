@@ -304,7 +304,7 @@ def test_gradients_of_a_call_do_not_change_with_later_ones():
     np.testing.assert_array_equal(y, kept)
 
 
-def test_no_update_is_lost():
+def test_no_update_is_lost(monkeypatch):
     layer = nbbn.BatchNormalization(momentum=0.5)
     layer(X, training=True)
     steps = []
@@ -314,15 +314,17 @@ def test_no_update_is_lost():
         steps.append(state)
         return new(self, x, out, params, state)
 
+    monkeypatch.setattr(Repeat, "train", train)
+    interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Repeat, "train", train)
+    try:
         threads = [threading.Thread(target=lambda: [layer(X, training=True) for _ in range(200)]) for _ in range(4)]
         for t in threads:
             t.start()
         for t in threads:
             t.join()
-    sys.setswitchinterval(0.005)
+    finally:
+        sys.setswitchinterval(interval)
     assert len({id(s) for s in steps}) == len(steps) == 800  # each began with the state that another one had left
 
 
