@@ -1,20 +1,15 @@
 """The arrays of a case, and whether what a contender made of them is right."""
 
-import importlib
 import math
-import sys
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.cases import Case
 from nbbn import dtypes
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))  # there is one float64 reference, and the tests have it
-Reference: Any = importlib.import_module("reference").Reference
+from tests.oracle.reference import Reference
 
 Array = np.ndarray
 

@@ -14,13 +14,13 @@ from types import ModuleType, SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
-from processes import run as run_process
 
 import nbbn
 from nbbn.adapters import dlpack
 from nbbn.gpu import arrays
 from nbbn.gpu.arrays import find_library, wrap
 from nbbn.layout import contiguous_strides
+from tests.helpers.processes import run as run_process
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = [np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64)]
@@ -232,7 +232,7 @@ def test_a_layer_in_the_simulator(name, dtype):
     """On arrays of the host, whose memory is that of the simulator's device."""
     if name in ("torch", "jax") and find_spec(name) is None:
         pytest.skip(f"needs {name} (extra: bench)")
-    program = f"from adapters_in_simulator import main; main({name!r}, {dtype!r})"
+    program = f"from tests.helpers.adapters_in_simulator import main; main({name!r}, {dtype!r})"
     done = run_process(program, "-W", "error", timeout=200, NUMBA_ENABLE_CUDASIM="1")
     assert done.returncode == 0, done.stderr
     assert "results agree" in done.stdout

@@ -14,13 +14,13 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 import pytest
-from concurrency import in_threads
 from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
-from processes import check, run
 
 from nbbn.runtime import buffers
+from tests.helpers.concurrency import in_threads
+from tests.helpers.processes import check, run
 
 SIZE = buffers.SMALLEST
 SHAPE = (SIZE // 4 // 256, 256)  # of float32: exactly SIZE bytes

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numba import types
-from processes import PACKAGE, check, run
 
 from nbbn.runtime import cache
+from tests.helpers.processes import PACKAGE, check, run
 
 # --- the cache of compiled kernels, seen from one kernel that is quickly compiled ---------
 
@@ -373,8 +373,8 @@ def test_kernels_that_several_processes_compiled_serve_one(tmp_path):
 # kernel: the writers of one file meet, and those of different files.
 ROUNDS = """
 import os, tempfile
-from processes import in_children
-from test_cache import compile_add
+from tests.helpers.processes import in_children
+from tests.test_cache import compile_add
 from nbbn.runtime import cache_folder
 
 def start_cold(order):

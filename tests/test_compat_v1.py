@@ -5,10 +5,10 @@ import pickle
 
 import numpy as np
 import pytest
-from v1_examples import X, bn, names, run_updates, scopes, values
 
 import nbbn.compat.v1 as tf1
 from nbbn.compat.v1 import AUTO_REUSE, GraphKeys, get_collection, variable_scope
+from tests.helpers.v1_examples import X, bn, names, run_updates, scopes, values
 
 pytestmark = pytest.mark.usefixtures("fresh_graph")
 

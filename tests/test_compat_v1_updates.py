@@ -7,13 +7,13 @@ from functools import partial
 
 import numpy as np
 import pytest
-from concurrency import in_threads
-from processes import check
-from v1_examples import X2, X, bn, names, scopes, values
 
 import nbbn
 import nbbn.compat.v1 as tf1
 from nbbn.compat.v1 import AUTO_REUSE, GraphKeys, get_collection, variable_scope
+from tests.helpers.concurrency import in_threads
+from tests.helpers.processes import check
+from tests.helpers.v1_examples import X2, X, bn, names, scopes, values
 
 pytestmark = pytest.mark.usefixtures("fresh_graph")
 

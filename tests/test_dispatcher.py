@@ -7,13 +7,13 @@ import pickle
 
 import numpy as np
 import pytest
-from agreement import check_step
-from reference import Reference
 
 import nbbn
 from nbbn import Dispatcher, Force, Options, dispatcher, schedule
 from nbbn.kernels import channel
 from nbbn.runtime import thread_limit
+from tests.oracle.agreement import check_step
+from tests.oracle.reference import Reference
 
 F32 = np.dtype(np.float32)
 

@@ -8,9 +8,9 @@ from functools import lru_cache
 from importlib.util import find_spec
 
 import pytest
-from processes import run
 
 from nbbn import runtime
+from tests.helpers.processes import run
 
 LAYERS = ["tbb", "omp", "workqueue"]
 
@@ -218,10 +218,10 @@ FORKS = [name for name, code in SCENARIOS.items() if "fork" in name or "child" i
 PREPARE = """
 import os, signal, threading, time
 import numba, numpy as np, nbbn
-from concurrency import in_threads
+from tests.helpers.concurrency import in_threads
 from nbbn.runtime import cache_folder, parallel_region
-from processes import in_child
-from workload import X, is_parallel, layer, train, work, work_in_threads
+from tests.helpers.processes import in_child
+from tests.helpers.workload import X, is_parallel, layer, train, work, work_in_threads
 assert is_parallel()
 """
 

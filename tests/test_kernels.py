@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
-from contract import (
+from ml_dtypes import bfloat16
+
+from tests.oracle.contract import (
     BOTH_LOOPS,
     CLIPS,
     EVERY_WAY,
@@ -20,10 +22,9 @@ from contract import (
     small_thresholds,
     strided,
 )
-from conversions import DTYPES as HALVES
-from conversions import check_every_value, check_rounding
-from ml_dtypes import bfloat16
-from targets import TARGETS
+from tests.oracle.conversions import DTYPES as HALVES
+from tests.oracle.conversions import check_every_value, check_rounding
+from tests.oracle.targets import TARGETS
 
 
 @pytest.fixture(params=TARGETS)

@@ -6,8 +6,16 @@ import platform
 import numba
 import numpy as np
 import pytest
-from agreement import check, output
-from contract import (
+from ml_dtypes import bfloat16
+
+from nbbn import dtypes, schedule
+from nbbn.kernels.cpu import memory
+from nbbn.kernels.cpu.memory import BLOCK, copy_block
+from nbbn.kernels.cpu.scalars import HALF_INSTRUCTIONS
+from nbbn.runtime import thread_limit
+from tests.helpers.processes import check as check_process
+from tests.oracle.agreement import check, output
+from tests.oracle.contract import (
     DTYPES_OF_WAYS,
     EVERY_DTYPE,
     GROUPED,
@@ -22,15 +30,7 @@ from contract import (
     check_strided_output,
     small_thresholds,
 )
-from ml_dtypes import bfloat16
-from processes import check as check_process
-from targets import Cpu
-
-from nbbn import dtypes, schedule
-from nbbn.kernels.cpu import memory
-from nbbn.kernels.cpu.memory import BLOCK, copy_block
-from nbbn.kernels.cpu.scalars import HALF_INSTRUCTIONS
-from nbbn.runtime import thread_limit
+from tests.oracle.targets import Cpu
 
 
 @pytest.fixture
@@ -279,9 +279,9 @@ def test_schedules_agree(target, shape, residual, monkeypatch):
 # --- 16-bit floats -------------------------------------------------------------------------
 
 WITHOUT_F16C = """
-from conversions import DTYPES, check_every_value, check_rounding
+from tests.oracle.conversions import DTYPES, check_every_value, check_rounding
 from nbbn.kernels.cpu import scalars
-from targets import CpuScalars
+from tests.oracle.targets import CpuScalars
 assert not scalars.HALF_INSTRUCTIONS
 for dtype in DTYPES.values():
     check_every_value(CpuScalars(dtype))
@@ -307,7 +307,7 @@ def test_without_f16c():
 PACKED = """
 import re
 import numpy as np
-from targets import Cpu
+from tests.oracle.targets import Cpu
 for schedule, shape in (("planes", (4, 3, 64, 1)), ("rows", (1, 1, 64, 70))):
     run = Cpu({"axis": (1, 3)}, schedule, parallel=False)
     x, state = np.ones(shape, np.float32), np.ones((2, shape[1] * shape[3]), np.float32)

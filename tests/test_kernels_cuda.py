@@ -1,18 +1,18 @@
 """What is about a GPU's schedules: sums in float32, the width of an access, chunks, families, counters, copies."""
 
-import agreement
 import numpy as np
 import pytest
-from contract import GROUPED, WAYS, Problem, bits, small_thresholds
 from ml_dtypes import bfloat16
-from targets import TARGETS
+
+from tests.oracle import agreement
+from tests.oracle.contract import GROUPED, WAYS, Problem, bits, small_thresholds
+from tests.oracle.targets import TARGETS
 
 if "cuda" not in TARGETS:
     pytest.skip("neither a GPU nor Numba's simulator of one (NUMBA_ENABLE_CUDASIM=1)", allow_module_level=True)
 
-from targets_cuda import Cuda, DeviceMemory, to_host
-
 from nbbn.gpu import dispatcher
+from tests.oracle.targets_cuda import Cuda, DeviceMemory, to_host
 
 WAYS_ON_GPU = pytest.mark.parametrize("way", WAYS["cuda"].values(), ids=WAYS["cuda"])
 FLOAT32 = np.finfo(np.float32).eps

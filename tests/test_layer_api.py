@@ -4,10 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
-from layer_examples import X, batches, trained
 
 import nbbn
 from nbbn import BatchNormalization
+from tests.helpers.layer_examples import X, batches, trained
 
 # --- weights ----------------------------------------------------------------------------------------------
 

@@ -7,10 +7,10 @@ import warnings
 
 import numpy as np
 import pytest
-from layer_examples import X, assert_same_weights, trained
 
 import nbbn
 from nbbn import BatchNormalization
+from tests.helpers.layer_examples import X, assert_same_weights, trained
 
 # --- config ----------------------------------------------------------------------------------
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agreement import check_step
 from hypothesis import HealthCheck, given, settings
 from ml_dtypes import bfloat16
-from reference import Reference
-from strategies import Case, cases
 
 import nbbn
 from nbbn.compat import v1
+from tests.oracle.agreement import check_step
+from tests.oracle.reference import Reference
+from tests.oracle.strategies import Case, cases
 
 DTYPES = [np.float16, bfloat16, np.float32, np.float64]
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)

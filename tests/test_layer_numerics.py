@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agreement import check_step
 from ml_dtypes import bfloat16, finfo
-from reference import Reference
 
 import nbbn
+from tests.oracle.agreement import check_step
+from tests.oracle.reference import Reference
 
 PLANES = ((8, 3, 5, 4), 1)
 ROWS = ((8, 5, 4, 3), -1)

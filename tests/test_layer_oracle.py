@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from agreement import FEW, Terms, check, check_gradients, check_step, gradients, output
 from hypothesis import HealthCheck, example, given, settings
 from ml_dtypes import bfloat16, finfo
-from reference import Reference, feature_axes, fused_eligible
-from strategies import DTYPES, FORMS, Case, arrange, cases
 
 import nbbn
+from tests.oracle.agreement import FEW, Terms, check, check_gradients, check_step, gradients, output
+from tests.oracle.reference import Reference, feature_axes, fused_eligible
+from tests.oracle.strategies import DTYPES, FORMS, Case, arrange, cases
 
 # The first call of each combination of dtype and layout compiles.
 PROFILE = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

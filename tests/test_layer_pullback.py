@@ -6,9 +6,9 @@ import weakref
 
 import numpy as np
 import pytest
-from layer_examples import DY, X, assert_same, gradients_of, trained
 
 from nbbn import BatchNormalization
+from tests.helpers.layer_examples import DY, X, assert_same, gradients_of, trained
 
 # --- vjp -----------------------------------------------------------------------------------------------------------
 

@@ -3,10 +3,10 @@
 import threading
 
 import numpy as np
-from concurrency import in_threads
-from layer_examples import X, assert_same, batches, gradients_of, trained
 
 from nbbn import BatchNormalization
+from tests.helpers.concurrency import in_threads
+from tests.helpers.layer_examples import X, assert_same, batches, gradients_of, trained
 
 # --- several threads ------------------------------------------------------------------------------------------------
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from processes import check
 
 import nbbn
+from tests.helpers.processes import check
 
 # In a process of its own, that sees no GPU whatever machine this is.
 NO_GPU = """

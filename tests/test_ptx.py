@@ -14,11 +14,21 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     pytest.skip("Numba's simulator compiles nothing", allow_module_level=True)
 
 from numba.cuda import types
-from ptx import ACCESS, WIDE_LOAD, WIDE_STORE, compiled, element_loops, innermost, loops, ptx_of, resources
-from targets_cuda import conversion
 
 from nbbn.kernels.cuda.blocks import Variant
 from nbbn.kernels.cuda.steps import VIEWS
+from tests.helpers.ptx import (
+    ACCESS,
+    WIDE_LOAD,
+    WIDE_STORE,
+    compiled,
+    element_loops,
+    innermost,
+    loops,
+    ptx_of,
+    resources,
+)
+from tests.oracle.targets_cuda import conversion
 
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 DTYPES = [np.dtype(d) for d in (np.float16, bfloat16, np.float32, np.float64)]

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from reference import Reference, fused_eligible, parameter_shape, synchronized_gradients
+
+from tests.oracle.reference import Reference, fused_eligible, parameter_shape, synchronized_gradients
 
 # Central differences with step h: the truncation error h^2 * f'''/6 and the rounding error 1e-16 * |f| / h
 # are both near 1e-10 for the O(1..100) losses here.

@@ -9,10 +9,10 @@ from importlib import metadata
 
 import numba
 import pytest
-from processes import check, run
 
 from nbbn import runtime
 from nbbn.runtime import threadpool, threads
+from tests.helpers.processes import check, run
 
 # --- import ----------------------------------------------------------------------------------------
 

@@ -7,13 +7,13 @@ import types
 
 import numpy as np
 import pytest
-from processes import check, run
 
 import nbbn
 from nbbn import BatchNormalization, plan, warming
 from nbbn.__main__ import main
 from nbbn.compat import v1
 from nbbn.planning import kernels
+from tests.helpers.processes import check, run
 
 SMALL, LARGE = (6, 4, 5, 8), (4, 8, 128, 64)  # one thread; several, where there are several
 
@@ -230,7 +230,7 @@ CALLS = f"""
 import numba, numpy as np, nbbn
 from nbbn.runtime import parallel_region
 from numba.np.ufunc import parallel as numba_pool
-from processes import in_child
+from tests.helpers.processes import in_child
 
 layer = nbbn.BatchNormalization(activation="relu")
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from parity.tf_side import numpy_dtype, parameter_dtype
-from reference import feature_axes, fused_eligible, parameter_shape
+
+from tests.oracle.reference import feature_axes, fused_eligible, parameter_shape
+from tests.parity.tf_side import numpy_dtype, parameter_dtype
 
 SEED = 20240607
 DTYPES = ("float16", "bfloat16", "float32", "float64")

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parity.tf_side import LAYERS, tf, tf_keras
 
 import nbbn
 from nbbn.compat import v1
+from tests.parity.tf_side import LAYERS, tf, tf_keras
 
 pytestmark = pytest.mark.parity
 

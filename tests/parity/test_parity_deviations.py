@@ -7,11 +7,10 @@ import warnings
 
 import numpy as np
 import pytest
-from parity.tf_side import LAYERS, tf
-from tensorflow.python import tf2
 
 import nbbn
 from nbbn.compat import v1
+from tests.parity.tf_side import LAYERS, tf, tf2
 
 pytestmark = pytest.mark.parity
 

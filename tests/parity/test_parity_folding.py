@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parity.tf_side import tf_keras
 
 import nbbn
 from nbbn.folding import fold_into
+from tests.parity.tf_side import tf_keras
 
 pytestmark = pytest.mark.parity
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parity.cases import DTYPES, Arrays, Case, draw_adjustment, draw_calls, draw_cases, draw_weights
-from parity.tf_side import LAYERS, Call, call, numpy_dtype, tf
-from parity.tolerance import assert_close, magnitudes, tolerance
-from reference import Reference
 
 import nbbn
 from nbbn.compat import v1
+from tests.oracle.reference import Reference
+from tests.parity.cases import DTYPES, Arrays, Case, draw_adjustment, draw_calls, draw_cases, draw_weights
+from tests.parity.tf_side import LAYERS, Call, call, numpy_dtype, tf
+from tests.parity.tolerance import assert_close, magnitudes, tolerance
 
 pytestmark = pytest.mark.parity
 

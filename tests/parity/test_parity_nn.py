@@ -10,9 +10,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from parity.tf_side import numpy_dtype, parameter_dtype, tf
 
 import nbbn
+from tests.parity.tf_side import numpy_dtype, parameter_dtype, tf
 
 pytestmark = pytest.mark.parity
 

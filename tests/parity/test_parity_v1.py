@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parity.tf_side import parameter_dtype, tf, tf_keras
-from tf_keras.src.layers.normalization import batch_normalization_v1
-from tf_keras.src.legacy_tf_layers import normalization as legacy
 
 from nbbn.compat import v1
+from tests.parity.tf_side import batch_normalization_v1, legacy, parameter_dtype, tf, tf_keras
 
 pytestmark = [
     pytest.mark.parity,

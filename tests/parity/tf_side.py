@@ -1,4 +1,7 @@
-"""TensorFlow as the parity tests use it: imported quietly on the CPU, its layers, and one call with gradients."""
+"""TensorFlow as the parity tests use it: imported quietly on the CPU, its layers, and one call with gradients.
+
+The tests get TensorFlow and its parts from here, because nothing of it may be imported before the environment is set.
+"""
 
 import os
 from typing import Any, NamedTuple
@@ -14,7 +17,9 @@ with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):
     tf_keras = pytest.importorskip("tf_keras", reason="the parity tests compare with Keras 2 (tf_keras)")
 tf.config.set_visible_devices([], "GPU")
 
+from tensorflow.python import tf2  # noqa: E402, F401
 from tf_keras.src.layers.normalization import batch_normalization_v1  # noqa: E402
+from tf_keras.src.legacy_tf_layers import normalization as legacy  # noqa: E402, F401
 
 LAYERS = {"V1": batch_normalization_v1.BatchNormalization, "V2": tf_keras.layers.BatchNormalization}
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-from parity.tf_side import parameter_dtype
-from reference import Array, Reference, Step, divide, sum_to
+
+from tests.oracle.reference import Array, Reference, Step, divide, sum_to
+from tests.parity.tf_side import parameter_dtype
 
 # Sums here have up to a few hundred terms, whose errors mostly cancel; three moving averages follow each other.
 ROUNDINGS = 8

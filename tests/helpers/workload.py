@@ -3,10 +3,10 @@
 import zlib
 
 import numpy as np
-from concurrency import in_threads
 
 import nbbn
 from nbbn.runtime import parallel_region
+from tests.helpers.concurrency import in_threads
 
 X = np.random.default_rng(0).normal(size=(2048, 128)).astype(np.float32)
 layer = nbbn.BatchNormalization()

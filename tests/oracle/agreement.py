@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from ml_dtypes import finfo
 from numpy.typing import ArrayLike, NDArray
-from reference import Gradients, Reference, Step, divide, sum_to
+
+from tests.oracle.reference import Gradients, Reference, Step, divide, sum_to
 
 Array = NDArray[np.float64]
 

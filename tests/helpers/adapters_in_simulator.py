@@ -1,15 +1,15 @@
 """A layer on arrays of a library whose adapter takes those of the host for a GPU's: in Numba's simulator memory is the
-host's. Run by test_adapters.py in a process of its own: `python adapters_in_simulator.py torch float32`."""
+host's. Run by test_adapters.py in a process of its own."""
 
 import importlib
 import sys
 
 import numpy as np
-from test_adapters import Capsules, Exporter, cupy_stand_in
 
 import nbbn
 from nbbn import dtypes
 from nbbn.gpu import schedule
+from tests.test_adapters import Capsules, Exporter, cupy_stand_in
 
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}  # a few roundings; one of a value up to 4, rounded differently
 
@@ -70,7 +70,3 @@ def main(name, dtype):
         bound = TOLERANCES["float32" if key.startswith("weight") or key == "mean" else dtype]
         np.testing.assert_allclose(value, expected[key], rtol=bound, atol=bound, err_msg=key)
     print(f"{len(found)} results agree")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

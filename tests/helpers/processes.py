@@ -10,6 +10,7 @@ from pathlib import Path
 import nbbn
 
 PACKAGE = Path(nbbn.__file__).parent
+TESTS = Path(__file__).parents[1]
 # The tests set what they need.
 FROM_OUTSIDE = ("NBBN_NUM_THREADS", "NUMBA_THREADING_LAYER", "NUMBA_THREADING_LAYER_PRIORITY", "NUMBA_CPU_NAME")
 
@@ -22,14 +23,14 @@ def run(code: str, *arguments: str, timeout: float = 60, root: Path | None = Non
         variables: of the environment; None removes one.
     """
     environment = {k: v for k, v in os.environ.items() if k not in FROM_OUTSIDE and not k.startswith("COV_")}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (root or PACKAGE.parent, Path(__file__).parent)))
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (root or PACKAGE.parent, TESTS.parent)))
     environment |= {k: v for k, v in variables.items() if v is not None}
     for name in (k for k, v in variables.items() if v is None):
         environment.pop(name, None)
     return subprocess.run(
         [sys.executable, *arguments, "-c", code],
         env=environment,
-        cwd=os.path.dirname(__file__),
+        cwd=TESTS,  # `python -c` looks here first: it must hold no nbbn, or that one would hide the one of `root`
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -114,6 +114,6 @@ TARGETS: dict[str, tuple[type[Any], type[Any]]] = {}
 if not SIMULATED:
     TARGETS["cpu"] = (Cpu, CpuScalars)
 if SIMULATED or _has_gpu():
-    from targets_cuda import Cuda, CudaScalars
+    from tests.oracle.targets_cuda import Cuda, CudaScalars
 
     TARGETS["cuda"] = (Cuda, CudaScalars)

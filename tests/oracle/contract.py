@@ -4,12 +4,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from agreement import check, gated_as, gradients, output, state, state_dtype
 from ml_dtypes import bfloat16
-from reference import Reference
-from targets import TARGETS
 
 from nbbn import schedule
+from tests.oracle.agreement import check, gated_as, gradients, output, state, state_dtype
+from tests.oracle.reference import Reference
+from tests.oracle.targets import TARGETS
 
 DTYPES = [np.float16, bfloat16, np.float32, np.float64]
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)

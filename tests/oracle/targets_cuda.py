@@ -1,4 +1,4 @@
-"""The GPU behind the face of tests/targets.py; imported only where there is one, or Numba's simulator of one."""
+"""The GPU behind the face of targets.py; imported only where there is one, or Numba's simulator of one."""
 
 import sys
 from typing import Any

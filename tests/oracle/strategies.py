@@ -11,7 +11,8 @@ import numpy as np
 from hypothesis import strategies as st
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
-from reference import Reference, feature_axes, fused_eligible
+
+from tests.oracle.reference import Reference, feature_axes, fused_eligible
 
 DTYPES = [np.float16, bfloat16, np.float32, np.float64]
 

@@ -1,0 +1,1 @@
+"""nbbn against TensorFlow, live."""
