@@ -8,12 +8,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report, suite
+from benchmarks import bounds, report, suite
 from benchmarks.cases import CASES, MODES, select
+from benchmarks.cuda import bounds as cuda_bounds
 from benchmarks.cuda import report as cuda_report
 from benchmarks.cuda import suite as cuda_suite
 from benchmarks.cuda.cases import CASES as CUDA_CASES
-from benchmarks.peers import PEERS
+from benchmarks.cuda.peers import PEERS as CUDA_PEERS
+from benchmarks.peers import PEERS, find, load
 from benchmarks.problem import WrongResult
 from benchmarks.timing import QUICK, Effort
 
@@ -50,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     cpu.set_defaults(run=run_cpu)
     what = "time nbbn and its peers on a GPU (extras: bench, cuda; a PyTorch with CUDA)"
     gpu = commands.add_parser("cuda", help=what, description=what)
-    _add_selection(gpu, CUDA_CASES, ("torch", "jax"))
+    _add_selection(gpu, CUDA_CASES, CUDA_PEERS)
     _add_output(gpu, "cuda.json")
     gpu.set_defaults(run=run_cuda)
     what = "draw the picture of a report and print its tables"
@@ -94,7 +96,7 @@ def run_cpu(
     plan = suite.Plan(
         cases=select(case),
         modes=_modes(mode),
-        peers=suite.find_peers(_names(peers)),
+        peers=find(_names(peers), PEERS, load),
         effort=QUICK if quick else Effort(),
         # First calls belong to the whole suite, and no case changes them.
         startups=0 if case else 1 if quick else 5,
@@ -108,7 +110,7 @@ def run_cuda(case: list[str], mode: list[str] | None, peers: str | None, quick: 
     cases, modes = select(case, CUDA_CASES), _modes(mode)
     cuda_suite.find_torch()
     effort = Effort(rounds=5, seconds=0.0) if quick else Effort(rounds=25, seconds=2.0)
-    plan = cuda_suite.Plan(cases, modes, cuda_suite.find_peers(_names(peers)), effort)
+    plan = suite.Plan(cases, modes, cuda_suite.find_peers(_names(peers)), effort)
     return _run(cuda_suite, plan, output)
 
 
@@ -136,16 +138,23 @@ def _run(module: Any, plan: Any, output: Path) -> int:
 
 def run_report(file: Path, update: Path | None) -> int:
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    on_gpu = "gpu" in found["machine"]
-    (cuda_suite if on_gpu else suite).save(found, file)
+    suite.save(found, (cuda_bounds if _on_gpu(found) else bounds).rows, file)
     if update is not None:
-        report.update(update, found, (cuda_report if on_gpu else report).tables)
+        report.update(update, found, _writer(found).tables)
     return finish(found, file)
+
+
+def _on_gpu(found: dict[str, Any]) -> bool:
+    return "gpu" in found["machine"]
+
+
+def _writer(found: dict[str, Any]) -> Any:
+    return cuda_report if _on_gpu(found) else report
 
 
 def finish(found: dict[str, Any], output: Path) -> int:
     """The picture beside the report, and the tables on stdout."""
-    writer = cuda_report if "gpu" in found["machine"] else report
+    writer = _writer(found)
     print(writer.tables(found))
     writer.draw(found, output.with_suffix(".png"))
     return 0

@@ -1,8 +1,8 @@
 """The bounds that nbbn sets itself, as ratios within one run, and whether a report meets them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from benchmarks.cases import CASES, Case
 from benchmarks.peers import OWN, PEERS
@@ -17,10 +17,11 @@ class Measured:
 
     result: Result
     cache: int
+    cases: ClassVar[Mapping[str, Case]] = CASES
 
     @property
     def case(self) -> Case:
-        return CASES[self.result["case"]]
+        return self.cases[self.result["case"]]
 
     @property
     def mode(self) -> str:
@@ -31,9 +32,9 @@ class Measured:
         """One array fills the last-level cache."""
         return self.case.bytes >= self.cache
 
-    def time(self, name: str) -> float | None:
-        """The median of one contender, None if it did not take part."""
-        found = self.result["contenders"].get(name)
+    def time(self, name: str, kind: str = "contenders") -> float | None:
+        """The median of one contender, None if it did not take part. kind: which of the result's tables of times."""
+        found = self.result[kind].get(name)
         return None if found is None else float(found["median"])
 
     def own(self) -> float | None:

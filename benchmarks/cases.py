@@ -9,6 +9,7 @@ from typing import Any
 
 MODES = ("inference", "training", "backward")
 ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+STAGES = {1: (64, 112), 2: (256, 56), 3: (512, 28), 4: (1024, 14), 5: (2048, 7)}  # of ResNet-50: channels, side
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,15 @@ class Case:
         """One channel axis and none of nbbn's options."""
         return len(self.kept) == 1 and not self.options
 
-    def least_bytes(self, mode: str, cache: int) -> int:
+    def least_bytes(self, mode: str, cache: int, by_channel: bool = True) -> int:
         """The fewest bytes that `mode` must move between memory and cores, given a last-level cache of `cache` bytes.
 
         Inference reads x and writes y. Training reads x twice, once for the statistics, unless what is read stays in
         the cache from the one time to the other; backward does the same with x and dy. A residual is read once more
         in the forward pass. What follows in the same call needs its mask in the backward pass: the input determines
         that of a relu, with a residual y must be read too, and the residual's gradient written.
+
+        by_channel: whether one channel is finished before the next, so that it is enough if one stays in the cache.
         """
         residual = self.fused == "residual"
         once, written = 1 + residual, 1
@@ -77,18 +80,14 @@ class Case:
         if mode == "backward":
             statistics = once = 2 + residual
             written = 1 + residual
-        again = 0 if self._stays_cached(statistics, once + written, cache) else statistics
-        return (again + once + written) * self.bytes
-
-    def _stays_cached(self, read: int, touched: int, cache: int) -> bool:
-        """Whether all arrays fit, or one channel of those that the statistics read, where a channel's values lie
-        together."""
-        if touched * self.bytes <= cache:
-            return True
-        return not self.channels_last and read * self.bytes // self.channels <= cache
+        # All arrays fit, or one channel of those that the statistics read, where a channel's values lie together.
+        cached = (once + written) * self.bytes <= cache
+        if by_channel and not self.channels_last:
+            cached = cached or statistics * self.bytes // self.channels <= cache
+        return ((0 if cached else statistics) + once + written) * self.bytes
 
 
-def _both_layouts(name: str, batch: int, channels: int, *space: int, **more: Any) -> Iterable[Case]:
+def both_layouts(name: str, batch: int, channels: int, *space: int, **more: Any) -> Iterable[Case]:
     """The case channels first and channels last."""
     letters = "dhw"[-len(space) :] if len(space) > 1 else "l"
     yield Case(f"{name}-nc{letters}", (batch, channels, *space), 1, **more)
@@ -113,20 +112,19 @@ def _variants(case: Case) -> Iterable[Case]:
 
 
 def _cases() -> Iterable[Case]:
-    stages = {i: (c, s) for i, (c, s) in enumerate([(64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)], 1)}
-    for i, (channels, side) in stages.items():
-        yield from _both_layouts(f"resnet{i}", 32, channels, side, side)
-    for case in _both_layouts("resnet2", 32, 256, 56, 56):
+    for i, (channels, side) in STAGES.items():
+        yield from both_layouts(f"resnet{i}", 32, channels, side, side)
+    for case in both_layouts("resnet2", 32, 256, 56, 56):
         yield from _variants(case)
     yield Case("resnet2-axis13", (32, 256, 56, 56), (1, 3), plain="resnet2-nchw")
-    yield from _both_layouts("sequence", 32, 256, 4096)
-    yield from _both_layouts("video", 8, 64, 16, 56, 56)
+    yield from both_layouts("sequence", 32, 256, 4096)
+    yield from both_layouts("video", 8, 64, 16, 56, 56)
     yield Case("rgb-nhwc", (128, 224, 224, 3))
     for rows, columns in ((65536, 128), (1024, 1024), (2048, 128), (32, 64)):
         yield Case(f"dense-{rows}x{columns}", (rows, columns))
     for i in (1, 2, 5):
-        channels, side = stages[i]
-        yield from _both_layouts(f"single{i}", 1, channels, side, side, modes=("inference",))
+        channels, side = STAGES[i]
+        yield from both_layouts(f"single{i}", 1, channels, side, side, modes=("inference",))
 
 
 CASES = {case.name: case for case in _cases()}

@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -73,13 +73,14 @@ def describe(peers: Mapping[str, str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "nbbn": nbbn.__version__,
         "commit": _commit(),
-        "versions": {**_versions(), **peers},
+        "versions": {**versions(PACKAGES), **peers},
     }
 
 
-def _versions() -> dict[str, str]:
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
     found = {}
-    for name in PACKAGES:
+    for name in packages:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

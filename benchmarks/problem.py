@@ -1,7 +1,7 @@
 """The arrays of a case, and whether what a contender made of them is right."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -29,22 +29,42 @@ class WrongResult(Exception):
     """A contender's result is not batch normalization of its input."""
 
 
-class Problem:
-    """What every contender is given for one case. Nobody writes to these arrays.
+class Given:
+    """What every contender is given for one case, on every machine. Nobody writes to these arrays.
 
-    x, dy, residual: of the case's shape and dtype. gamma, beta, mean, variance: (channels,) in the statistics' dtype;
-    the last two are the moving statistics before the call.
+    x, dy: of the case's shape and dtype, in that machine's memory; residual: the same, None where the case has none.
+    gamma, beta, mean, variance: NumPy arrays (channels,) in the statistics' dtype; the last two are the moving
+    statistics before the call.
     """
 
-    def __init__(self, case: Case, seed: int = 0) -> None:
+    x: Any
+    dy: Any
+    residual: Any = None
+
+    def __init__(self, case: Case, seed: int) -> None:
         self.case = case
         self.dtype = dtypes.resolve(case.dtype)
         self.statistic = dtypes.statistic(self.dtype)
-        self._rng = rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(seed)
+
+    def _draw_parameters(self) -> None:
+        rng, size = self._rng, (2, self.case.channels)
+        self.gamma, self.variance = rng.uniform(0.5, 2, size).astype(self.statistic)
+        self.beta, self.mean = rng.normal(size=size).astype(self.statistic)
+
+    def tensor(self, array: Array) -> Any:
+        """The values of a NumPy array in an array such as x is."""
+        return array
+
+
+class Problem(Given):
+    """A case in the host's memory, and what the tests' float64 reference makes of it."""
+
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        super().__init__(case, seed)
         self.x = self._normal(2, 1)
         self.residual = self._normal() if case.fused == "residual" else None
-        self.gamma, self.variance = rng.uniform(0.5, 2, (2, case.channels)).astype(self.statistic)
-        self.beta, self.mean = rng.normal(size=(2, case.channels)).astype(self.statistic)
+        self._draw_parameters()
 
     def _normal(self, scale: float = 1, shift: float = 0) -> Array:
         values = self._rng.standard_normal(self.case.shape, self.statistic.type)
@@ -137,23 +157,36 @@ def check(found: Mapping[str, Any], expected: Mapping[str, Array], case: Case) -
 
     Raises: WrongResult if there is nothing in `found`, or anything that is not what is expected.
     """
+    return compare({name: np.asarray(value) for name, value in found.items()}, expected, case, _largest_error)
+
+
+def compare(
+    found: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    case: Case,
+    largest_error: Callable[[Any, Any, float], tuple[float, int]],
+) -> float:
+    """What `check` does, for arrays of any library.
+
+    largest_error: of flat arrays, relative to `scale` + |expected|: the error, NaN if there is one, and its index.
+    """
     if not found:
         raise WrongResult("there is no result")
     largest = 0.0
     for name, value in found.items():
-        values, e = np.asarray(value), expected[name]
-        if values.shape != e.shape:
-            raise WrongResult(f"{name} has shape {values.shape}; expected {e.shape}")
+        shape, right = tuple(value.shape), tuple(expected[name].shape)
+        if shape != right:
+            raise WrongResult(f"{name} has shape {shape}; expected {right}")
+        values, e = value.reshape(-1), expected[name].reshape(-1)
         scale = math.sqrt(case.per_channel) if name in ("dgamma", "dbeta") else 1.0
-        error, at = _largest_error(values.reshape(-1), e.reshape(-1), scale)
+        error, at = largest_error(values, e, scale)
         if not error <= tolerance(case):  # so that NaN is wrong
-            raise WrongResult(f"{name} is {values.flat[at]:.9g} instead of {e.flat[at]:.9g} at flat index {at}")
+            raise WrongResult(f"{name} is {float(values[at]):.9g} instead of {float(e[at]):.9g} at flat index {at}")
         largest = max(largest, error)
     return largest
 
 
 def _largest_error(values: Array, expected: Array, scale: float) -> tuple[float, int]:
-    """The largest error, NaN if there is one, and where it is."""
     worst, where = 0.0, 0
     for start in range(0, values.size, CHUNK):
         v, e = values[start : start + CHUNK].astype(np.float64), expected[start : start + CHUNK]

@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ MARKERS = {"nbbn": "D", "torch": "o", "jax": "s", "onnxruntime": "^", "tensorflo
 
 def tables(report: Report) -> str:
     """The machine, the bounds, and every case, in Markdown."""
-    parts = [machine_lines(report), bounds_table(report)]
-    parts += [mode_table(report, mode) for mode in MODES]
-    parts.append(left_out_table(report))
-    return "\n\n".join("\n".join(part) for part in map(list, parts) if part) + "\n"
+    return join(report, machine_lines(report), (mode_table(report, mode) for mode in MODES))
+
+
+def join(report: Report, head: Iterator[str], times: Iterable[Iterator[str]]) -> str:
+    """The lines of a whole report, with the tables that every report has."""
+    parts = map(list, [head, bounds_table(report), *times, left_out_table(report)])
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
 def machine_lines(report: Report) -> Iterator[str]:
@@ -109,8 +112,28 @@ def update(document: Path, report: Report, write: Callable[[Report], str] = tabl
 
 
 def draw(report: Report, output: Path) -> None:
-    """Save every contender's time over the limit, one row per case and one panel per mode, as a PNG."""
+    """Save every contender's time over the limit as a PNG: see draw_panels."""
+    seen = {name.partition("/")[0] for r in report["results"] for name in r["contenders"]}
+    points = {library: _style(library, True) for library in COLORS if library in seen}
+    points["results allocated"] = _style("torch", False) | {"color": "0.3"}
+    points["numpy.copyto"] = {"color": "0.3", "linestyle": "", "marker": "|", "markersize": 11}
+    of = f"{report['machine']['cpu']}, {report['machine']['threads']} threads"
+    draw_panels(report, of, _point, points, output)
+
+
+def draw_panels(
+    report: Report,
+    of: str,
+    style: Callable[[str], dict[str, Any] | None],
+    legend: Mapping[str, dict[str, Any]],
+    output: Path,
+) -> None:
+    """Save times over the limit, one row per case and one panel per mode, as a PNG.
+
+    of: the machine. style: matplotlib's arguments for a contender's points, None to draw none. legend: those by label.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     cases = list(dict.fromkeys(r["case"] for r in report["results"]))
     modes = [m for m in MODES if any(r["mode"] == m for r in report["results"])]
@@ -119,30 +142,31 @@ def draw(report: Report, output: Path) -> None:
     figure = Figure(figsize=(16, 2.2 + 0.24 * len(cases)), dpi=100, layout="constrained")
     panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
     for panel, mode in zip(panels, modes, strict=True):
-        _draw_mode(panel, [r for r in report["results"] if r["mode"] == mode], cases)
+        for r in (r for r in report["results"] if r["mode"] == mode):
+            for name, sample in r["contenders"].items():
+                if (look := style(name)) is not None:
+                    panel.plot(sample["median"] / r["limit"], cases.index(r["case"]), **look)
+        panel.axvline(1, color="0.3", linewidth=1, zorder=1)
+        panel.set_xscale("log")
+        panel.set_xlabel("time / limit")
+        panel.grid(color="0.9", zorder=0)
+        panel.set_axisbelow(True)
         panel.set_title(mode)
     panels[0].set_yticks(range(len(cases)), cases)
     panels[0].set_ylim(len(cases) - 0.5, -0.5)
-    figure.suptitle(f"Time over the memory limit: {report['machine']['cpu']}, {report['machine']['threads']} threads")
-    figure.legend(handles=_legend(report), loc="outside lower center", ncols=8, frameon=False)
+    figure.suptitle(f"Time over the memory limit: {of}")
+    handles = [Line2D([], [], label=label, **look) for label, look in legend.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False)
     figure.savefig(output, format="png")
 
 
-def _draw_mode(panel: Any, results: list[dict[str, Any]], cases: list[str]) -> None:
-    for r in results:
-        row = cases.index(r["case"])
-        for name, sample in r["contenders"].items():
-            library, _, form = name.partition("/")
-            at = sample["median"] / r["limit"]
-            if name == "yardstick/copyto":
-                panel.plot(at, row, marker="|", color="0.3", markersize=11, markeredgewidth=2, zorder=2)
-            elif library in COLORS and form != "plain" and "one thread" not in form:
-                panel.plot(at, row, **_style(library, form.startswith("preallocated")))
-    panel.axvline(1, color="0.3", linewidth=1, zorder=1)
-    panel.set_xscale("log")
-    panel.set_xlabel("time / limit")
-    panel.grid(color="0.9", zorder=0)
-    panel.set_axisbelow(True)
+def _point(name: str) -> dict[str, Any] | None:
+    library, _, form = name.partition("/")
+    if name == "yardstick/copyto":
+        return {"marker": "|", "color": "0.3", "markersize": 11, "markeredgewidth": 2, "zorder": 2}
+    if library not in COLORS or form == "plain" or "one thread" in form:
+        return None
+    return _style(library, form.startswith("preallocated"))
 
 
 def _style(library: str, given: bool) -> dict[str, Any]:
@@ -157,13 +181,3 @@ def _style(library: str, given: bool) -> dict[str, Any]:
         "markersize": size,
         "zorder": 4 if library == OWN else 3,
     }
-
-
-def _legend(report: Report) -> list[Any]:
-    from matplotlib.lines import Line2D
-
-    seen = {name.partition("/")[0] for r in report["results"] for name in r["contenders"]}
-    handles = [Line2D([], [], label=library, **_style(library, True)) for library in COLORS if library in seen]
-    handles.append(Line2D([], [], label="results allocated", **(_style("torch", False) | {"color": "0.3"})))
-    handles.append(Line2D([], [], label="numpy.copyto", color="0.3", linestyle="", marker="|", markersize=11))
-    return handles

@@ -1,22 +1,27 @@
-"""A run: every selected case in every mode by every contender that can, checked before it is timed."""
+"""A run: every selected case in every mode by every contender that can, checked before it is timed.
+
+The first half is what every run has, here and in benchmarks.cuda.suite; the second half is the run on the CPU.
+"""
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from benchmarks import bounds, machine, startup, yardsticks
 from benchmarks.cases import CASES, Case
-from benchmarks.peers import OWN, PEERS, CannotDo, Peer, load
-from benchmarks.problem import Problem, WrongResult, check
+from benchmarks.peers import OWN, CannotDo, Contender, Peer, load
+from benchmarks.problem import Given, Problem, WrongResult, check
 from benchmarks.timing import Call, Effort, Sample, measure
 from nbbn.runtime import last_level_cache
 
+Report = dict[str, Any]
 Progress = Callable[[str, int], None]
+Rows = Callable[[Report], list[dict[str, Any]]]
+Verify = Callable[[Mapping[str, Any]], float]
 
 ONE_THREAD = f"{OWN}/preallocated, one thread"
 PLAIN = f"{OWN}/plain"
@@ -25,47 +30,139 @@ MEGABYTE = 1 << 20
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. `peers` by name, nbbn not among them; `startups`: repetitions of the first call, 0 for none.
+    """What to run. `peers` by name, nbbn not among them.
 
-    patience: seconds that each case and mode may wait for other processes to leave the CPU alone.
+    The rest is for the CPU. startups: repetitions of the first call, 0 for none. patience: seconds that each case and
+    mode may wait for other processes to leave the CPU alone. memory: where freed memory goes.
     """
 
     cases: list[Case]
     modes: tuple[str, ...]
-    peers: Mapping[str, Peer]
+    peers: Mapping[str, Any]
     effort: Effort
     startups: int = 0
     patience: float = 0.0
     memory: str = "the allocator's default"
 
+    def modes_of(self, case: Case) -> list[str]:
+        return [mode for mode in self.modes if mode in case.modes]
+
     @property
     def steps(self) -> int:
         """How many pairs of case and mode there are."""
-        return sum(m in c.modes for c in self.cases for m in self.modes)
+        return sum(len(self.modes_of(case)) for case in self.cases)
 
 
-def find_peers(names: Iterable[str] | None) -> dict[str, Peer]:
-    """The peers of these names, or of those that are installed.
+def run_cases(
+    plan: Plan,
+    report: Report,
+    prepare: Callable[[Case], Callable[[str], dict[str, Any]]],
+    rows: Rows,
+    output: Path,
+    progress: Progress,
+) -> Report:
+    """Add the results of every case in every mode to the report.
 
-    Raises: ValueError for an unknown name; ImportError for one that was asked for and is not installed.
+    Args:
+        prepare: makes the arrays of a case. Returns what times one mode with them, and returns its result.
+        rows, output: see save. It is called after every case, so that what was measured is kept if the run is ended.
+        progress: is called before each case and mode with its name and the number of those that are done.
     """
-    if names is not None:
-        return {name: load(name) for name in names}
-    found = {}
-    for name in PEERS:
+    results = report["results"]
+    for case in plan.cases:
+        time_mode = prepare(case)
+        for mode in plan.modes_of(case):
+            progress(f"{case.name} {mode}", len(results))
+            results.append(time_mode(mode))
+        del time_mode  # and with it the arrays, before those of the next case are made
+        save(report, rows, output)
+    return report
+
+
+def save(report: Report, rows: Rows, output: Path) -> None:
+    """Write the report with its bounds, which `rows` finds, as JSON."""
+    report["bounds"] = rows(report)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+class Entrant(NamedTuple):
+    """A contender whose result is right, within `error` (see problem.check)."""
+
+    contender: Contender
+    error: float
+
+
+def admit(
+    libraries: Mapping[str, Callable[[Any, str], Mapping[str, Contender]]],
+    problem: Given,
+    mode: str,
+    verify: Verify,
+    excused: tuple[type[Exception], ...] = (CannotDo, WrongResult),
+) -> tuple[dict[str, Entrant], dict[str, str]]:
+    """What to time by "library/form", and by the same names or that of a library, why the rest is not timed.
+
+    Args:
+        libraries: the functions `prepare` (see benchmarks.peers) by name.
+        verify: the error of a contender's results. It raises WrongResult.
+        excused: what a library may raise. It is left out then; anything else ends the run.
+
+    Raises: WrongResult if nbbn is among them and would be left out with anything.
+    """
+    entrants, left_out = {}, {}
+    for name, prepare in libraries.items():
         try:
-            found[name] = load(name)
-        except ImportError:
-            continue
-    return found
+            forms = prepare(problem, mode)
+        except excused as error:
+            forms, left_out[name] = {}, _reason(error)
+        for form, contender in forms.items():
+            try:
+                entrants[f"{name}/{form}"] = Entrant(contender, verify(contender.read(contender.call())))
+            except excused as error:
+                left_out[f"{name}/{form}"] = _reason(error)
+    if OWN in libraries and left_out:
+        raise WrongResult(f"{problem.case.name} {mode}: {left_out}")
+    return entrants, left_out
 
 
-def run(plan: Plan, output: Path, progress: Progress = lambda name, done: None) -> dict[str, Any]:
-    """Measure, and write the report as JSON after every case, so that what was measured is kept if the run is ended.
+def _reason(error: Exception) -> str:
+    """What stands in the report's table."""
+    kind = {WrongResult: "wrong result: ", CannotDo: ""}.get(type(error), f"{type(error).__name__}: ")
+    lines = str(error).strip().splitlines()
+    return kind + (lines[0][:200].replace("|", "/") if lines else "")
 
-    progress: called before each case and mode with its name and the number of those that are done.
-    """
-    report: dict[str, Any] = {
+
+def describe(
+    case: Case,
+    mode: str,
+    least_bytes: int,
+    limit: float,
+    samples: Mapping[str, Sample],
+    entrants: Mapping[str, Entrant],
+) -> dict[str, Any]:
+    """What every result has. limit: the seconds that moving `least_bytes` takes at the speed of a copy."""
+    return {
+        "case": case.name,
+        "mode": mode,
+        "shape": case.shape,
+        "axis": case.kept,
+        "dtype": case.dtype,
+        "bytes": case.bytes,
+        "least_bytes": least_bytes,
+        "limit": limit,
+        "contenders": {
+            name: sample._asdict() | ({"error": entrants[name].error} if name in entrants else {})
+            for name, sample in samples.items()
+        },
+    }
+
+
+# -- on the CPU --------------------------------------------------------------------------------------------------------
+
+
+def run(plan: Plan, output: Path, progress: Progress = lambda name, done: None) -> Report:
+    """Measure, and write the report as JSON after every case. progress: see run_cases."""
+    report: Report = {
         "machine": machine.describe({name: peer.version() for name, peer in plan.peers.items()}),
         "effort": vars(plan.effort),
         "memory": plan.memory,
@@ -75,52 +172,24 @@ def run(plan: Plan, output: Path, progress: Progress = lambda name, done: None) 
     if plan.startups:
         progress("first calls", 0)
         report["startup"] = startup.medians(startup.measure(plan.startups, plan.patience))
-    for case in plan.cases:
-        _case(case, plan, report["results"], progress)
-        save(report, output)
-    return report
+
+    def prepare(case: Case) -> Callable[[str], dict[str, Any]]:
+        problem, plain = Problem(case), None if case.plain is None else Problem(CASES[case.plain])
+        return lambda mode: _time_mode(problem, plain, mode, plan)
+
+    return run_cases(plan, report, prepare, bounds.rows, output, progress)
 
 
-def _case(case: Case, plan: Plan, results: list[dict[str, Any]], progress: Progress) -> None:
-    """Append the results of each mode. The arrays of one case are gone before those of the next are made."""
-    problem = Problem(case)
-    plain = None if case.plain is None else Problem(CASES[case.plain])
-    for mode in (m for m in plan.modes if m in case.modes):
-        progress(f"{case.name} {mode}", len(results))
-        results.append(_mode(problem, plain, mode, plan))
-
-
-def save(report: dict[str, Any], output: Path) -> None:
-    report["bounds"] = bounds.rows(report)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def _mode(problem: Problem, plain: Problem | None, mode: str, plan: Plan) -> dict[str, Any]:
+def _time_mode(problem: Problem, plain: Problem | None, mode: str, plan: Plan) -> dict[str, Any]:
     case, cache = problem.case, last_level_cache()
     entrants, left_out = _enter(problem, plain, mode, plan.peers, cache)
-    calls = {name: e.call for name, e in entrants.items()} | yardsticks.prepare(problem)
+    calls = {name: e.contender.call for name, e in entrants.items()} | yardsticks.prepare(problem)
     samples, others = _measure_in_quiet(calls, plan)
     copies = {name: s.median for name, s in samples.items() if name in yardsticks.NAMES}
     least = case.least_bytes(mode, cache)
-    seconds, copy = yardsticks.limit(copies, least, case.bytes)
-    return {
-        "case": case.name,
-        "mode": mode,
-        "shape": case.shape,
-        "axis": case.kept,
-        "dtype": case.dtype,
-        "bytes": case.bytes,
-        "least_bytes": least,
-        "limit": seconds,
-        "limit_from": copy,
-        "others": others,
-        "contenders": {
-            name: sample._asdict() | ({"error": entrants[name].error} if name in entrants else {})
-            for name, sample in samples.items()
-        },
-        "left_out": left_out,
-    }
+    limit, copy = yardsticks.limit(copies, least, case.bytes)
+    result = describe(case, mode, least, limit, samples, entrants)
+    return result | {"limit_from": copy, "others": others, "left_out": left_out}
 
 
 def _measure_in_quiet(calls: Mapping[str, Call], plan: Plan) -> tuple[dict[str, Sample], float | None]:
@@ -137,50 +206,19 @@ def _measure_in_quiet(calls: Mapping[str, Call], plan: Plan) -> tuple[dict[str, 
             return samples, share
 
 
-class Entrant(NamedTuple):
-    """A contender whose result is right, within `error` (see problem.check)."""
-
-    call: Call
-    error: float
-
-
 def _enter(
     problem: Problem, plain: Problem | None, mode: str, peers: Mapping[str, Peer], cache: int
 ) -> tuple[dict[str, Entrant], dict[str, str]]:
-    """What to time by "library/form", and by the same names or that of the library, why the rest is not.
-
-    Raises: WrongResult if nbbn's is.
-    """
-    expected = problem.expected(mode)
-    entrants, left_out = admit(load(OWN), OWN, problem, mode, expected)
-    if left_out.keys() - {OWN}:
-        raise WrongResult(f"{problem.case.name} {mode}: {left_out}")
+    """What to time, and why the rest is not: see admit."""
+    verify, own = _verify(problem, mode), {OWN: load(OWN).prepare}
+    entrants, _ = admit(own, problem, mode, verify)
     if not MEGABYTE <= problem.case.bytes <= cache // 2:
         entrants.pop(ONE_THREAD, None)
-    if plain is not None and entrants:
-        forms, _ = admit(load(OWN), OWN, plain, mode, plain.expected(mode))
-        entrants[PLAIN] = forms.get(f"{OWN}/preallocated", forms[f"{OWN}/ordinary"])
-    for name, peer in peers.items():
-        admitted, reasons = admit(peer, name, problem, mode, expected)
-        entrants |= admitted
-        left_out |= reasons
-    return entrants, left_out
+    if plain is not None:
+        entrants[PLAIN] = admit(own, plain, mode, _verify(plain, mode))[0][f"{OWN}/preallocated"]
+    others, left_out = admit({name: peer.prepare for name, peer in peers.items()}, problem, mode, verify)
+    return entrants | others, left_out
 
 
-def admit(
-    peer: Peer, name: str, problem: Problem, mode: str, expected: Mapping[str, np.ndarray]
-) -> tuple[dict[str, Entrant], dict[str, str]]:
-    """The forms whose first result is right, and the reasons why others, or the whole peer, are left out."""
-    try:
-        forms = peer.prepare(problem, mode)
-    except CannotDo as reason:
-        return {}, {name: str(reason)}
-    entrants, left_out = {}, {}
-    for form, contender in forms.items():
-        try:
-            error = check(contender.read(contender.call()), expected, problem.case)
-        except WrongResult as fault:
-            left_out[f"{name}/{form}"] = f"wrong result: {fault}"
-            continue
-        entrants[f"{name}/{form}"] = Entrant(contender.call, error)
-    return entrants, left_out
+def _verify(problem: Problem, mode: str) -> Verify:
+    return partial(check, expected=problem.expected(mode), case=problem.case)

@@ -4,7 +4,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -42,17 +42,32 @@ class Sample(NamedTuple):
 
 
 def measure(contenders: Mapping[str, Call], effort: Effort) -> dict[str, Sample]:
-    """Time each contender. The order rotates, so that nobody always follows the same one."""
+    """Time each contender."""
+    batches = {name: _batch(call, effort) for name, call in contenders.items()}
+
+    def one_round(names: Iterable[str]) -> dict[str, float]:
+        return {name: _turn(contenders[name], batches[name], effort.lead_in) for name in names}
+
+    times = interleave(contenders, effort, one_round)
+    return {name: summary(times[name], batches[name]) for name in contenders}
+
+
+def interleave(
+    contenders: Iterable[str], effort: Effort, one_round: Callable[[list[str]], Mapping[str, float]]
+) -> dict[str, list[float]]:
+    """The seconds of each contender in every round. The order rotates, so that nobody always follows the same one.
+
+    one_round: gives everybody a turn, in this order. Returns the seconds.
+    """
     names = list(contenders)
-    batches = {name: _batch(contenders[name], effort) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
-    with no_collection():
+    with _no_collection():
         while len(times[names[-1]]) < effort.rounds or time.perf_counter() - start < effort.seconds:
-            for name in names:
-                times[name].append(_turn(contenders[name], batches[name], effort.lead_in))
+            for name, seconds in one_round(names).items():
+                times[name].append(seconds)
             names.append(names.pop(0))
-    return {name: summary(times[name], batches[name]) for name in contenders}
+    return times
 
 
 def _batch(call: Call, effort: Effort) -> int:
@@ -82,7 +97,7 @@ def summary(times: list[float], calls: int) -> Sample:
 
 
 @contextmanager
-def no_collection() -> Iterator[None]:
+def _no_collection() -> Iterator[None]:
     """No garbage collection inside."""
     was_enabled = gc.isenabled()
     gc.collect()

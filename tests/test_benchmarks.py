@@ -16,7 +16,7 @@ pytest.importorskip("benchmarks", reason="the benchmarks belong to a clone, and 
 from benchmarks import bounds, machine, report, suite, timing, yardsticks
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, ITEM_SIZES, MODES, Case, select
-from benchmarks.peers import OWN, PEERS, CannotDo, Contender, load
+from benchmarks.peers import OWN, PEERS, CannotDo, Contender, find, load
 from benchmarks.problem import MOMENTUM, Problem, WrongResult, check
 
 ROOT = Path(__file__).parents[1]
@@ -460,4 +460,4 @@ def test_report_command(tmp_path, capsys):
 def test_peers_are_known_by_name():
     assert load(OWN).version() == __import__("nbbn").__version__
     with pytest.raises(ValueError, match="no peer is called 'caffe'; there are: torch, jax"):
-        load("caffe")
+        find(["caffe"], PEERS, load)

@@ -152,9 +152,10 @@ def test_who_is_wrong_or_fails_is_left_out_with_the_reason(torch, monkeypatch):
         raise RuntimeError("no | compiler\nand a long trace")
 
     monkeypatch.setattr(peers, "nbbn_forms", lambda problem, mode: _forms(right))
-    monkeypatch.setattr(peers, "PEERS", {"torch": lambda p, m: _forms({"y": right["y"] * 0}), "jax": broken})
-    contenders, errors, left_out = suite.enter(problem, "inference", ("torch", "jax"))
-    assert contenders.keys() == errors.keys() == {"nbbn/ordinary"}
+    others = {"torch": lambda problem, mode: _forms({"y": right["y"] * 0}), "jax": broken}
+    entrants, left_out = suite.enter(problem, "inference", others)
+    assert entrants.keys() == {"nbbn/ordinary"}
+    assert entrants["nbbn/ordinary"].error == 0
     assert left_out["jax"] == "RuntimeError: no / compiler"
     assert left_out["torch/ordinary"].startswith("wrong result: y is 0 instead of")
 
@@ -163,8 +164,8 @@ def test_nbbn_with_wrong_numbers_ends_the_run(torch, monkeypatch):
     problem = Problem(ROWS, torch, "cpu")
     wrong = {"y": problem.x.double()}
     monkeypatch.setattr(peers, "nbbn_forms", lambda problem, mode: _forms(wrong))
-    with pytest.raises(WrongResult, match="rows inference ordinary: y is"):
-        suite.enter(problem, "inference", ())
+    with pytest.raises(WrongResult, match=r"rows inference: .*nbbn/ordinary.*wrong result: y is"):
+        suite.enter(problem, "inference", {})
 
 
 DRY_RUN = """

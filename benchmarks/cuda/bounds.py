@@ -1,8 +1,8 @@
 """The bounds that nbbn sets itself on a GPU, as ratios within one run. They are meant for a Hopper GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from benchmarks import bounds
 from benchmarks.bounds import Bound, quotient
@@ -15,55 +15,31 @@ COPY = "yardstick/copy"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One case in one mode, with what the bounds ask of it. pair: the same case's backward pass, of a training step."""
+class Measured(bounds.Measured):
+    """pair: the same case's backward pass, which belongs to a training step."""
 
-    result: dict[str, Any]
-    cache: int
-    pair: dict[str, Any] | None = None
-
-    @property
-    def case(self) -> Case:
-        return CASES[self.result["case"]]
-
-    @property
-    def mode(self) -> str:
-        return str(self.result["mode"])
-
-    def own(self) -> float | None:
-        return _fastest(self.result, OWN)
-
-    def peer(self) -> float | None:
-        return _fastest(self.result, "torch")
-
-    def time(self, name: str, kind: str = "contenders") -> float | None:
-        found = self.result[kind].get(name)
-        return None if found is None else float(found["median"])
-
-
-def _fastest(result: dict[str, Any], library: str) -> float | None:
-    times = [float(s["median"]) for n, s in result["contenders"].items() if n.partition("/")[0] == library]
-    return min(times, default=None)
+    pair: Self | None = None
+    cases: ClassVar[Mapping[str, Case]] = CASES
 
 
 def _of_copy(mode: str) -> Callable[[Measured], float | None]:
     """The share of the copy's bandwidth that the fewest bytes of a large case are moved with."""
 
     def ratio(m: Measured) -> float | None:
-        return quotient(m.result["limit"], m.own()) if m.mode == mode and m.case.bytes >= LARGE else None
+        return quotient(m.result["limit"], m.fastest(OWN)) if m.mode == mode and m.case.bytes >= LARGE else None
 
     return ratio
 
 
 def _pytorch(m: Measured) -> float | None:
-    return quotient(m.peer(), m.own())
+    return quotient(m.fastest("torch"), m.fastest(OWN))
 
 
 def _both(m: Measured) -> float | None:
     """Training forward and backward together."""
     if m.mode != "training" or m.pair is None:
         return None
-    times = [(_fastest(r, "torch"), _fastest(r, OWN)) for r in (m.result, m.pair)]
+    times = [(step.fastest("torch"), step.fastest(OWN)) for step in (m, m.pair)]
     if any(t is None for pair in times for t in pair):
         return None
     return sum(t for t, _ in times) / sum(t for _, t in times)  # type: ignore[misc]
@@ -72,7 +48,7 @@ def _both(m: Measured) -> float | None:
 def _cached(m: Measured) -> float | None:
     """Over one read and one write, where all that is touched fits in L2 and is too much for the launch to decide."""
     applies = m.mode == "training" and m.case.bytes >= 1 << 20 and 2 * m.case.bytes <= m.cache
-    return quotient(m.own(), m.time(COPY)) if applies else None
+    return quotient(m.fastest(OWN), m.time(COPY)) if applies else None
 
 
 def _call(m: Measured) -> float | None:
@@ -95,5 +71,5 @@ BOUNDS = (
 def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Every bound for every case that it speaks of: see benchmarks.bounds.rows."""
     results, cache = report["results"], report["machine"]["gpu"]["l2_cache"]
-    backward = {r["case"]: r for r in results if r["mode"] == "backward"}
+    backward = {r["case"]: Measured(r, cache) for r in results if r["mode"] == "backward"}
     return bounds.evaluate(BOUNDS, [Measured(r, cache, backward.get(r["case"])) for r in results])

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cuda.problem import Problem
-from benchmarks.cuda.timing import Contender
-from benchmarks.peers.jax import Formulas
-from benchmarks.peers.nbbn import layer_for
+from benchmarks.peers import Contender, nbbn
+from benchmarks.peers.jax import Formulas, ordinary
+from benchmarks.peers.torch import module_for
 from benchmarks.problem import EPSILON, MOMENTUM
 
 Forms = dict[str, Contender]
+Prepare = Callable[[Problem, str], Forms]
 
 
 def copy_contender(problem: Problem) -> Contender:
@@ -25,37 +26,10 @@ def copy_contender(problem: Problem) -> Contender:
 
 
 def nbbn_forms(problem: Problem, mode: str) -> Forms:
-    """ordinary, which allocates its results, and preallocated, with out=."""
-    make = _nbbn_backward if mode == "backward" else _nbbn_forward
-    return {"ordinary": make(problem, mode, {}), "preallocated": make(problem, mode, {"out": _like(problem.x)})}
-
-
-def _like(x: Any) -> Any:
-    return importlib.import_module("nbbn.gpu.arrays").find_library(x).empty_like(x)
-
-
-def _layer(problem: Problem) -> Any:
-    """A layer whose weights are on the device."""
-    return layer_for(problem).to("cuda")  # type: ignore[arg-type]  # what it needs of a problem, this one has
-
-
-def _nbbn_forward(problem: Problem, mode: str, given: dict[str, Any]) -> Contender:
-    layer, x, training = _layer(problem), problem.x, mode == "training"
-
-    def read(y: Any) -> dict[str, Any]:
-        if not training:
-            return {"y": y}
-        _, _, mean, variance = layer.get_weights()
-        return {"y": y, "mean": problem.tensor(mean), "variance": problem.tensor(variance)}
-
-    return Contender(lambda: layer(x, training=training, **given), read)
-
-
-def _nbbn_backward(problem: Problem, mode: str, given: dict[str, Any]) -> Contender:
-    _, pullback = _layer(problem).vjp(problem.x, training=True)
-    return Contender(
-        lambda: pullback(problem.dy, **given), lambda g: {"dx": g.inputs, "dgamma": g.gamma, "dbeta": g.beta}
-    )
+    """ordinary, which allocates its results, and preallocated, with out=. The layers' weights are on the device."""
+    library = importlib.import_module("nbbn.gpu.arrays").find_library(problem.x)
+    given = {"ordinary": None, "preallocated": library.empty_like(problem.x)}
+    return {form: nbbn.contender(problem, nbbn.layer_for(problem).to("cuda"), mode, out) for form, out in given.items()}
 
 
 # -- PyTorch -----------------------------------------------------------------------------------------------------------
@@ -128,14 +102,8 @@ class _Torch:
         )
 
     def module(self) -> Contender:
-        nn, x = self.torch.nn, self.x
-        kind = nn.BatchNorm2d if x.ndim == 4 else nn.BatchNorm1d
-        gamma, beta, mean, variance = self._weights()
-        module = kind(self.problem.case.channels, EPSILON, 1 - MOMENTUM, device=x.device, dtype=gamma.dtype)
-        module.train(self.mode == "training")
-        values = {"weight": gamma, "bias": beta, "running_mean": mean, "running_var": variance}
-        for name, value in values.items():
-            getattr(module, name).copy_(value)
+        x = self.x
+        module = module_for(self.torch, x, self._weights(), self.mode == "training")
         return Contender(lambda: module(x), self._read(module.running_mean, module.running_var))
 
 
@@ -155,13 +123,11 @@ def jax_forms(problem: Problem, mode: str) -> Forms:
 
     formulas: Any = Formulas(jax.numpy, problem)  # type: ignore[arg-type]  # what it needs of a problem, this one has
     function, arguments, _, read = getattr(formulas, mode)()
-    arguments = [given(a) for a in arguments]
-    compiled, wait = jax.jit(function), jax.block_until_ready
 
     def taken(results: Any) -> dict[str, Any]:
         return {name: torch.from_dlpack(value) for name, value in read(results).items()}
 
-    return {"ordinary": Contender(lambda: wait(compiled(*arguments)), taken, waits=True)}
+    return {"ordinary": ordinary(jax, function, [given(a) for a in arguments], taken)._replace(waits=True)}
 
 
-PEERS: dict[str, Callable[[Problem, str], Forms]] = {"torch": torch_forms, "jax": jax_forms}
+PEERS: dict[str, Prepare] = {"torch": torch_forms, "jax": jax_forms}

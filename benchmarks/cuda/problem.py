@@ -4,38 +4,25 @@ PyTorch holds them, and computes in float64 what is expected of them: on the hos
 is measured.
 """
 
-import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from benchmarks.cases import Case
-from benchmarks.problem import EPSILON, MOMENTUM, WrongResult, tolerance
-from nbbn import dtypes
+from benchmarks.problem import EPSILON, MOMENTUM, Given, compare
 
 Tensor = Any
 
 
-class Problem:
-    """What every contender is given for one case. Nobody writes to these arrays.
-
-    x, dy: tensors of the case's shape and dtype. gamma, beta, mean, variance: NumPy arrays (channels,) in the
-    statistics' dtype; the last two are the moving statistics before the call.
-    """
-
-    residual = None  # as the CPU's problems may have; no case here has options
+class Problem(Given):
+    """A case in the device's memory, and what is expected. No case here has options or a residual."""
 
     def __init__(self, case: Case, torch: Any, device: str = "cuda", seed: int = 0) -> None:
-        self.case, self.torch, self.device = case, torch, device
-        self.dtype = dtypes.resolve(case.dtype)
-        self.statistic = dtypes.statistic(self.dtype)
+        super().__init__(case, seed)
+        self.torch, self.device = torch, device
         self._generator = torch.Generator(device).manual_seed(seed)
         self.x, self.dy = self._normal(2, 1), self._normal(1, 0)
-        rng = np.random.default_rng(seed)
-        self.gamma, self.variance = rng.uniform(0.5, 2, (2, case.channels)).astype(self.statistic)
-        self.beta, self.mean = rng.normal(size=(2, case.channels)).astype(self.statistic)
+        self._draw_parameters()
         self._reduced = [i for i in range(len(case.shape)) if i not in case.kept]
 
     def _normal(self, scale: float, shift: float) -> Tensor:
@@ -95,23 +82,11 @@ class Problem:
 
 
 def check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], case: Case) -> float:
-    """The largest error, as benchmarks.problem.check has it.
+    """As benchmarks.problem.check, for tensors."""
+    return compare(found, expected, case, _largest_error)
 
-    Raises: WrongResult if there is nothing in `found`, or anything that is not what is expected.
-    """
-    if not found:
-        raise WrongResult("there is no result")
-    largest = 0.0
-    for name, value in found.items():
-        e = expected[name]
-        if tuple(value.shape) != tuple(e.shape):
-            raise WrongResult(f"{name} has shape {tuple(value.shape)}; expected {tuple(e.shape)}")
-        scale = math.sqrt(case.per_channel) if name in ("dgamma", "dbeta") else 1.0
-        error = (value.double() - e).abs_().div_(e.abs().add_(scale)).reshape(-1)
-        at = int(error.argmax())  # that of a NaN, where there is one
-        worst = float(error[at])
-        if not worst <= tolerance(case):
-            received, right = float(value.reshape(-1)[at]), float(e.reshape(-1)[at])
-            raise WrongResult(f"{name} is {received:.9g} instead of {right:.9g} at flat index {at}")
-        largest = max(largest, worst)
-    return largest
+
+def _largest_error(values: Tensor, expected: Tensor, scale: float) -> tuple[float, int]:
+    error = (values.double() - expected).abs_().div_(expected.abs().add_(scale))
+    at = int(error.argmax())  # that of a NaN, where there is one
+    return float(error[at]), at

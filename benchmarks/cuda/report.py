@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.cases import MODES
 from benchmarks.cuda.bounds import COPY
 from benchmarks.peers import OWN
-from benchmarks.report import COLORS, Report, bounds_table, left_out_table
+from benchmarks.report import COLORS, Report, draw_panels, join
 
 # name in the report, heading of its column, marker in the picture; Okabe and Ito's colours are the libraries'.
 FORMS = {
@@ -24,11 +24,8 @@ FORMS = {
 
 def tables(report: Report) -> str:
     """The machine, the bounds, and every case, in Markdown."""
-    parts = [machine_lines(report), bounds_table(report)]
-    parts += [_times(report, "contenders", mode) for mode in MODES]
-    parts += [_times(report, "calls", mode) for mode in MODES]
-    parts.append(left_out_table(report))
-    return "\n\n".join("\n".join(part) for part in map(list, parts) if part) + "\n"
+    times = (_times(report, kind, mode) for kind in ("contenders", "calls") for mode in MODES)
+    return join(report, machine_lines(report), times)
 
 
 def machine_lines(report: Report) -> Iterator[str]:
@@ -78,38 +75,14 @@ def _us(seconds: float | None) -> str:
 
 
 def draw(report: Report, output: Path) -> None:
-    """Save every contender's time over the limit, one row per case and one panel per mode, as a PNG."""
-    from matplotlib.figure import Figure
-
-    cases = list(dict.fromkeys(r["case"] for r in report["results"]))
-    modes = [m for m in MODES if any(r["mode"] == m for r in report["results"])]
-    if not modes:
-        raise ValueError("the report has no results to draw")
-    figure = Figure(figsize=(16, 2.2 + 0.24 * len(cases)), dpi=100, layout="constrained")
-    panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
-    handles: dict[str, Any] = {}
-    for panel, mode in zip(panels, modes, strict=True):
-        _draw_mode(panel, [r for r in report["results"] if r["mode"] == mode], cases, handles)
-        panel.set_title(mode)
-    panels[0].set_yticks(range(len(cases)), cases)
-    panels[0].set_ylim(len(cases) - 0.5, -0.5)
-    figure.suptitle(f"Time over the memory limit: {report['machine']['gpu']['name']}")
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=8, frameon=False)
-    figure.savefig(output, format="png")
+    """Save every contender's time over the limit as a PNG: see benchmarks.report.draw_panels."""
+    seen = {name for r in report["results"] for name in r["contenders"]}
+    points = {name: _style(name) for name in FORMS if name in seen}
+    legend = {FORMS[name][0].replace("`", ""): point for name, point in points.items()}
+    draw_panels(report, report["machine"]["gpu"]["name"], points.get, legend, output)
 
 
-def _draw_mode(panel: Any, results: list[dict[str, Any]], cases: list[str], handles: dict[str, Any]) -> None:
-    for r in results:
-        row = cases.index(r["case"])
-        for name, (label, marker) in FORMS.items():
-            if name in r["contenders"]:
-                color = COLORS.get(name.partition("/")[0], "0.3")
-                filled = {} if name != f"{OWN}/ordinary" else {"markerfacecolor": "white"}
-                at = r["contenders"][name]["median"] / r["limit"]
-                (point,) = panel.plot(at, row, linestyle="", marker=marker, color=color, **filled)
-                handles.setdefault(label.replace("`", ""), point)
-    panel.axvline(1, color="0.3", linewidth=1, zorder=1)
-    panel.set_xscale("log")
-    panel.set_xlabel("time / limit")
-    panel.grid(color="0.9", zorder=0)
-    panel.set_axisbelow(True)
+def _style(name: str) -> dict[str, Any]:
+    color = COLORS.get(name.partition("/")[0], "0.3")
+    filled = {"markerfacecolor": "white"} if name == f"{OWN}/ordinary" else {}
+    return {"linestyle": "", "marker": FORMS[name][1], "color": color, **filled}

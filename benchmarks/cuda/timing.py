@@ -5,25 +5,16 @@ is given work that takes longer than launching does, by which the L2 cache is em
 """
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
 
-from benchmarks.timing import Call, Effort, Sample, no_collection, summary
+from benchmarks.peers import Contender
+from benchmarks.timing import Call, Effort, Sample, interleave, summary
 
 # Between two timed calls: about 0.2 ms of the fastest GPU's time, and several times the largest L2 cache.
 FLUSHED_BYTES = 1 << 29
 CALLS = 200  # in a row, for the time of one by the host's clock
-
-
-class Contender(NamedTuple):
-    """call: queues its work on the current stream; it is done when it returns where `waits`.
-
-    read: from what the call returned to the results by name (see Problem.expected), as tensors in the case's layout.
-    """
-
-    call: Call
-    read: Callable[[Any], Mapping[str, Any]]
-    waits: bool = False
 
 
 class Device(Protocol):
@@ -58,21 +49,17 @@ class Gpu:
 
 
 def measure(contenders: Mapping[str, Contender], effort: Effort, device: Device) -> dict[str, Sample]:
-    """Time each contender with a cold L2 cache. The order rotates, so that nobody always follows the same one."""
-    names = list(contenders)
-    for name in names:
-        contenders[name].call()
-        contenders[name].call()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    start = time.perf_counter()
-    with no_collection():
-        while len(times[names[-1]]) < effort.rounds or time.perf_counter() - start < effort.seconds:
-            turns = {name: _turn(contenders[name], device) for name in names}
-            device.synchronize()
-            for name, seconds in turns.items():
-                times[name].append(seconds())
-            names.append(names.pop(0))
-    return {name: summary(times[name], 1) for name in contenders}
+    """Time each contender with a cold L2 cache."""
+    for contender in contenders.values():
+        contender.call()
+        contender.call()
+
+    def one_round(names: Iterable[str]) -> dict[str, float]:
+        turns = {name: _turn(contenders[name], device) for name in names}
+        device.synchronize()
+        return {name: seconds() for name, seconds in turns.items()}
+
+    return {name: summary(times, 1) for name, times in interleave(contenders, effort, one_round).items()}
 
 
 def _turn(contender: Contender, device: Device) -> Callable[[], float]:
@@ -93,18 +80,18 @@ def _turn(contender: Contender, device: Device) -> Callable[[], float]:
 
 def measure_calls(contenders: Mapping[str, Contender], effort: Effort, device: Device) -> dict[str, Sample]:
     """Seconds per call by the host's clock, of many in a row: what a program of small calls waits for."""
-    names = list(contenders)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    with no_collection():
-        for _ in range(effort.rounds):
-            for name in names:
-                call = contenders[name].call
-                call()
-                device.synchronize()
-                begin = time.perf_counter()
-                for _ in range(CALLS):
-                    call()
-                device.synchronize()
-                times[name].append((time.perf_counter() - begin) / CALLS)
-            names.append(names.pop(0))
+
+    def seconds(call: Call) -> float:
+        call()
+        device.synchronize()
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        device.synchronize()
+        return (time.perf_counter() - begin) / CALLS
+
+    def one_round(names: Iterable[str]) -> dict[str, float]:
+        return {name: seconds(contenders[name].call) for name in names}
+
+    times = interleave(contenders, replace(effort, seconds=0.0), one_round)
     return {name: summary(times[name], CALLS) for name in contenders}

@@ -8,14 +8,16 @@ Raises: CannotDo from `prepare`, with the reason; ImportError from `version` whe
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from benchmarks.problem import Problem
 
 PEERS = ("torch", "jax", "onnxruntime", "tensorflow")
 OWN = "nbbn"
+P = TypeVar("P")
 
 
 class CannotDo(Exception):
@@ -23,13 +25,14 @@ class CannotDo(Exception):
 
 
 class Contender(NamedTuple):
-    """call: one timed call, done when it returns.
+    """call: one timed call, done when it returns; on a GPU it may only have queued its work, unless it `waits`.
 
     read: from what the call returned to the results by name (see Problem.expected), as arrays in the case's layout.
     """
 
     call: Callable[[], Any]
     read: Callable[[Any], Mapping[str, Any]]
+    waits: bool = False
 
 
 class Peer(Protocol):
@@ -39,14 +42,30 @@ class Peer(Protocol):
 
 
 def load(name: str) -> Peer:
-    """Raises: ValueError for a name that is no peer's; ImportError if the library is not installed."""
-    if name not in (OWN, *PEERS):
-        near = get_close_matches(name, PEERS)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(PEERS)}"
-        raise ValueError(f"no peer is called {name!r}; {hint}")
+    """Raises: ImportError if the library is not installed."""
     peer: Any = importlib.import_module(f"{__name__}.{name}")
     peer.version()
     return peer  # type: ignore[no-any-return]
+
+
+def find(names: Iterable[str] | None, known: Iterable[str], load: Callable[[str], P]) -> dict[str, P]:
+    """The peers of these names, or of those of `known` that are installed.
+
+    Raises: ValueError for a name that is not known; ImportError for one that was asked for and is not installed.
+    """
+    known = list(known)
+    if names is None:
+        found = {}
+        for name in known:
+            with suppress(ImportError):
+                found[name] = load(name)
+        return found
+    for name in (names := list(names)):
+        if name not in known:
+            near = get_close_matches(name, known)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+            raise ValueError(f"no peer is called {name!r}; {hint}")
+    return {name: load(name) for name in names}
 
 
 def plain_only(problem: Problem, library: str) -> None:

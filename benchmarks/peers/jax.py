@@ -25,12 +25,12 @@ def prepare(problem: Problem, mode: str) -> dict[str, Contender]:
     function, arguments, big, read = getattr(formulas, mode)()
     arguments = [None if a is None else jax.device_put(a) for a in arguments]
     return {
-        "ordinary": _ordinary(jax, function, arguments, read),
+        "ordinary": ordinary(jax, function, arguments, read),
         "preallocated": _donating(jax, function, arguments, big, read),
     }
 
 
-def _ordinary(jax: Any, function: Callable[..., Any], arguments: list[Any], read: Any) -> Contender:
+def ordinary(jax: Any, function: Callable[..., Any], arguments: list[Any], read: Any) -> Contender:
     compiled, wait = jax.jit(function), jax.block_until_ready
     return Contender(lambda: wait(compiled(*arguments)), read)
 

@@ -7,7 +7,7 @@ for a rank, "as image" presents the same memory as an image of one column.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,21 @@ def _natural(problem: Problem, tensor: Any) -> Any:
 
 def _as_image(problem: Problem, tensor: Any) -> Any:
     return tensor.view(1, -1, 1, problem.case.channels).permute(0, 3, 1, 2)
+
+
+def module_for(torch: Any, x: Any, weights: Iterable[Any], training: bool) -> Any:
+    """The module for inputs such as x, whose channels are at dimension 1.
+
+    weights: gamma, beta and the moving statistics, which it copies.
+    """
+    nn = torch.nn
+    kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+    named = dict(zip(("weight", "bias", "running_mean", "running_var"), weights, strict=True))
+    module = kinds[x.ndim](x.shape[1], EPSILON, 1 - MOMENTUM, device=x.device, dtype=named["weight"].dtype)
+    module.train(training)
+    for name, value in named.items():
+        getattr(module, name).copy_(value)
+    return module
 
 
 class _Step:
@@ -127,14 +142,8 @@ class _Forward(_Step):
         return Contender(call, lambda y: self._read(y, mean, variance))
 
     def _module(self) -> Contender:
-        nn, case = self.torch.nn, self.problem.case
-        kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-        module = kinds[self.x.ndim](case.channels, EPSILON, 1 - MOMENTUM, dtype=self.gamma.dtype)
-        module.train(self.training)
-        values = {"weight": self.gamma, "bias": self.beta, "running_mean": self.mean, "running_var": self.variance}
-        for name, value in values.items():
-            getattr(module, name).copy_(value)
-        x = self.x
+        x, weights = self.x, (self.gamma, self.beta, self.mean, self.variance)
+        module = module_for(self.torch, x, weights, self.training)
         return Contender(lambda: module(x), lambda y: self._read(y, module.running_mean, module.running_var))
 
 
