@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases import Case
-from nbbn import dtypes
+from nbbn.core import dtypes
 from tests.oracle.reference import Reference
 
 Array = np.ndarray

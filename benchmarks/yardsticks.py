@@ -8,7 +8,8 @@ import numpy as np
 
 from benchmarks.problem import Problem
 from benchmarks.timing import Call
-from nbbn.kernels.cpu.memory import BLOCK, BUFFERED, STREAMED, copy_block
+from nbbn.kernels.cpu.elements import element
+from nbbn.kernels.cpu.memory import BLOCK, BUFFERED, STREAMED, fence, local, write
 
 COPYTO = "yardstick/copyto"
 # Past the caches and through them: the faster one depends on the size.
@@ -16,6 +17,16 @@ COPIES = {"yardstick/streamed": STREAMED, "yardstick/buffered": BUFFERED}
 NAMES = (COPYTO, *COPIES)
 PARALLEL_BYTES = 1 << 19  # as the kernels: below, a parallel loop costs more than it saves
 TASK = 64 * BLOCK
+
+
+@element
+def copy_block(source, target, mode):  # type: ignore[no-untyped-def]  # Numba infers them
+    """Copy at most BLOCK elements as the kernels write their results: the fastest that a kernel can be."""
+    buffer = local(source)
+    for i in range(source.size):
+        buffer[i] = source[i]
+    write(buffer, target, mode)
+    fence()
 
 
 def prepare(problem: Problem) -> dict[str, Call]:

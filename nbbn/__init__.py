@@ -1,13 +1,15 @@
 """Batch normalization for Python arrays, complete and fast."""
 
 from nbbn import constraints, initializers, nn, regularizers
-from nbbn.dispatcher import Dispatcher, Force
-from nbbn.folding import fold_into
-from nbbn.inspection import explain, force
-from nbbn.layers import BatchNormalization
-from nbbn.options import Options
-from nbbn.pullback import Gradients
-from nbbn.warming import warmup
+from nbbn.call.gradients import Gradients
+from nbbn.core.options import Options
+from nbbn.deploy.inspection import explain, force
+from nbbn.deploy.warming import warmup
+from nbbn.engine.base import Force
+from nbbn.engine.dispatcher import Dispatcher
+from nbbn.layer.folding import fold_into
+from nbbn.layer.layer import BatchNormalization
+from nbbn.runtime import buffers
 
 __version__ = "0.1.0"
 
@@ -17,6 +19,7 @@ __all__ = [
     "Force",
     "Gradients",
     "Options",
+    "buffers",
     "constraints",
     "explain",
     "fold_into",

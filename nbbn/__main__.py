@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import nbbn
-from nbbn import dtypes, warming
+from nbbn.core import dtypes
+from nbbn.deploy import warming
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -88,6 +88,7 @@ class Registry:
         base: their common class.
         namespace: each concrete subclass of `base` here is known by every public name that it has here.
         aliases: further names; the value may be a function that makes the object.
+        optional: whether None is accepted, and is None.
     """
 
     def __init__(
@@ -96,16 +97,19 @@ class Registry:
         base: type,
         namespace: Mapping[str, object],
         aliases: Mapping[str, Callable[..., Any]],
+        optional: bool = False,
     ) -> None:
-        self._kind = kind
+        self._kind, self._optional = kind, optional
         classes = {name: value for name, value in namespace.items() if _is_public(name, value, base)}
         self._makers: dict[str, object] = {**classes, **aliases}
 
-    def get(self, identifier: object) -> Callable[..., Any]:
+    def get(self, identifier: object) -> Any:
         """The object for a name, config dict, class (called without arguments) or callable (kept as it is).
 
         Raises: ValueError for an unknown name, a malformed or foreign config, and anything else.
         """
+        if identifier is None and self._optional:
+            return None
         if isinstance(identifier, str):
             return self._make(identifier, {})
         if isinstance(identifier, Mapping):
@@ -119,7 +123,8 @@ class Registry:
         return found
 
     def serialize(self, component: object) -> dict[str, Any] | str | None:
-        """{"class_name", "config"} of an object that has get_config(), else its name; None for None.
+        """{"class_name", "config"}, as TensorFlow's Keras reads it, of an object that has get_config(), else its name;
+        None for None.
 
         Raises: ValueError for an object with neither.
         """

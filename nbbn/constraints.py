@@ -109,23 +109,9 @@ non_neg = NonNeg
 unit_norm = UnitNorm
 min_max_norm = MinMaxNorm
 
-_REGISTRY = Registry("constraint", Constraint, vars(), {"maxnorm": MaxNorm, "nonneg": NonNeg, "unitnorm": UnitNorm})
-
-
-def get(identifier: object) -> Callable[..., Any] | None:
-    """The constraint for a name, config dict, class (called without arguments) or callable; None for None.
-
-    Raises: ValueError for anything else.
-    """
-    return None if identifier is None else _REGISTRY.get(identifier)
-
-
-def serialize(constraint: object) -> dict[str, Any] | str | None:
-    """{"class_name", "config"} as TensorFlow's Keras reads it; the name of a plain function; None for None.
-
-    Raises: ValueError for an object without get_config() and without a name.
-    """
-    return _REGISTRY.serialize(constraint)
+_ALIASES = {"maxnorm": MaxNorm, "nonneg": NonNeg, "unitnorm": UnitNorm}
+_REGISTRY = Registry("constraint", Constraint, vars(), _ALIASES, optional=True)
+get, serialize = _REGISTRY.get, _REGISTRY.serialize
 
 
 def project(constraint: Callable[..., Any], w: npt.ArrayLike) -> Array:

@@ -13,6 +13,7 @@ import numba
 import numpy as np
 
 import nbbn
+from nbbn.arrays import availability
 from nbbn.kernels.cpu.scalars import HALF_INSTRUCTIONS
 from nbbn.runtime import cache_folder, start_pool, thread_limit
 
@@ -94,13 +95,12 @@ def kernel_cache() -> str:
 
 def gpus() -> list[str]:
     """One line per GPU that Numba finds, or why there is none."""
-    try:
-        from numba import cuda
-    except ImportError as error:
-        return [f"none: {_first_line(error)}"]
-    if not cuda.is_available():
-        return [f"none: {_first_line(cuda.cuda_error() or 'numba.cuda does not find NVVM')}"]
-    return [_describe(device) for device in cuda.gpus] or ["none: the CUDA driver finds no device"]
+    why = availability.missing()
+    if why is not None:
+        return [f"none: {why}"]
+    from numba import cuda
+
+    return [_describe(device) for device in cuda.gpus]
 
 
 def _describe(device: object) -> str:

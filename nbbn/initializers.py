@@ -328,19 +328,4 @@ _REGISTRY = Registry(
     vars(),
     {"zero": Zeros, "one": Ones, "normal": RandomNormal, "uniform": RandomUniform},
 )
-
-
-def get(identifier: object) -> Callable[..., Any]:
-    """The initializer for a name, config dict, class (called without arguments) or callable (kept as it is).
-
-    Raises: ValueError for anything else, None included.
-    """
-    return _REGISTRY.get(identifier)
-
-
-def serialize(initializer: object) -> dict[str, Any] | str | None:
-    """{"class_name", "config"} as TensorFlow's Keras reads it; the name of a plain function; None for None.
-
-    Raises: ValueError for an object without get_config() and without a name.
-    """
-    return _REGISTRY.serialize(initializer)
+get, serialize = _REGISTRY.get, _REGISTRY.serialize

@@ -1,18 +1,33 @@
 """Stateless batch normalization, with the names and signatures of tf.nn."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from nbbn import dtypes
-from nbbn.dispatcher import Dispatcher
+from nbbn.arrays import HOST
+from nbbn.call.operands import as_input, as_weights
+from nbbn.core import dtypes
+from nbbn.core.layout import Sizes, resolve_axis
+from nbbn.core.options import Options
+from nbbn.engine.dispatcher import Dispatcher
 from nbbn.kernels import channel
-from nbbn.layout import Sizes, resolve_axis
-from nbbn.operands import Array, as_input, as_weights
-from nbbn.options import Options
+
+Array = np.ndarray
 
 _FUSED_AXIS = {"NHWC": (4, 3), "NCHW": (4, 1), "NDHWC": (5, 4), "NCDHW": (5, 1)}
+
+
+@lru_cache(maxsize=64)  # a dispatcher remembers what it has found out about earlier arrays
+def _dispatcher(axis: int | Sizes, epsilon: float = 0.0, momentum: float = 0.0) -> Dispatcher:
+    return Dispatcher(Options(axis=axis, momentum=momentum, epsilon=epsilon, bessel_correction=True))
+
+
+def _as_input(x: Any) -> Array:
+    """A float array of the host, of rank 1 or more."""
+    found: Array = as_input(HOST.take(x, "x"), "x")
+    return found
 
 
 def _axes(axes: int | Sequence[int], rank: int) -> Sizes:
@@ -34,7 +49,8 @@ def _moments(x: Array, weights: Array | None, reduced: Sizes, keepdims: bool) ->
     else:
         x, kept = _with_channels(x, kept)
         weights = weights if weights is None or weights.ndim == x.ndim else weights[np.newaxis]
-        count, mean, variance = Dispatcher(Options(axis=kept)).moments(x, weights)
+        count, mean, m2 = _dispatcher(kept).reduce(x, weights)
+        variance = m2 / np.maximum(count, np.finfo(np.float64).tiny)  # m2 is 0 where nothing counts
     if weights is None and not count.all():
         mean, variance = np.full_like(mean, np.nan), np.full_like(variance, np.nan)
     return mean.reshape(shape).astype(x.dtype), variance.reshape(shape).astype(x.dtype)
@@ -51,7 +67,7 @@ def moments(
         keepdims: keep the reduced dimensions with size 1.
     Returns: mean, variance; NaN where there is no value.
     """
-    x = as_input(x, "x")
+    x = _as_input(x)
     return _moments(x, None, _axes(axes, x.ndim), keepdims)
 
 
@@ -67,10 +83,10 @@ def weighted_moments(
     Args: as of moments(); frequency_weights: real, >= 0, broadcasts against x.
     Returns: mean, variance; 0 where the weights sum to 0, as in TensorFlow.
     """
-    x = as_input(x, "x")
+    x = _as_input(x)
     weights = np.asarray(frequency_weights)
     weights = weights.reshape((1,) * (x.ndim - weights.ndim) + weights.shape)
-    weights = as_weights(weights, x.shape, (), dtypes.statistic(x.dtype), "frequency_weights")
+    weights = as_weights(weights, x, (), dtypes.statistic(x.dtype), "frequency_weights")
     return _moments(x, weights, _axes(axes, x.ndim), keepdims)
 
 
@@ -93,15 +109,16 @@ def batch_normalization(
     Args:
         x: float array. mean, variance: arrays that broadcast with x. offset, scale: likewise, or None.
     """
-    x = as_input(x, "x")
+    x = _as_input(x)
     operands = [mean, variance, 1.0 if scale is None else scale, 0.0 if offset is None else offset]
     x, kept, (mean, variance, scale, offset) = _common_channels(x, operands)
     dtype = dtypes.statistic(x.dtype)
     shape = x.shape
     x, kept = _with_channels(x, kept)
-    dispatcher = Dispatcher(Options(axis=kept, epsilon=variance_epsilon))
-    y = dispatcher.infer(x, np.stack([scale, offset]).astype(dtype), np.stack([mean, variance]).astype(dtype))
-    return y.reshape(shape)
+    dispatcher = _dispatcher(kept, variance_epsilon)
+    params, state = np.stack([scale, offset]).astype(dtype), np.stack([mean, variance]).astype(dtype)
+    y: Array = dispatcher.infer(x, params, state).reshape(shape)
+    return y
 
 
 def _fused_dispatcher(x: Array, data_format: str, epsilon: float, momentum: float = 0.0) -> Dispatcher:
@@ -110,7 +127,7 @@ def _fused_dispatcher(x: Array, data_format: str, epsilon: float, momentum: floa
     rank, axis = _FUSED_AXIS[data_format]
     if x.ndim != rank:
         raise ValueError(f"x must have rank {rank} for data_format={data_format!r}; received shape {x.shape}")
-    return Dispatcher(Options(axis=axis, momentum=momentum, epsilon=epsilon, bessel_correction=True))
+    return _dispatcher(axis, epsilon, momentum)
 
 
 def _per_channel(values: Sequence[Any], names: Sequence[str], x: Array, dispatcher: Dispatcher) -> Array:
@@ -145,7 +162,7 @@ def fused_batch_norm(
     Returns: y; in training the running mean and variance, the latter with Bessel's correction; in inference those
         given.
     """
-    x = as_input(x, "x")
+    x = _as_input(x)
     dispatcher = _fused_dispatcher(x, data_format, epsilon, 1.0 - exponential_avg_factor)
     params = _per_channel([scale, offset], ["scale", "offset"], x, dispatcher)
     given = mean is not None and variance is not None
@@ -159,7 +176,7 @@ def fused_batch_norm(
         state = _per_channel([mean, variance], ["mean", "variance"], x, dispatcher)
     if not is_training:
         return dispatcher.infer(x, params, state), state[channel.MEAN], state[channel.VARIANCE]
-    y, new_state, _ = dispatcher.train(x, params, state, dispatcher.hyper(x.ndim, x.dtype))
+    y, new_state, _ = dispatcher.train(x, params, state)
     return y, new_state[channel.MEAN], new_state[channel.VARIANCE]
 
 
@@ -179,24 +196,17 @@ def fused_batch_norm_grad(
         y_backprop: the gradient of y, of the shape and dtype of x.
         mean, variance: (C,) the statistics that inference used; not used in training, where those of x are taken.
     """
-    x = as_input(x, "x")
+    x = _as_input(x)
     dy = dtypes.as_float_array(y_backprop, "y_backprop").astype(x.dtype, copy=False)
     if dy.shape != x.shape:
         raise ValueError(f"y_backprop must have the shape of x, {x.shape}; received {dy.shape}")
     dispatcher = _fused_dispatcher(x, data_format, epsilon)
     params = _per_channel([scale, np.zeros_like(scale)], ["scale", "scale"], x, dispatcher)
-    if is_training:
-        saved = _saved_of_batch(dispatcher, x)
+    if not is_training:
+        saved = dispatcher.freeze(params, _per_channel([mean, variance], ["mean", "variance"], x, dispatcher))
+    elif x.size:
+        _, saved, _ = dispatcher.finish(dispatcher.reduce(x), params, np.ones_like(params), rank=x.ndim, dtype=x.dtype)
     else:
-        saved = dispatcher.saved_of(_per_channel([mean, variance], ["mean", "variance"], x, dispatcher))
-    dx, (dscale, doffset), _ = dispatcher.backward(dy, x, params, saved, training=is_training)
+        _, _, saved = dispatcher.train(x, params, np.ones_like(params))
+    dx, (dscale, doffset), _ = dispatcher.backward(dy, x, saved, training=is_training)
     return dx, dscale, doffset
-
-
-def _saved_of_batch(dispatcher: Dispatcher, x: Array) -> Array:
-    if x.size == 0:
-        return dispatcher.saved_of(np.ones((2, x.shape[dispatcher.axis(x.ndim)[0]])))
-    count, mean, variance = dispatcher.moments(x)
-    saved = dispatcher.saved_of(np.stack([mean, variance]))
-    saved[channel.COUNT] = count
-    return saved

@@ -76,23 +76,8 @@ def l1_l2(l1: float = 0.01, l2: float = 0.01) -> L1L2:
     return L1L2(l1, l2)
 
 
-_REGISTRY = Registry("regularizer", Regularizer, vars(), {"l1_l2": l1_l2, "l1l2": L1L2})
-
-
-def get(identifier: object) -> Callable[..., Any] | None:
-    """The regularizer for a name, config dict, class (called without arguments) or callable; None for None.
-
-    Raises: ValueError for anything else.
-    """
-    return None if identifier is None else _REGISTRY.get(identifier)
-
-
-def serialize(regularizer: object) -> dict[str, Any] | str | None:
-    """{"class_name", "config"} as TensorFlow's Keras reads it; the name of a plain function; None for None.
-
-    Raises: ValueError for an object without get_config() and without a name.
-    """
-    return _REGISTRY.serialize(regularizer)
+_REGISTRY = Registry("regularizer", Regularizer, vars(), {"l1_l2": l1_l2, "l1l2": L1L2}, optional=True)
+get, serialize = _REGISTRY.get, _REGISTRY.serialize
 
 
 def loss(regularizer: Callable[..., Any], w: npt.ArrayLike) -> float:
@@ -135,5 +120,5 @@ def _native(regularizer: Callable[..., Any]) -> Callable[..., Any]:
     """nbbn's equal of Keras's own L1, L2 or L1L2, else the object itself."""
     kind = type(regularizer)  # told by its names, so that Keras is not imported
     if kind.__name__ in ("L1", "L2", "L1L2") and defined_by(kind.__module__, KERAS):
-        return _REGISTRY.get(_REGISTRY.serialize(regularizer))
+        regularizer = _REGISTRY.get(_REGISTRY.serialize(regularizer))
     return regularizer

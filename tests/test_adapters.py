@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 import nbbn
-from nbbn.adapters import dlpack
-from nbbn.gpu import arrays
-from nbbn.gpu.arrays import find_library, wrap
-from nbbn.layout import contiguous_strides
+from nbbn.arrays import dlpack, gpu
+from nbbn.arrays.device import wrap
+from nbbn.arrays.gpu import device_place, find_library
+from nbbn.core.layout import contiguous_strides
 from tests.helpers.processes import run as run_process
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -77,15 +77,15 @@ def cupy_stand_in():
 @pytest.fixture
 def cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", cupy_stand_in())
-    monkeypatch.delitem(sys.modules, "nbbn.adapters.cupy", raising=False)
-    yield importlib.import_module("nbbn.adapters.cupy")
-    sys.modules.pop("nbbn.adapters.cupy", None)  # it knows the stand-in
+    monkeypatch.delitem(sys.modules, "nbbn.arrays.cupy", raising=False)
+    yield importlib.import_module("nbbn.arrays.cupy")
+    sys.modules.pop("nbbn.arrays.cupy", None)  # it knows the stand-in
 
 
 @pytest.fixture
 def torch(monkeypatch):
     module = pytest.importorskip("torch", reason="needs PyTorch (extra: bench)")
-    adapter = importlib.import_module("nbbn.adapters.torch")
+    adapter = importlib.import_module("nbbn.arrays.torch")
     monkeypatch.setattr(adapter, "_device", lambda number: module.device("cpu"))
     return adapter
 
@@ -93,7 +93,7 @@ def torch(monkeypatch):
 @pytest.fixture
 def jax():
     pytest.importorskip("jax", reason="needs JAX (extra: bench)")
-    return importlib.import_module("nbbn.adapters.jax")
+    return importlib.import_module("nbbn.arrays.jax")
 
 
 @pytest.fixture(params=["torch", "cupy", "jax"])
@@ -171,7 +171,7 @@ def test_astype_copies(library):
 def test_copy_of_a_permuted_split_array(library, dtype):
     """As for five alternating runs of a virtual batch, of an array that broadcasts."""
     host = values((1, 2, 3, 5), dtype)
-    seen = wrap(library.from_host(host, 0), library).broadcast_to((4, 2, 3, 5))
+    seen = device_place(library, 0).broadcast(wrap(library.from_host(host, 0), library), (4, 2, 3, 5))
     copy = library.copy(seen, (2, 2, 2, 3, 5), (0, 3, 1, 4, 2))
     expected = np.broadcast_to(host, (4, 2, 3, 5)).reshape(2, 2, 2, 3, 5).transpose(0, 3, 1, 4, 2)
     np.testing.assert_array_equal(library.to_host(copy), expected)
@@ -351,7 +351,7 @@ class Capsules:
 @pytest.fixture
 def interface(monkeypatch):
     pytest.importorskip("numba_cuda", reason="needs numba-cuda (extra: cuda)")
-    module = importlib.import_module("nbbn.adapters.interface")
+    module = importlib.import_module("nbbn.arrays.interface")
     monkeypatch.setattr(module, "_device_of", lambda address: 3)
     return module
 
@@ -477,17 +477,17 @@ def test_which_strides_an_output_takes_over(interface, strides, dense):
 
 @needs_numba_cuda
 def test_others_are_found_by_what_they_export(monkeypatch):
-    monkeypatch.setattr(arrays.availability, "require", lambda what: None)
-    arrays._adapter.cache_clear()
-    interface = importlib.import_module("nbbn.adapters.interface")
+    monkeypatch.setattr(gpu.availability, "require", lambda what: None)
+    gpu.load.cache_clear()
+    interface = importlib.import_module("nbbn.arrays.interface")
     assert find_library(Exporter(values((2,)))) is interface
     assert find_library(Capsules(values((2,)))) is interface
-    arrays._adapter.cache_clear()
+    gpu.load.cache_clear()
 
 
 def test_without_a_gpu_an_array_of_one_says_what_is_missing(monkeypatch):
-    arrays._adapter.cache_clear()
-    monkeypatch.setattr(arrays.availability, "missing", lambda: "there is none")
+    gpu.load.cache_clear()
+    monkeypatch.setattr(gpu.availability, "missing", lambda: "there is none")
     with pytest.raises(RuntimeError, match="an array on a GPU needs a GPU: there is none"):
         find_library(Exporter(values((2,))))
 
@@ -500,12 +500,12 @@ def test_what_is_not_on_a_gpu(value):
 
 
 def test_cupys_arrays_are_found(cupy):
-    arrays._adapter.cache_clear()
+    gpu.load.cache_clear()
     kind = type("ndarray", (CupyArray,), {"__module__": "cupy"})
     derived = type("Mine", (kind,), {"__module__": "mine"})
     for found in (kind, derived):
         assert find_library(np.ones(2).view(found)) is cupy
-    arrays._adapter.cache_clear()
+    gpu.load.cache_clear()
 
 
 def test_nothing_is_imported_to_see_what_a_number_is():

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,7 +236,9 @@ def test_no_garbage_is_collected_while_something_is_timed():
 
 
 def test_others_share_is_a_share():
-    share = machine.Others().share()
+    others = machine.Others()
+    time.sleep(0.1)  # some ticks of the kernel's clock: of no time at all one of them is any share
+    share = others.share()
     assert share is None or 0 <= share <= 1.5  # the clocks of the kernel and of the process tick differently
 
 

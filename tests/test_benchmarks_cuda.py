@@ -21,7 +21,7 @@ from benchmarks.cuda.cases import CASES, least_bytes
 from benchmarks.cuda.problem import Problem, check
 from benchmarks.problem import WrongResult
 from benchmarks.timing import Effort
-from nbbn.gpu import availability
+from nbbn.arrays import availability
 
 ROOT = Path(__file__).parents[1]
 L2 = 50 << 20
@@ -175,9 +175,8 @@ from numba import cuda
 from benchmarks.cases import Case, MODES
 from benchmarks.cuda import peers
 from benchmarks.cuda.problem import Problem, check
-from nbbn.gpu import schedule
 
-schedule.THREADS, schedule.COLUMNS, schedule.VECTORS, schedule.APPLIED = 8, 4, 1, 2
+FEW_THREADS = {"threads": 8, "columns": 4, "vectors": 1, "applied": 2}
 
 
 class Simulated(Problem):
@@ -192,7 +191,7 @@ for case in (Case("rows", (4, 3, 2, 8)), Case("planes", (4, 3, 8), 1)):
         problem = Simulated(case, torch, "cpu")
         expected = problem.expected(mode)
         problem.given("x"), problem.given("dy")
-        for form, contender in peers.nbbn_forms(problem, mode).items():
+        for form, contender in peers.nbbn_forms(problem, mode, thresholds=FEW_THREADS).items():
             found = contender.read(contender.call())
             found = {n: v if torch.is_tensor(v) else torch.tensor(v.copy_to_host()) for n, v in found.items()}
             print(case.name, mode, form, sorted(found), check(found, expected, case) < 1e-4)

@@ -18,7 +18,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
 
-from nbbn.runtime import buffers
+from nbbn import buffers
 from tests.helpers.concurrency import in_threads
 from tests.helpers.processes import check, run
 
@@ -75,7 +75,7 @@ def test_memory_is_used_again_after_the_last_reference(pool, holder):
 def test_tensors_hold_the_memory():
     code = """
         import numpy as np, torch
-        from nbbn.runtime import buffers
+        from nbbn import buffers
         for to_tensor in (torch.from_numpy, torch.from_dlpack, torch.as_tensor):
             y = buffers.empty((1024, 1024), np.float32)
             size = y.nbytes
@@ -281,14 +281,14 @@ def test_a_limit_that_is_no_number_of_bytes_is_refused(monkeypatch, asked):
 
 @pytest.mark.parametrize("asked", [None, "0", ""])
 def test_recycling_can_be_switched_off(asked):
-    code = "from nbbn.runtime import buffers; print(buffers.empty((1 << 22,), 'f4').flags.owndata)"
+    code = "from nbbn import buffers; print(buffers.empty((1 << 22,), 'f4').flags.owndata)"
     assert check(code, NBBN_RECYCLE_BYTES=asked).strip() == str(asked is not None)
 
 
 def test_a_bad_limit_is_no_matter_before_a_large_array_is_needed():
     code = """
         import numpy as np
-        from nbbn.runtime import buffers
+        from nbbn import buffers
         buffers.empty((3,), np.float32)
         buffers.clear()
         try:
@@ -401,7 +401,7 @@ def test_a_forked_child_has_the_arrays_and_none_of_the_waiting_memory():
     code = """
         import os
         import numpy as np
-        from nbbn.runtime import buffers
+        from nbbn import buffers
         pool = buffers.block_pool()
         y, z = (buffers.empty((1 << 20,), np.float32) for _ in range(2))
         y.fill(7)
@@ -425,7 +425,7 @@ def test_forks_while_threads_lend_and_return():
     code = """
         import os, signal, threading
         import numpy as np
-        from nbbn.runtime import buffers
+        from nbbn import buffers
         stop = False
 
         def work():
@@ -456,7 +456,7 @@ def test_the_interpreters_end_is_silent():
     code = """
         import threading
         import numpy as np
-        from nbbn.runtime import buffers
+        from nbbn import buffers
         y = buffers.empty((1 << 20,), np.float32)
         cycle = [buffers.empty((1 << 20,), np.float32)]
         cycle.append(cycle)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import nbbn
-from nbbn import Dispatcher, Force, Options, dispatcher, schedule
+from nbbn import Dispatcher, Force, Options
+from nbbn.engine.base import Operands, Step
+from nbbn.engine.cpu.engine import CpuEngine
 from nbbn.kernels import channel
 from nbbn.runtime import thread_limit
 from tests.oracle.agreement import check_step
@@ -20,9 +22,17 @@ F32 = np.dtype(np.float32)
 
 def plan_of(x, step="infer", force=None, run=None, out=None, **options):
     run = run or Dispatcher(Options(**options), force)
-    lay = run.layout(x.shape, training=step == "train")
-    operands = [None] * 3 if step == "train" else []
-    return run.plan(step, lay, [x, None], operands, [np.empty_like(x) if out is None else out], run.flags(step))
+    operands = Operands()._asdict() if step == "train" else {"residual": None}
+    views = {"x": x, **operands, "y": np.empty_like(x) if out is None else out}
+    return run.engine(x).plan(Step(step, run.layout(x.shape, training=step == "train"), views, {}))
+
+
+def plans(run):
+    """Those of the CPU, in the order in which they were made."""
+    return list(run.engine(zeros(1)).plans.values())
+
+
+FOLDED = Force(thresholds={"folded_elements": 0})
 
 
 def zeros(shape, dtype=F32):
@@ -47,7 +57,7 @@ VIEWS = [
 def test_view_and_schedule(x, options, view, schedule):
     for step in ("train", "infer"):
         plan = plan_of(x, step, **options)
-        expected = "runs" if (step, schedule) == ("infer", "planes") else schedule
+        expected = "flat" if (step, schedule) == ("infer", "planes") else schedule
         assert (plan.view, plan.schedule.loops, plan.copied, plan.contiguous) == (view, expected, None, True)
 
 
@@ -64,33 +74,38 @@ def test_gaps_are_read_in_place():
 
 def test_five_runs_are_copied():
     plan = plan_of(zeros((2, 3, 4, 5, 6)), axis=(1, 3))
-    assert (plan.view, plan.copied, plan.contiguous) == ((1, 1, 48, 15), (0, 2, 4, 1, 3), True)
+    assert (plan.view, plan.copied.order, plan.contiguous) == ((1, 1, 48, 15), (0, 2, 4, 1, 3), True)
 
 
-def test_short_planes_and_few_channels_are_folded(monkeypatch):
+def test_copies_run_as_a_step_of_their_own():
+    """On what the layout calls them."""
+    run, x = Dispatcher(Options(axis=(1, 3))), zeros((2, 3, 4, 5, 6))
+    run.infer(x, *np.ones((2, 2, 15), F32))
+    original, copies = plans(run)
+    assert original.copied.lay.sizes == (2, 4, 6, 3, 5)
+    assert (copies.view, copies.copied, copies.contiguous) == (original.view, None, True)
+
+
+def test_short_planes_and_few_channels_are_folded():
     """Only where all arrays lie as the view says: rows of other strides have no longer runs."""
-    monkeypatch.setattr(schedule, "FOLDED_ELEMENTS", 0)
-    assert plan_of(zeros((8, 3, 5, 4)), "train", axis=1).schedule.shape == (1, 1, 8, 60)
-    assert plan_of(zeros((8, 5, 4, 3)), "train", axis=-1).schedule.shape == (1, 1, 4, 120)
+    assert plan_of(zeros((8, 3, 5, 4)), "train", FOLDED, axis=1).schedule.shape == (1, 1, 8, 60)
+    assert plan_of(zeros((8, 5, 4, 3)), "train", FOLDED, axis=-1).schedule.shape == (1, 1, 4, 120)
     for x, axis, loops in [
         (zeros((16, 3, 5, 4))[::2], 1, "planes"),
         (zeros((8, 5, 4, 6))[..., :3], -1, "rows"),
         (np.asfortranarray(zeros((8, 3, 5, 4))), -1, "planes"),
     ]:
-        assert plan_of(x, "train", axis=axis).schedule.loops == loops, (x.strides, axis)
-        assert plan_of(np.ascontiguousarray(x), "train", axis=axis).schedule.loops == "folded"
-        mixed = plan_of(np.ascontiguousarray(x), "train", axis=axis, out=x)
+        assert plan_of(x, "train", FOLDED, axis=axis).schedule.loops == loops, (x.strides, axis)
+        assert plan_of(np.ascontiguousarray(x), "train", FOLDED, axis=axis).schedule.loops == "folded"
+        mixed = plan_of(np.ascontiguousarray(x), "train", FOLDED, axis=axis, out=x)
         assert mixed.copied is not None or mixed.schedule.loops != "folded"
 
 
-def test_operands_keep_rows_from_being_folded(monkeypatch):
-    monkeypatch.setattr(schedule, "FOLDED_ELEMENTS", 0)
-    run, x = Dispatcher(Options()), zeros((8, 5, 4, 3))
-    found = []
+def test_operands_keep_rows_from_being_folded():
+    run, x = Dispatcher(Options(), FOLDED), zeros((8, 5, 4, 3))
     for weights in (None, np.broadcast_to(zeros((8, 1, 1, 1)), x.shape)):
-        run.train(x, *zeros((2, 2, 3)), run.hyper(4, F32), weights=weights)
-        found.append(next(reversed(run._plans.values())).schedule.loops)
-    assert found == ["folded", "rows"]
+        run.train(x, *zeros((2, 2, 3)), Operands(weights=weights))
+    assert [plan.schedule.loops for plan in plans(run)] == ["folded", "rows"]
 
 
 def test_plans_are_kept():
@@ -106,21 +121,29 @@ def test_plans_of_calls_that_differ_in_what_is_none():
     """Each of these is a kernel of its own, on arrays of the same strides."""
     run = Dispatcher(Options(activation="relu"))
     x, ones = np.full((8, 3), 2.0, F32), np.ones((2, 3), F32)
-    plain = run.infer(x, ones, ones, activate=False)
+    plain = run.infer(x, ones, ones)
     residual = run.infer(x, ones, ones, residual=-3 * x)
     assert (run.infer(x, ones, ones) == plain).all()
     assert (plain > 1).all()
     assert (residual == 0).all()
-    assert (run.infer(x, ones, ones, residual=-3 * x, activate=False) < 0).all()
-    assert len(run._plans) == 4
+    saved, dy = run.freeze(ones, ones), np.full((8, 3), 5.0, F32)
+    for operands, gate in ((Operands(), 1), (Operands(-3 * x), 0)):
+        for wants_dz in (False, True, False):
+            dx, _, dz = run.backward(dy, x, saved, operands, training=False, wants_dz=wants_dz)
+            assert ((dx > 0) == gate).all()
+            assert dz is None if not wants_dz else (dz == gate * dy).all()
+    assert [plan.step for plan in plans(run)] == ["infer"] * 2 + ["backward"] * 4
 
 
-def test_plans_of_endless_shapes_do_not_pile_up(monkeypatch):
-    monkeypatch.setattr(dispatcher, "_MAX_PLANS", 20)
+@pytest.mark.parametrize("most", [1, 20])
+def test_plans_of_endless_shapes_do_not_pile_up(most):
     layer = nbbn.BatchNormalization()
+    nbbn.force(layer, max_plans=most)
+    run, kept = layer._dispatcher, set()
     for n in range(1, 100):
         layer(np.full((n, 3), 2.0, F32))
-        assert len(layer._dispatcher._plans) <= 20
+        kept.add((len(plans(run)), len(run.bound)))
+    assert {max(numbers) for numbers in zip(*kept, strict=True)} == {most}
     np.testing.assert_allclose(layer(np.full((5, 3), 2.0, F32)), 2 / math.sqrt(1.001), rtol=1e-6)
 
 
@@ -161,24 +184,29 @@ def test_explain_of_a_frozen_layer_is_inference():
     assert lines(nbbn.explain(layer, zeros((8, 3)), training=True))["step"] == "infer"
 
 
-def test_explain_of_a_large_input(monkeypatch):
-    monkeypatch.setattr(schedule, "last_level_cache", lambda: 4 << 20)
-    text = lines(nbbn.explain(nbbn.BatchNormalization(axis=1), zeros((64, 2, 64, 128)), training=True))
+def forced(thresholds, **options):
+    layer = nbbn.BatchNormalization(**options)
+    nbbn.force(layer, thresholds=thresholds)
+    return layer
+
+
+def test_explain_of_a_large_input():
+    layer = forced({"cache": 4 << 20}, axis=1)
+    text = lines(nbbn.explain(layer, zeros((64, 2, 64, 128)), training=True))
     assert text["schedule"].endswith("results written past the caches")
     assert text["chunks"] == "8 of 65536 of 524288 values"
     expected = f"up to {thread_limit()}" if thread_limit() > 1 else "1"
     assert text["threads"].startswith(expected)
 
 
-def test_explain_of_folded_rows(monkeypatch):
+def test_explain_of_folded_rows():
     """160 values of each statistic, whatever the rows of the schedule."""
-    monkeypatch.setattr(schedule, "FOLDED_ELEMENTS", 0)
-    monkeypatch.setattr(schedule, "CHUNK_ELEMENTS", 1)
     for shape, axis, chunks in [
         ((8, 3, 5, 4), 1, "2 of 80 of 160 values"),
         ((8, 5, 4, 3), -1, "1 of 160 of 160 values"),
     ]:
-        text = lines(nbbn.explain(nbbn.BatchNormalization(axis=axis), zeros(shape), training=True))
+        layer = forced({"folded_elements": 0, "chunk_elements": 1}, axis=axis)
+        text = lines(nbbn.explain(layer, zeros(shape), training=True))
         assert text["schedule"].startswith("folded")
         assert text["chunks"] == chunks
 
@@ -190,7 +218,7 @@ def test_explain_is_what_runs(options, training):
     layer, x = nbbn.BatchNormalization(axis=1, **options), zeros((8, 3, 5, 4))
     shown = nbbn.explain(layer, x, training=training)
     layer(x, training=training)
-    assert list(layer._dispatcher._plans.values()) == [shown]
+    assert plans(layer._dispatcher) == [shown]
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0), (4, 0, 3)])
@@ -214,10 +242,10 @@ def test_explain_refuses_what_the_call_refuses():
 @pytest.mark.parametrize("loops", ["planes", "rows"])
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("one_pass", [False, True])
-def test_force(loops, parallel, one_pass, monkeypatch):
+def test_force(loops, parallel, one_pass):
     """Rows have no tiles of whole statistics of one group: they stay two passes."""
-    monkeypatch.setattr(schedule, "thread_limit", lambda: 2)
-    plan = plan_of(zeros((8, 3, 5, 4)), "train", Force(loops, parallel, one_pass), axis=1)
+    force = Force(loops, parallel, one_pass, {"threads": 2})
+    plan = plan_of(zeros((8, 3, 5, 4)), "train", force, axis=1)
     found = plan.schedule
     assert (found.loops, plan.parallel, found.one_pass) == (loops, parallel, one_pass and loops == "planes")
 
@@ -233,8 +261,19 @@ def test_force_rejects_other_schedules():
         Force("columns")
 
 
+def test_choices_that_there_are_not():
+    """Of a Force at once, of an engine's thresholds in the next call."""
+    layer = nbbn.BatchNormalization()
+    with pytest.raises(TypeError, match="columns"):
+        nbbn.force(layer, columns=3)
+    nbbn.force(layer, thresholds={"columns": 3})  # of a GPU
+    with pytest.raises(TypeError, match="columns"):
+        layer(zeros((4, 3)))
+    assert not layer.built
+
+
 def test_force_and_options_are_copied_with_the_dispatcher():
-    run = Dispatcher(Options(axis=1, epsilon=0.5), Force("rows"))
+    run = Dispatcher(Options(axis=1, epsilon=0.5), Force("rows", thresholds={"chunk_rows": 2}, max_plans=3))
     run.infer(zeros((4, 3)), *np.ones((2, 2, 3), F32))
     for twin in (pickle.loads(pickle.dumps(run)), copy.deepcopy(run)):
         assert (twin.options, twin.force) == (run.options, run.force)
@@ -384,21 +423,77 @@ def test_the_output_keeps_the_order_of_the_input():
 # --- what the channel stage is told -------------------------------------------------------------------
 
 
+class Listener(CpuEngine):
+    """Is told to run steps, and runs none."""
+
+    def train(self, batch, params, state, hyper, new_state):
+        self.hyper = hyper
+        return batch.result(), state, None
+
+    def infer(self, batch, params, state, hyper):
+        self.hyper = hyper
+        return batch.result()
+
+    def freeze(self, params, state, hyper):
+        self.hyper = hyper
+
+
+def listening(**options):
+    """A Dispatcher, and what its steps of these ranks and dtypes are told."""
+    run = Dispatcher(Options(**options))
+    listener = Listener(run.options, run.force)
+    run.use(listener)
+
+    def told(rank=2, dtype=F32, step="train", **choices):
+        x, numbers = np.zeros((4,) * rank, dtype), np.zeros((2, 4), F32)
+        if step == "freeze":
+            run.freeze(numbers, numbers)
+        else:
+            getattr(run, step)(x, numbers, numbers, **choices)
+        return listener.hyper
+
+    return told
+
+
+CLIPS = [channel.RMIN, channel.RMAX, channel.DMAX]
+
+
 def test_hyper():
-    options = Options(momentum=0.25, epsilon=0.5, renorm=True, renorm_momentum=0.75)
-    hyper = Dispatcher(options).hyper(2, F32)
+    hyper = listening(momentum=0.25, epsilon=0.5, renorm=True, renorm_momentum=0.75)()
     assert hyper.dtype == np.float64
     assert hyper[[channel.EPSILON, channel.MOMENTUM, channel.RENORM_MOMENTUM]].tolist() == [0.5, 0.25, 0.75]
-    assert hyper[[channel.RMIN, channel.RMAX, channel.DMAX]].tolist() == [0, math.inf, math.inf]
+    assert hyper[CLIPS].tolist() == [0, math.inf, math.inf]
+
+
+@pytest.mark.parametrize("step", ["infer", "freeze"])
+def test_what_inference_is_told_asks_for_no_clips(step):
+    """Callables need not have an answer outside training; nor is one of training told another's."""
+    told = listening(epsilon=0.5, renorm=True, renorm_clipping={"rmax": lambda: pytest.fail("was asked")})
+    assert told(step=step)[channel.EPSILON] == 0.5
+
+
+@pytest.mark.parametrize("rmax", [2.0, lambda: 2.0], ids=["constant", "callable"])
+def test_clips_of_a_step(rmax):
+    """Given by the caller, who may have asked the options already; they do not stay."""
+    told = listening(renorm=True, renorm_clipping={"rmax": rmax})
+    for _ in range(2):
+        assert told(clips={"rmin": 0.25, "rmax": 8.0, "dmax": 1.0})[CLIPS].tolist() == [0.25, 8, 1]
+        assert told()[CLIPS].tolist() == [0, 2, math.inf]
+
+
+def test_each_rank_and_dtype_is_told_its_own():
+    """Bessel's correction depends on them."""
+    told = listening()
+    ranks = [(4, F32), (2, F32), (4, np.dtype(np.float64)), (4, F32)]
+    assert [told(*rank)[channel.BESSEL] for rank in ranks] == [1, 0, 0, 1]
 
 
 def test_clip_values_are_read_at_each_step():
     now = {"rmax": 1.0, "rmin": 1.0, "dmax": 0.0}
-    clipping = {k: (lambda k=k: now[k]) for k in now}
-    run = Dispatcher(Options(renorm=True, renorm_clipping=clipping))
-    assert run.hyper(2, F32)[[channel.RMIN, channel.RMAX, channel.DMAX]].tolist() == [1, 1, 0]
+    told = listening(renorm=True, renorm_clipping={k: (lambda k=k: now[k]) for k in now})
+    assert told()[CLIPS].tolist() == [1, 1, 0]
     now.update(rmax=3.0, rmin=0.5, dmax=5.0)
-    assert run.hyper(2, F32)[[channel.RMIN, channel.RMAX, channel.DMAX]].tolist() == [0.5, 3, 5]
+    assert told()[CLIPS].tolist() == [0.5, 3, 5]
 
 
 def test_a_schedule_of_clip_values_changes_the_steps():
@@ -420,7 +515,7 @@ def test_a_schedule_of_clip_values_changes_the_steps():
 
 @pytest.mark.parametrize("value", [np.float32(2.5), np.array(2.5), np.int64(2), 2])
 def test_clip_values_of_other_number_types(value):
-    hyper = Dispatcher(Options(renorm=True, renorm_clipping={"rmax": value, "dmax": lambda: value})).hyper(2, F32)
+    hyper = listening(renorm=True, renorm_clipping={"rmax": value, "dmax": lambda: value})()
     assert hyper[channel.RMAX] == hyper[channel.DMAX] == float(value)
 
 
@@ -447,7 +542,7 @@ BESSEL = [
 
 @pytest.mark.parametrize(("options", "shape", "dtype", "expected"), BESSEL)
 def test_bessel(options, shape, dtype, expected):
-    assert bool(Dispatcher(Options(**options)).hyper(len(shape), dtype)[channel.BESSEL]) == expected
+    assert bool(listening(**options)(len(shape), dtype)[channel.BESSEL]) == expected
 
 
 NUMBERS = [0, 1, 0.5, np.float32(0.5), np.float64(0.5), np.array(0.5), np.int64(1)]

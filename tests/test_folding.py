@@ -10,8 +10,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from nbbn import BatchNormalization
 from nbbn.compat import v1
-from nbbn.folding import fold_into, scale_and_shift
-from nbbn.variables import Variables
+from nbbn.layer.folding import fold_into, scale_and_shift
+from nbbn.state.variables import Variables
 
 EPS = np.finfo(np.float64).eps
 

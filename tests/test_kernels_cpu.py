@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from nbbn import dtypes, schedule
+from nbbn.core import dtypes
 from nbbn.kernels.cpu import memory
-from nbbn.kernels.cpu.memory import BLOCK, copy_block
+from nbbn.kernels.cpu.memory import BLOCK, fence, local, write
 from nbbn.kernels.cpu.scalars import HALF_INSTRUCTIONS
 from nbbn.runtime import thread_limit
 from tests.helpers.processes import check as check_process
@@ -28,7 +28,7 @@ from tests.oracle.contract import (
     all_results,
     bits,
     check_strided_output,
-    small_thresholds,
+    small,
 )
 from tests.oracle.targets import Cpu
 
@@ -38,9 +38,7 @@ def target():
     return Cpu
 
 
-@pytest.fixture(autouse=True)
-def _small_thresholds(monkeypatch):
-    small_thresholds(monkeypatch)
+SHARES = {"streamed": 0.0, "direct": math.inf, "in place": math.inf}  # of the last-level cache
 
 
 # --- blocks ----------------------------------------------------------------------------------
@@ -48,10 +46,9 @@ def _small_thresholds(monkeypatch):
 
 @pytest.mark.parametrize("store", ["direct", "in place", "streamed"])
 @EVERY_DTYPE
-def test_inference_in_the_order_of_memory(target, store, dtype, monkeypatch):
+def test_inference_in_the_order_of_memory(target, store, dtype):
     """Planes of any length about blocks of any alignment, with many and with few of them in a block and in a chunk."""
-    monkeypatch.setattr(schedule, "CHUNK_ELEMENTS", BLOCK)
-    monkeypatch.setattr(schedule, "STREAMED_SHARE", 0.0 if store == "streamed" else math.inf)
+    thresholds = {"chunk_elements": BLOCK, "streamed_share": SHARES[store]}
     fused = {"residual": True, "activation": "relu"} if dtype == np.float32 else {}
     for k0, r1 in ((1, 1), (1, 5000), (3, 2), (700, 7), (2, BLOCK - 1), (3, BLOCK), (2, BLOCK + 1), (5, 300)):
         problem = Problem((2, k0, r1, 1), dtype, **fused)
@@ -60,9 +57,9 @@ def test_inference_in_the_order_of_memory(target, store, dtype, monkeypatch):
             if store == "in place":
                 out[...] = problem.x
                 problem.x = out
-            run = Way(None, problem.x.shape).make(target, problem.options)
+            run = Way(None, problem.x.shape).make(target, problem.options, **thresholds)
             problem.check_output_of_inference(run, out)
-            assert run.kernels() == [("infer", "runs", False, store == "streamed")]
+            assert run.kernels() == [("infer", "flat", False, store == "streamed")]
 
 
 BORDERS = [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 1]
@@ -70,21 +67,19 @@ BORDERS = [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 1]
 
 @pytest.mark.parametrize("store", ["direct", "in place", "streamed"])
 @pytest.mark.parametrize("n", BORDERS)
-@pytest.mark.parametrize("schedule_name", ["planes", "rows"])
-def test_sizes_about_a_block(target, schedule_name, n, store, monkeypatch):
+@pytest.mark.parametrize("schedule", ["planes", "rows"])
+def test_sizes_about_a_block(target, schedule, n, store):
     """Blocks as large as they are: of the columns of rows, and of planes that are not written directly."""
-    monkeypatch.setattr(schedule, "TILE_COLUMNS", BLOCK)
-    monkeypatch.setattr(schedule, "STREAMED_SHARE", 0.0 if store == "streamed" else math.inf)
-    shape = (2, 2, n, 1) if schedule_name == "planes" else (1, 1, 5, n)
+    shape = (2, 2, n, 1) if schedule == "planes" else (1, 1, 5, n)
     problem = Problem(shape, np.float32)
-    run = target(problem.options, schedule_name, parallel=False)
+    run = small(target, problem.options, schedule, tile_columns=BLOCK, streamed_share=SHARES[store])
     step = problem.oracle(problem.x, training=True)
     x = problem.x.copy()
     y, _, saved = run.train(x, problem.params, problem.state, out=x if store == "in place" else np.empty_like(x))
     check("y", y, step.y, output(step, problem.dtype), problem.dtype)
     dy = problem.dy.copy()
     out = dy if store == "in place" else np.empty_like(dy)
-    dx, dparams, _ = run.backward(dy, problem.x, problem.params, saved, out=out)
+    dx, dparams, _ = run.backward(dy, problem.x, saved, out=out)
     problem.check_gradients(dx, dparams, problem.dy, step)
     assert {streamed for _, _, _, streamed in run.kernels()} == {store == "streamed"}
 
@@ -117,7 +112,11 @@ def test_a_block_is_written_exactly(dtype, mode):
 
     @numba.njit
     def copy(source, target, mode):
-        copy_block(source, target, mode)
+        buffer = local(source)
+        for i in range(source.size):
+            buffer[i] = source[i]
+        write(buffer, target, mode)
+        fence()
 
     carrier, mode = dtypes.carrier(np.dtype(dtype)), getattr(memory, mode)
     for size in [*range(1, 201), BLOCK - 1, BLOCK]:
@@ -132,12 +131,11 @@ def test_a_block_is_written_exactly(dtype, mode):
 @pytest.mark.parametrize(
     ("name", "dtype"), DTYPES_OF_WAYS["cpu"], ids=lambda v: v if isinstance(v, str) else np.dtype(v).name
 )
-def test_streamed_results_are_the_same_and_have_their_place(target, name, dtype, monkeypatch):
+def test_streamed_results_are_the_same_and_have_their_place(target, name, dtype):
     way = WAYS["cpu"][name]
     problem = Problem(way.shape, dtype)
     expected = all_results(way.make(target, problem.options), problem)
-    monkeypatch.setattr(schedule, "STREAMED_SHARE", 0.0)
-    run, size = way.make(target, problem.options), problem.x.size
+    run, size = way.make(target, problem.options, streamed_share=0.0), problem.x.size
     for offset in offsets(dtype):
         (y, y_around), (dx, dx_around) = (between_canaries(size, dtype, offset) for _ in range(2))
         found = all_results(run, problem, y.reshape(way.shape), dx.reshape(way.shape))
@@ -149,13 +147,12 @@ def test_streamed_results_are_the_same_and_have_their_place(target, name, dtype,
 
 
 @pytest.mark.parametrize("way", [PLANES, ROWS, SHORT_PLANES], ids=["planes", "rows", "short planes"])
-def test_all_outputs_of_a_step_are_streamed(target, way, monkeypatch):
+def test_all_outputs_of_a_step_are_streamed(target, way):
     """The gradient of the residual beside that of the input; inference; in place."""
     problem = Problem(way.shape, np.float32, residual=True, activation="relu")
     expected = all_results(way.make(target, problem.options), problem)
     plain = way.make(target, problem.options).infer(problem.x, problem.params, problem.state, residual=problem.residual)
-    monkeypatch.setattr(schedule, "STREAMED_SHARE", 0.0)
-    run = way.make(target, problem.options)
+    run = way.make(target, problem.options, streamed_share=0.0)
     assert all_results(run, problem) == expected
     for x, residual, out in (in_place(problem, "x"), in_place(problem, "residual")):
         assert bits(run.infer(x, problem.params, problem.state, residual=residual, out=out)) == bits(plain)
@@ -164,12 +161,11 @@ def test_all_outputs_of_a_step_are_streamed(target, way, monkeypatch):
 
 @pytest.mark.parametrize("way", [PLANES, ROWS], ids=["planes", "rows"])
 @pytest.mark.parametrize("share", [0.0, math.inf], ids=["beyond the cache", "in the cache"])
-def test_strided_output_is_never_streamed(target, way, share, monkeypatch):
+def test_strided_output_is_never_streamed(target, way, share):
     """A line of memory would have neighbours in it."""
-    monkeypatch.setattr(schedule, "STREAMED_SHARE", share)
     problem = Problem(way.shape, np.float32)
     expected, _, _ = way.make(target, problem.options).train(problem.x, problem.params, problem.state)
-    run = way.make(target, problem.options)
+    run = way.make(target, problem.options, streamed_share=share)
     check_strided_output(run, problem, expected)
     assert {streamed for _, _, _, streamed in run.kernels()} == {False}
 
@@ -209,7 +205,8 @@ SAME_BITS = {
 def test_serial_and_parallel_one_pass_and_two_give_the_same_bits(target, name, dtype, operands, modes):
     for shape in MIXED_SHAPES[name]:
         problem = Problem(shape, dtype, **operands)
-        runs = [target(problem.options, WAYS["cpu"][name].schedule, parallel, one_pass) for one_pass, parallel in modes]
+        schedule = WAYS["cpu"][name].schedule
+        runs = [small(target, problem.options, schedule, parallel, one_pass) for one_pass, parallel in modes]
         first, *others = (all_results(run, problem) for run in runs)
         assert all(other == first for other in others), shape
 
@@ -233,7 +230,7 @@ def test_every_number_of_threads_gives_the_same_bits(target, name):
             found = set()
             for threads in range(1, thread_limit() + 1):
                 numba.set_num_threads(threads)
-                found.add(tuple(all_results(target(problem.options, name, parallel=True), problem)))
+                found.add(tuple(all_results(small(target, problem.options, name, parallel=True), problem)))
             assert len(found) == 1, shape
     finally:
         numba.set_num_threads(previous)
@@ -260,15 +257,14 @@ def test_nbbn_num_threads_changes_no_bit():
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("shape", [(6, 3, 7, 1), (1, 1, 100, 1), (40, 1, 3, 1), (6, 3, 8, 5), (9, 40, 3, 1)], ids=str)
-def test_schedules_agree(target, shape, residual, monkeypatch):
+def test_schedules_agree(target, shape, residual):
     """Other sums, in another order: float64 rounding in the statistics, half a unit in y."""
     problem = Problem(shape, np.float32, residual=residual, activation="relu" if residual else None)
     found = {}
     for name, folded in [("planes", 0), ("rows", 0), ("rows", math.inf)]:
-        monkeypatch.setattr(schedule, "FOLDED_ELEMENTS", folded)
         if name == "planes" and shape[3] > 1:
             continue
-        run = target(problem.options, name, parallel=False)
+        run = small(target, problem.options, name, folded_elements=folded)
         found[name, folded] = run.train(problem.x, problem.params, problem.state, **problem.operands)
     first, *others = found.values()
     for other in others:
@@ -311,9 +307,9 @@ from tests.oracle.targets import Cpu
 for schedule, shape in (("planes", (4, 3, 64, 1)), ("rows", (1, 1, 64, 70))):
     run = Cpu({"axis": (1, 3)}, schedule, parallel=False)
     x, state = np.ones(shape, np.float32), np.ones((2, shape[1] * shape[3]), np.float32)
-    run.backward(x, x, state, run.train(x, state, state)[2])
+    run.backward(x, x, run.train(x, state, state)[2])
     run.infer(x, state, state)
-    for plan in run.dispatcher._plans.values():
+    for plan in run.engine.plans.values():
         (text,) = plan.kernel(False).inspect_asm().values()
         found = set(re.findall(r"\\bv(mul|add|sub|fmadd)\\d*(p[sd])\\b.*%[yz]mm", text))
         print(schedule, plan.step, *sorted({f"{name}{kind}" for name, kind in found}))

@@ -5,28 +5,27 @@ import pytest
 from ml_dtypes import bfloat16
 
 from tests.oracle import agreement
-from tests.oracle.contract import GROUPED, WAYS, Problem, bits, small_thresholds
+from tests.oracle.contract import GROUPED, WAYS, Problem, all_results, bits, small
 from tests.oracle.targets import TARGETS
 
 if "cuda" not in TARGETS:
     pytest.skip("neither a GPU nor Numba's simulator of one (NUMBA_ENABLE_CUDASIM=1)", allow_module_level=True)
 
-from nbbn.gpu import dispatcher
+from nbbn.arrays import numba_cuda
+from nbbn.arrays.gpu import device_place
+from nbbn.engine.base import Operands
+from nbbn.engine.cuda import engine
+from nbbn.kernels import channel
 from tests.oracle.targets_cuda import Cuda, DeviceMemory, to_host
 
 WAYS_ON_GPU = pytest.mark.parametrize("way", WAYS["cuda"].values(), ids=WAYS["cuda"])
 FLOAT32 = np.finfo(np.float32).eps
 
 
-@pytest.fixture(autouse=True)
-def _small_thresholds(monkeypatch):
-    small_thresholds(monkeypatch)
-
-
 def schedule_of(run):
     """Of the one step that has run."""
-    (plan,) = run.dispatcher._device_plans.values()
-    return plan.schedule
+    (schedule,) = run.schedules()
+    return schedule
 
 
 # --- sums in float32 -----------------------------------------------------------------------
@@ -47,12 +46,14 @@ class Float32Terms(agreement.Terms):
 
 
 class Float32Problem(Problem):
-    def check_saved(self, saved, step):
+    def check_statistics(self, saved, step):
         terms = Float32Terms(step, np.float32)
         expected = np.broadcast_to(step.mean, step.W.shape), np.broadcast_to(1 / step.sigma, step.W.shape)
         scale = np.abs(expected[0]).max() + step.sigma.max()
-        np.testing.assert_allclose(saved[1], expected[0].ravel(), rtol=0, atol=terms.unit * scale)
-        np.testing.assert_allclose(saved[2], expected[1].ravel(), rtol=terms.unit)
+        m2 = step.W * step.var
+        np.testing.assert_allclose(saved[channel.BATCH_MEAN], expected[0].ravel(), rtol=0, atol=terms.unit * scale)
+        np.testing.assert_allclose(saved[channel.RSTD], expected[1].ravel(), rtol=terms.unit)
+        np.testing.assert_allclose(saved[channel.M2], m2.ravel(), rtol=terms.unit)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, bfloat16, np.float32], ids=lambda d: np.dtype(d).name)
@@ -61,7 +62,7 @@ def test_sums_in_float32(name, dtype, monkeypatch):
     way = WAYS["cuda"][name]
     monkeypatch.setattr(agreement, "Terms", Float32Terms)
     problem = Float32Problem(way.shape, dtype)
-    problem.check_training(Cuda(problem.options, one_pass=way.one_pass, sums="float32"))
+    problem.check_training(way.make(Cuda, problem.options, sums="float32"))
 
 
 @pytest.mark.parametrize("operands", [{"weights": True}, {"adjustment": True}], ids=str)
@@ -69,7 +70,7 @@ def test_sums_in_float32_with_operands(operands, monkeypatch):
     monkeypatch.setattr(agreement, "Terms", Float32Terms)
     for way in (WAYS["cuda"]["short planes"], WAYS["cuda"]["rows"]):
         problem = Float32Problem(way.shape, np.float32, **operands)
-        problem.check_training(Cuda(problem.options, one_pass=way.one_pass, sums="float32"))
+        problem.check_training(way.make(Cuda, problem.options, sums="float32"))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1500, 1), (300, 2, 3, 1), (1, 1, 400, 3)], ids=["planes", "short", "rows"])
@@ -82,10 +83,10 @@ def test_a_large_mean_keeps_the_variance(shape, first):
     x = np.random.default_rng(0).normal(1e4, 1, shape).astype(np.float32)
     if first is not None:
         x[0, :, 0] = first
-    _, mean, variance = Cuda({"axis": (1, 3)}, sums="float32").moments(x)
+    count, mean, m2 = small(Cuda, {"axis": (1, 3)}, sums="float32").reduce(x)
     exact = x.astype(np.float64)
     np.testing.assert_allclose(mean, exact.mean((0, 2)).ravel(), rtol=1e-7)
-    np.testing.assert_allclose(variance, exact.var((0, 2)).ravel(), rtol=1e-5)
+    np.testing.assert_allclose(m2 / count, exact.var((0, 2)).ravel(), rtol=1e-5)
 
 
 def test_a_large_mean_keeps_the_variance_without_the_first_value():
@@ -93,10 +94,10 @@ def test_a_large_mean_keeps_the_variance_without_the_first_value():
     x = np.random.default_rng(0).normal(1e4, 1, (1, 1, 400, 1)).astype(np.float32)
     weights = np.ones(x.shape, np.float32)
     weights[:, :, ::3], x[:, :, ::3] = 0, 0
-    count, _, variance = Cuda({"axis": (1, 3)}, sums="float32").moments(x, weights)
+    count, _, m2 = small(Cuda, {"axis": (1, 3)}, sums="float32").reduce(x, weights)
     kept = x[weights > 0].astype(np.float64)
     assert count == kept.size
-    np.testing.assert_allclose(variance, kept.var(), rtol=1e-5)
+    np.testing.assert_allclose(m2 / count, kept.var(), rtol=1e-5)
 
 
 # --- schedules -----------------------------------------------------------------------------
@@ -107,7 +108,8 @@ def test_the_ways_are_wide_and_cut():
     found = {}
     for name, way in WAYS["cuda"].items():
         run = way.make(Cuda, {"axis": (1, 3)})
-        run.moments(Problem(way.shape, np.float32).x)
+        problem = Problem(way.shape, np.float32)
+        run.train(problem.x, problem.params, problem.state)
         found[name] = schedule_of(run)
     assert {name for name, s in found.items() if s.width == 4} == {"wide planes", "wide rows"} | {
         "short planes",
@@ -119,13 +121,11 @@ def test_the_ways_are_wide_and_cut():
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 150, 1), (9, 2, 6, 1), (2, 2, 5, 7), (1, 1, 20, 24)], ids=str)
-def test_larger_blocks(shape, monkeypatch):
+def test_larger_blocks(shape):
     """Whose sums are trees of several levels, and whose rows are longer."""
-    monkeypatch.setattr("nbbn.gpu.schedule.THREADS", 32)
-    monkeypatch.setattr("nbbn.gpu.schedule.COLUMNS", 4)
     for one_launch in (True, False):
         problem = Problem(shape, np.float32)
-        problem.check_training(Cuda(problem.options, one_pass=one_launch))
+        problem.check_training(small(Cuda, problem.options, one_pass=one_launch, threads=32, columns=4))
 
 
 @pytest.mark.parametrize("operands", [{}, {"weights": True, "adjustment": True}], ids=["plain", "operands"])
@@ -137,9 +137,9 @@ def test_one_launch_and_two_agree(shape, operands):
     problem = Problem(shape, np.float32, **operands)
     found = []
     for one_launch in (True, False):
-        run = Cuda(problem.options, one_pass=one_launch)
+        run = small(Cuda, problem.options, one_pass=one_launch)
         y, new_state, saved = run.train(problem.x, problem.params, problem.state, **problem.operands)
-        gradients = run.backward(problem.dy, problem.x, problem.params, saved, **problem.operands)
+        gradients = run.backward(problem.dy, problem.x, saved, **problem.operands)
         assert [one for _, _, one, _ in run.kernels()] == [one_launch] * 2
         found.append((saved, y, new_state, *gradients))
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-13, atol=1e-13)
@@ -158,9 +158,9 @@ def test_families(name, families):
     """
     way = GROUPED["cuda"][name]
     problem = Problem(way.shape, np.float32, virtual_batch_size=2)
-    run = Cuda(problem.options, one_pass=True)
+    run = small(Cuda, problem.options, one_pass=True)
     problem.check_training(run)
-    found = [plan.schedule for plan in run.dispatcher._device_plans.values()]
+    found = run.schedules()
     assert {s.families for s in found} == {families}
     assert {s.one_launch for s in found} == {name != "tiles that are not of one group"}
 
@@ -182,9 +182,9 @@ def at_offset(x, elements):
 def test_what_is_not_aligned_is_read_in_smaller_pieces(shape, elements, width):
     problem = Problem(shape, np.float32)
     problem.x, problem.dy = at_offset(problem.x, 0), at_offset(problem.dy, elements)
-    run = Cuda(problem.options)
+    run = small(Cuda, problem.options)
     problem.check_training(run)
-    train, backward = (plan.schedule.width for plan in run.dispatcher._device_plans.values())
+    train, backward = (schedule.width for schedule in run.schedules())
     assert (train, backward) == (4, width)
 
 
@@ -201,8 +201,8 @@ def test_parts_of_rows(part, width, pitch):
     target = rows[:, :, :, :16][part]
     target[...] = problem.x
     problem.x = target
-    run = Cuda(problem.options)
-    run.moments(problem.x)
+    run = small(Cuda, problem.options)
+    run.reduce(problem.x)
     assert schedule_of(run).width == min(width, {16: 4, 18: 2}[pitch])
     problem.check_training(run)
 
@@ -212,14 +212,14 @@ def test_five_runs_of_dimensions_are_copied(options):
     """Reduced, kept, reduced, kept, reduced: no canonical view; strided arrays, and operands, too."""
     shape = (4, 2, 2, 3, 2)
     problem = Problem(shape, np.float32, weights=True, adjustment=not options, residual=True, **options)
-    run = Cuda(problem.options)
+    run = small(Cuda, problem.options)
     problem.check_training(run)
-    assert any(plan.copied is not None for plan in run.dispatcher._device_plans.values())
+    assert any(plan.copied is not None for plan in run.engine.plans.values())
 
 
 def test_five_runs_of_dimensions_of_inference_in_place():
     problem = Problem((2, 2, 2, 3, 2), np.float32)
-    run = Cuda(problem.options)
+    run = small(Cuda, problem.options)
     _, y = problem.check_output_of_inference(run)
     x = problem.x.copy()
     assert bits(run.infer(x, problem.params, problem.state, out=x)) == bits(y) == bits(x)
@@ -233,32 +233,26 @@ def test_counters_are_zero_again(way):
     """Whatever the number of families was; or the next step's last block would not know that it is."""
     problem = Problem(way.shape, np.float32)
     run = way.make(Cuda, problem.options)
-    run.moments(problem.x)
-    counters = [c for found in dispatcher._all_counters.values() for c in found]
+    all_results(way.twice().make(Cuda, problem.options), problem)
+    run.reduce(problem.x)
+    counters = [c for found in engine._all_counters.values() for c in found]
     assert counters
     assert not any(to_host(c).any() for c in counters)
 
 
-@pytest.mark.parametrize("options", [{}, {"renorm": True}], ids=["plain", "renorm"])
-@pytest.mark.parametrize("name", ["planes", "rows"])
-def test_the_state_may_change_in_place(name, options):
-    """As a captured graph needs it: a step after another one goes on from its state."""
-    way = WAYS["cuda"][name]
-    problem = Problem(way.shape, np.float32, **options)
-    run, memory = way.make(Cuda, problem.options), DeviceMemory()
-    x, params, state = map(memory.view, (problem.x, problem.params, problem.state))
-    hyper, expected = run.dispatcher.hyper(4, problem.dtype), problem.state
-    for _ in range(2):
-        _, expected, _ = run.train(problem.x, problem.params, expected)
-        _, found, _ = run.dispatcher.train(x, params, state, hyper, new_state=state)
-        assert found is state
-        np.testing.assert_array_equal(to_host(state), expected)
-
-
-def test_a_gradient_gets_the_parameters_of_its_step():
-    problem = Problem(WAYS["cuda"]["rows"].shape, np.float32)
-    run, memory = Cuda(problem.options), DeviceMemory()
-    x, params, state = map(memory.view, (problem.x, problem.params, problem.state))
-    copy = memory.view(np.zeros_like(problem.params))
-    run.dispatcher.train(x, params, state, run.dispatcher.hyper(4, problem.dtype), copy=copy)
-    np.testing.assert_array_equal(to_host(copy), problem.params)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_gradient_gets_the_parameters_of_its_step(training):
+    """Also if those of the layer, which are changed in their place, are others by then."""
+    problem = Problem(WAYS["cuda"]["rows"].shape, np.float32, residual=True, activation="relu")
+    run, memory = small(Cuda, problem.options), DeviceMemory()
+    x, dy, params, state, residual = map(
+        memory.view, (problem.x, problem.dy, problem.params, problem.state, problem.residual)
+    )
+    operands = Operands(residual)
+    saved = run.dispatcher.train(x, params, state, operands)[2] if training else run.dispatcher.freeze(params, state)
+    expected = run.dispatcher.backward(dy, x, saved, operands, training=training)
+    device_place(numba_cuda, 0).write(params, memory.view(np.full_like(problem.params, 7)), params.shape, (0, 1))
+    assert (to_host(params) == 7).all()
+    found = run.dispatcher.backward(dy, x, saved, operands, training=training)
+    assert [bits(to_host(a)) for a in found[:2]] == [bits(to_host(a)) for a in expected[:2]]
+    np.testing.assert_array_equal(to_host(saved)[[channel.USED_GAMMA, channel.USED_BETA]], problem.params)

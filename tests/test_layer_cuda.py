@@ -8,6 +8,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 import nbbn
+from nbbn.state.variables import COUNTS
 
 pytest.importorskip("numba_cuda", reason="needs the extra cuda")
 from numba import cuda
@@ -15,17 +16,23 @@ from numba import cuda
 if not cuda.is_available():
     pytest.skip("needs a GPU, or NUMBA_ENABLE_CUDASIM=1", allow_module_level=True)
 
-from nbbn.gpu import schedule
+from nbbn.engine.cuda import engine
 
 # Either side is within a dozen roundings of the exact result, or within one of a 16-bit float.
 BOUNDS = {np.dtype(np.float64): 1e-12, np.dtype(np.float32): 2e-5, np.dtype(np.float16): 4e-3}
 
 
-@pytest.fixture(autouse=True)
-def _few_threads(monkeypatch):
-    """The simulator's threads are Python's: a block has a few."""
-    for name, value in {"THREADS": 8, "COLUMNS": 4, "VECTORS": 1, "APPLIED": 2}.items():
-        monkeypatch.setattr(schedule, name, value)
+# The simulator's threads are Python's: a block has a few.
+FEW_THREADS = {"threads": 8, "columns": 4, "vectors": 1, "applied": 2}
+
+
+def few_threads(layer, **choices):
+    nbbn.force(layer, thresholds=FEW_THREADS, **choices)
+    return layer
+
+
+def new_layer(*arguments, **options):
+    return few_threads(nbbn.BatchNormalization(*arguments, **options))
 
 
 def host(value):
@@ -56,7 +63,7 @@ class Pair:
     """The same layer twice, and calls of both that must agree."""
 
     def __init__(self, shape, axis, dtype=np.float32, residual=False, **options):
-        self.cpu, self.gpu = (nbbn.BatchNormalization(axis=axis, **options) for _ in range(2))
+        self.cpu, self.gpu = nbbn.BatchNormalization(axis=axis, **options), new_layer(axis, **options)
         self.rng, self.shape, self.dtype, self.residual = np.random.default_rng(0), shape, dtype, residual
 
     def array(self, mean=0.0):
@@ -110,10 +117,12 @@ def test_a_cumulative_average_counts_where_something_counts():
     mask = np.ones((4, 3), np.float32)
     mask[:, 1] = 0
     pair.check(mask=mask).check(update_statistics=False)
-    np.testing.assert_array_equal(host(pair.gpu._variables.seen.owner), [[2, 1, 2]] * 2)
+    for name in COUNTS:
+        np.testing.assert_array_equal(host(pair.gpu._variables[name]), [2, 1, 2])
     pair.gpu.to("cpu").to("cuda")
     pair.check()
-    np.testing.assert_array_equal(pair.gpu._variables.on_host().seen, pair.cpu._variables.seen)
+    for name in COUNTS:
+        np.testing.assert_array_equal(pair.gpu._variables.on_host()[name], pair.cpu._variables[name])
 
 
 def test_masks():
@@ -182,13 +191,27 @@ def test_out_that_overlaps_the_input_elsewhere():
 
 
 def test_an_empty_batch():
-    layer = nbbn.BatchNormalization()
+    layer = new_layer()
     y, pullback = layer.vjp(device(np.empty((0, 3), np.float32)), training=True)
     assert host(y).shape == (0, 3)
     np.testing.assert_array_equal(layer.get_weights()[3], np.ones(3))
     found = pullback(device(np.empty((0, 3), np.float32)))
     assert host(found.inputs).shape == (0, 3)
     np.testing.assert_array_equal(host(found.gamma), np.zeros(3))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0, 0)], ids=str)
+def test_no_launch_without_a_block(shape, training, monkeypatch):
+    """A GPU refuses it, the simulator does not."""
+    blocks, launch = [], engine.launch
+    monkeypatch.setattr(engine, "launch", lambda *a: blocks.append(a[4]) or launch(*a))
+    layer = new_layer()
+    y, pullback = layer.vjp(device(np.empty(shape, np.float32)), training=training)
+    assert host(y).shape == host(pullback(y).inputs).shape == shape
+    layer.vjp(device(np.ones((2, *shape[1:]), np.float32)), training=training)
+    assert all(blocks)
+    assert blocks or shape[1] == 0
 
 
 def test_the_state_is_read_where_no_other_thread_can_change_it(monkeypatch):
@@ -198,7 +221,8 @@ def test_the_state_is_read_where_no_other_thread_can_change_it(monkeypatch):
 
     class Lock:
         def __enter__(self):  # another thread has had it until now
-            variables.write(variables.state, np.full((2, 3), 8.0))
+            place = variables.place
+            place.write(variables.state, place.from_host(np.full((2, 3), 8, np.float32)), (2, 3), (0, 1))
 
         def __exit__(self, *error): ...
 
@@ -219,14 +243,70 @@ def test_one_dtype_built_and_another_called():
 
 
 def test_explain():
-    layer = nbbn.BatchNormalization(axis=1)
+    layer = new_layer(1)
     text = str(nbbn.explain(layer, device(np.zeros((4, 3, 2, 4), np.float32)), training=True))
-    assert text.splitlines()[:3] == [
+    assert text.splitlines() == [
         "dtype         float32; statistics float32, sums in float64",
         "view          R0=4 K0=3 R1=8 K1=1",
         "schedule      values side by side; 4 elements in one access; blocks of 2x4 threads",
+        "reduction     by the block that applies",
     ]
     assert not layer.built
+
+
+# --- Force -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_explain_is_what_runs(training):
+    layer, x = new_layer(1), device(np.zeros((4, 3, 2, 4), np.float32))
+    shown = nbbn.explain(layer, x, training=training)
+    layer(x, training=training)
+    assert list(layer._dispatcher.engine(shown).plans.values()) == [shown]
+
+
+def test_one_launch_or_two_by_hand():
+    """Of training and of its gradient; with other sums that agree."""
+    found = {}
+    for choice in (None, True, False):
+        pair = Pair((4, 3, 2, 4), 1)
+        few_threads(pair.gpu, one_pass=choice)
+        x = device(np.zeros(pair.shape, np.float32))
+        text = str(nbbn.explain(pair.gpu, x, training=True))
+        assert ("by the block that applies" in text) == (choice is not False)
+        assert not nbbn.explain(pair.gpu, x).schedule.one_launch, "inference reduces nothing"
+        pair.check()
+        plans = pair.gpu._dispatcher.engine(pair.gpu._variables.params).plans
+        found[choice] = {key[0]: plan.schedule.one_launch for key, plan in plans.items()}
+    assert found[None] == found[True] == {"train": True, "infer": False, "backward": True}
+    assert found[False] == {"train": False, "infer": False, "backward": False}
+
+
+def test_thresholds_by_hand():
+    layer, x = nbbn.BatchNormalization(1), device(np.zeros((4, 3, 2, 4), np.float32))
+    nbbn.force(layer, thresholds={"threads": 16, "sums": "float32", "one_launch": 31})
+    text = str(nbbn.explain(layer, x, training=True))
+    assert "sums in float32, then float64" in text
+    assert "blocks of 2x8 threads" in text
+    assert "chunks of each statistic" in text
+    nbbn.force(layer, thresholds={"threads": 16, "one_launch": 32})
+    assert "by the block that applies" in str(nbbn.explain(layer, x, training=True))
+    nbbn.force(layer, thresholds={"chunk_elements": 16})  # of the CPU
+    with pytest.raises(TypeError, match="chunk_elements"):
+        layer(x)
+
+
+@pytest.mark.parametrize("choice", [{"parallel": True}, {"parallel": False}, {"schedule": "rows"}], ids=str)
+def test_choices_that_a_gpu_does_not_have(choice):
+    """Are refused by every call on an array of a GPU, before anything changes, and by no other."""
+    layer, x = nbbn.BatchNormalization(), np.ones((4, 3), np.float32)
+    nbbn.force(layer, **choice)
+    ((name, value),) = choice.items()
+    for call in (layer, lambda x: layer(x, training=True), layer.vjp, lambda x: nbbn.explain(layer, x)):
+        with pytest.raises(ValueError, match=f"{name} cannot be forced on a GPU; received {value!r}"):
+            call(device(x))
+    assert not layer.built
+    assert layer(x).shape == x.shape
 
 
 # --- where a layer is ------------------------------------------------------------------------
@@ -241,16 +321,18 @@ def test_the_first_input_decides_and_to_moves():
     assert pair.gpu.to("cpu") is pair.gpu
     assert pair.gpu.device == "cpu"
     assert [a.tobytes() for a in pair.gpu.get_weights()] == [a.tobytes() for a in weights]
+    nbbn.force(pair.gpu)  # the thresholds of a GPU are none of a CPU's
     x = pair.array()
     np.testing.assert_array_equal(pair.gpu(x), pair.gpu.to("cpu")(x))
-    pair.gpu.to("cuda")
+    few_threads(pair.gpu.to("cuda"))
     pair.check()
 
 
 def test_mixing_says_what_to_do():
     pair = Pair((4, 3), -1).check()
+    nbbn.force(pair.gpu)  # the thresholds of a GPU are none of a CPU's
     x = pair.array()
-    with pytest.raises(ValueError, match=r"on cuda:0; received an array of the host: call to\('cpu'\) first"):
+    with pytest.raises(ValueError, match=r"on cuda:0; received an array on the host: call to\('cpu'\) first"):
         pair.gpu(x)
     with pytest.raises(ValueError, match=r"on cpu; received an array on cuda:0: call to\('cuda:0'\) first"):
         pair.cpu(device(x))
@@ -272,18 +354,18 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
 def test_bad_arguments(arguments, error, message):
-    layer = nbbn.BatchNormalization()
+    layer = new_layer()
     with pytest.raises(error, match=message):
         layer(device(np.zeros((4, 3), np.float32)), training=True, **{k: device(v) for k, v in arguments.items()})
     assert not layer.built
 
 
 def test_bad_inputs():
-    layer = nbbn.BatchNormalization()
+    layer = new_layer()
     with pytest.raises(TypeError, match=r"inputs must have a dtype of .*; received int64"):
         layer(device(np.zeros((4, 3), np.int64)))
     with pytest.raises(ValueError, match="virtual_batch_size=3 must divide"):
-        nbbn.BatchNormalization(virtual_batch_size=3)(device(np.zeros((4, 3), np.float32)), training=True)
+        new_layer(virtual_batch_size=3)(device(np.zeros((4, 3), np.float32)), training=True)
     layer(device(np.zeros((4, 3), np.float32)))
     with pytest.raises(ValueError, match=r"inputs must have the shape \(any, 3\)"):
         layer(device(np.zeros((4, 2), np.float32)))
@@ -294,8 +376,8 @@ def test_bad_inputs():
 
 
 def test_out_of_a_gradient_must_not_be_the_input():
-    layer, x = nbbn.BatchNormalization(), device(np.ones((4, 3), np.float32))
-    with pytest.raises(ValueError, match="out must not share memory with the input"):
+    layer, x = new_layer(), device(np.ones((4, 3), np.float32))
+    with pytest.raises(ValueError, match=r"out must not share memory with inputs or residual in vjp\(\)"):
         layer.vjp(x, out=x)
     _, pullback = layer.vjp(x)
     with pytest.raises(ValueError, match="out must not share memory with the input"):
@@ -314,7 +396,7 @@ def test_copies_stay_on_the_gpu_and_are_others(copied):
 
 
 def test_folding_losses_and_constraints():
-    layer = nbbn.BatchNormalization(gamma_regularizer="l2", gamma_constraint="non_neg")
+    layer = new_layer(gamma_regularizer="l2", gamma_constraint="non_neg")
     x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     layer(device(x), training=True)
     layer.gamma = np.array([1.0, -2.0, 3.0])
@@ -329,7 +411,7 @@ def test_folding_losses_and_constraints():
 def test_the_layers_of_tensorflow_1():
     from nbbn.compat.v1.keras.layers import BatchNormalization
 
-    cpu, gpu = BatchNormalization(), BatchNormalization()
+    cpu, gpu = BatchNormalization(), few_threads(BatchNormalization())
     x = np.random.default_rng(0).normal(1, 2, size=(4, 3)).astype(np.float32)
     agree(gpu(device(x), training=True), cpu(x, training=True), "y")
     np.testing.assert_array_equal(gpu.get_weights()[2], np.zeros(3))

@@ -140,8 +140,8 @@ def test_a_pullback_keeps_its_input_until_it_goes():
 
 def test_a_small_mask_is_not_blown_up():
     """One weight per sample stays that, also where the layer needs another dtype: no array of the input's size."""
-    from nbbn.operands import as_weights
+    from nbbn.call.operands import as_weights
 
-    wide = as_weights(np.ones(8, bool), (8, 1000), (1,), np.dtype(np.float32))
+    wide = as_weights(np.ones(8, bool), np.zeros((8, 1000), np.float32), (1,), np.dtype(np.float32))
     assert wide.shape == (8, 1000)
     assert wide.strides[1] == 0

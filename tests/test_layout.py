@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import as_strided
 
-from nbbn import layout
+from nbbn.core import layout
 
 SHAPES = [(6,), (4, 3), (4, 3, 2), (4, 3, 2, 5), (4, 3, 2, 5, 2)]
 # Sizes of 1 must not change which view exists, wherever they are.

@@ -73,7 +73,7 @@ def test_info_says_which_instructions_are_used():
 
 @pytest.mark.parametrize(
     ("module", "name", "value"),
-    [("numba.cuda", "GPU", "none: "), ("ml_dtypes", "ml_dtypes", "not installed")],
+    [("numba_cuda", "GPU", "none: "), ("numba.cuda", "GPU", "none: "), ("ml_dtypes", "ml_dtypes", "not installed")],
 )
 def test_info_without(module, name, value):
     found = facts(python("-c", BLOCKED.format(module=module, arguments=["info"])))

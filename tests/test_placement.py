@@ -11,7 +11,7 @@ NO_GPU = """
 import sys
 import numpy as np
 import nbbn
-from nbbn.gpu import availability
+from nbbn.arrays import availability
 {before}
 layer = nbbn.BatchNormalization()
 layer.build((2, 3))

@@ -15,6 +15,7 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
 
 from numba.cuda import types
 
+from nbbn.engine.cuda.schedule import Thresholds
 from nbbn.kernels.cuda.blocks import Variant
 from nbbn.kernels.cuda.steps import VIEWS
 from tests.helpers.ptx import (
@@ -30,21 +31,23 @@ from tests.helpers.ptx import (
 )
 from tests.oracle.targets_cuda import conversion
 
+THREADS = Thresholds().threads
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 DTYPES = [np.dtype(d) for d in (np.float16, bfloat16, np.float32, np.float64)]
 APPLYING = ("normalize", "infer", "input_gradient")  # the others reduce, too
 ONE_LAUNCH = ("train", "backward")
+COUNTING = ("reduce", "train_reduce", "sum_gradient", "backward_reduce")  # whose last block does more
 OPERANDS = {"adjustment": True, "residual": True, "relu": True}
 
 
 def variant(dtype, loops, **options):
     dtype = np.dtype(dtype)
     sums = FLOAT64 if dtype == FLOAT64 else FLOAT32
-    given = {"width": 16 // dtype.itemsize, "sums": sums, "rows": loops == "rows", "short": loops == "short", **options}
-    return Variant(dtype, **given)
+    given = {"width": 16 // dtype.itemsize, "sums": sums, "rows": loops == "rows", "short": loops == "short"}
+    return Variant(dtype, threads=THREADS, **{**given, **options})
 
 
-# "freeze" has no elements.
+# The others are the middle stage by itself, which has no elements.
 STEPS = [step for step, views in VIEWS.items() if views]
 # Everything for one device; a choice for others, for other options, and for what they are together.
 CASES = {
@@ -66,15 +69,20 @@ CASES = {
     **{
         f"{step} {np.dtype(dtype).name} {loops} {' '.join(options)}": (step, variant(dtype, loops, **options), (9, 0))
         for step, dtype, loops, options in (
+            ("reduce", bfloat16, "short", {"weights": True}),
+            ("reduce", np.float32, "rows", {"weights": True}),
             ("train_reduce", np.float16, "short", {"weights": True}),
             ("train_reduce", np.float32, "rows", {"weights": True, "renorm": True}),
+            ("train_reduce", np.float32, "planes", {"renorm": True, "cumulative": True}),
             ("normalize", np.float16, "planes", OPERANDS),
             ("normalize", np.float32, "rows", OPERANDS),
             ("infer", bfloat16, "rows", {"residual": True, "relu": True}),
             ("train", np.float32, "planes", {"renorm": True, **OPERANDS}),
+            ("sum_gradient", np.float32, "rows", OPERANDS),
+            ("sum_gradient", np.float16, "short", {"residual": True, "relu": True}),
             ("backward_reduce", np.float32, "rows", OPERANDS),
-            ("input_gradient", np.float32, "planes", {"dresidual": True, "weights": True, **OPERANDS}),
-            ("input_gradient", np.float16, "rows", {"dresidual": True, "residual": True, "relu": True}),
+            ("input_gradient", np.float32, "planes", {"dz": True, "weights": True, **OPERANDS}),
+            ("input_gradient", np.float16, "rows", {"dz": True, "residual": True, "relu": True}),
             ("input_gradient", bfloat16, "short", {"frozen": True}),
         )
     },
@@ -125,7 +133,7 @@ def test_float64_is_where_it_is_meant(case):
 
 
 def sums_of(step, v):
-    if step.startswith("backward"):
+    if step in ("sum_gradient", "backward_reduce", "backward"):
         return 4 if v.adjustment else 2
     return 3 if v.weights else 2
 
@@ -135,12 +143,37 @@ def test_nothing_depends_on_the_order_of_threads(case):
     """The only atomic operation counts blocks."""
     found = re.findall(r"\b(?:atom|red)\.\S+", compiled(*case))
     assert all(re.search(r"\.inc\.u32", name) for name in found), found
-    assert len(found) == (1 if case[0] in ("moments", "train_reduce", "backward_reduce") else 0)
+    assert len(found) == (1 if case[0] in COUNTING else 0)
 
 
-def test_steps_without_elements():
-    assert set(VIEWS) - set(STEPS) == {"freeze"}
-    assert not re.search(r"\.local\b", compiled("freeze", variant(np.float32, "planes"), (9, 0)))
+MIDDLE = {
+    f"{step} {dtype.name} {' '.join(options)}": (step, variant(dtype, "rows", width=1, sums=dtype, **options), (9, 0))
+    for step, options in (
+        ("finish", {}),
+        ("finish", {"renorm": True}),
+        ("finish", {"adjustment": True, "cumulative": True}),
+        ("freeze", {}),
+        ("spread_gradient", {}),
+        ("spread_gradient", {"adjustment": True}),
+    )
+    for dtype in (FLOAT32, FLOAT64)
+}
+
+
+def test_every_kernel_is_tested_here():
+    assert {step for step, _, _ in CASES.values()} | {step for step, _, _ in MIDDLE.values()} == set(VIEWS)
+
+
+@pytest.mark.parametrize("case", MIDDLE.values(), ids=MIDDLE)
+def test_the_middle_stage_by_itself(case):
+    """A thread has a channel: nothing in local memory, and nothing that threads of a block do together."""
+    ptx = compiled(*case)
+    assert not re.search(r"\.local\b", ptx)
+    assert not re.search(r"\.shared\b|\bbar(rier)?\.|\b(atom|red)\.", ptx)
+    assert not element_loops(ptx)
+    assert re.search(r"st\.global\.[bf]64" if case[0] != "spread_gradient" else r"st\.global", ptx)
+    found = resources(ptx, case[2])
+    assert (found.stack, found.local) == (0, 0)
 
 
 def test_float64_sums_of_float32_are_all_float64():

@@ -7,7 +7,7 @@ import numba
 import numpy as np
 import pytest
 
-from nbbn import rules
+from nbbn.core import rules
 
 INF, NAN = math.inf, math.nan
 
@@ -31,13 +31,16 @@ VALUES = [
     (rules.biased_variance, (4.0, 10.0), 2.5),
     (rules.biased_variance, (0.0, 0.0), 0.0),
     (rules.biased_variance, (4.0, NAN), NAN),
-    (rules.bessel_factor, (18.0,), 18 / 17),
-    (rules.bessel_factor, (40.0,), 40 / 39),
-    (rules.bessel_factor, (24.0,), 24 / 23),
-    (rules.bessel_factor, (2.0,), 2.0),
-    (rules.bessel_factor, (1.5,), 1.5),
-    (rules.bessel_factor, (1.0,), 1.0),
-    (rules.bessel_factor, (0.0,), 0.0),
+    # m2 = count is a biased variance of 1: what is left is Bessel's factor
+    (rules.unbiased_variance, (18.0, 18.0), 18 / 17),
+    (rules.unbiased_variance, (40.0, 40.0), 40 / 39),
+    (rules.unbiased_variance, (24.0, 24.0), 24 / 23),
+    (rules.unbiased_variance, (2.5, 3.0), 2.0),
+    (rules.unbiased_variance, (2.0, 2.0), 2.0),
+    (rules.unbiased_variance, (1.5, 1.5), 1.5),
+    (rules.unbiased_variance, (1.0, 1.0), 1.0),
+    (rules.unbiased_variance, (0.0, 0.0), 0.0),
+    (rules.unbiased_variance, (4.0, NAN), NAN),
     (rules.moving_average, (2.0, 4.0, 0.75), 2.5),
     (rules.moving_average, (4.0, 2.0, 0.25), 2.5),
     (rules.moving_average, (NAN, 2.0, 0.5), NAN),

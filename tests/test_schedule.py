@@ -2,16 +2,30 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from nbbn import schedule
+from nbbn.engine.cpu import schedule
+from nbbn.engine.cpu.schedule import Thresholds
 from nbbn.kernels.cpu import columns, elements, planes
 from nbbn.kernels.cpu.memory import BLOCK, BUFFERED, DIRECT, STREAMED
-from nbbn.kernels.tasks import K1_STEP, PERIOD, R0_STEP, R1_STEP, RUN, STORE
+from nbbn.runtime import last_level_cache, thread_limit
 
 CACHE = 1 << 20  # bytes of the last level in these tests
+USUAL = Thresholds(threads=2, cache=CACHE)
+# Several chunks per statistic, several tiles of columns, and all kinds of rows, as large inputs have them.
+SMALL = replace(
+    USUAL,
+    chunk_elements=8,
+    chunk_rows=1,
+    max_tasks=20,
+    tile_columns=16,
+    folded_columns=16,
+    short_plane=12,
+    folded_elements=0,
+)
 STATISTICS = {
     "planes": planes.statistics,
     "rows": columns.PLAIN.statistics,
@@ -19,23 +33,13 @@ STATISTICS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _machine(monkeypatch):
-    monkeypatch.setattr(schedule, "thread_limit", lambda: 2)
-    monkeypatch.setattr(schedule, "last_level_cache", lambda: CACHE)
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Several chunks per statistic, several tiles of columns, and all kinds of rows, as large inputs have them."""
-    values = {"CHUNK_ELEMENTS": 8, "CHUNK_ROWS": 1, "MAX_TASKS": 20, "TILE_COLUMNS": 16}
-    for name, value in {**values, "FOLDED_COLUMNS": 16, "SHORT_PLANE": 12, "FOLDED_ELEMENTS": 0}.items():
-        monkeypatch.setattr(schedule, name, value)
-
-
-def choose(view, step="train", groups=1, itemsize=4, arrays=2, **choices):
-    common = {"contiguous": True, "foldable": True, "in_place": False}
+def choose(view, step="train", groups=1, itemsize=4, arrays=2, thresholds=USUAL, **choices):
+    common = {"contiguous": True, "foldable": True, "in_place": False, "thresholds": thresholds}
     return schedule.choose(step, view, groups, itemsize, arrays, **{**common, **choices})
+
+
+def choose_small(*arguments, **choices):
+    return choose(*arguments, thresholds=SMALL, **choices)
 
 
 def tasks(chosen):
@@ -54,11 +58,12 @@ def statistics(chosen, bounds):
 
 def statistics_of_columns(chosen):
     """Which statistic each element of the schedule's arrays belongs to, by the rule that elements.py states."""
-    if chosen.loops == "runs":
-        return np.arange(math.prod(chosen.shape)) // chosen.grid[RUN] % chosen.grid[PERIOD]
+    grid = chosen.grid
+    if chosen.loops == "flat":
+        return np.arange(math.prod(chosen.shape)) // grid.span % grid.period
     shape = (*chosen.shape, 1) if chosen.loops == "planes" else chosen.shape
     _, k0, _, k1 = np.indices(shape)
-    return k0 * chosen.grid[PERIOD] + k1 // chosen.grid[RUN] % chosen.grid[PERIOD]
+    return k0 * grid.period + k1 // grid.span % grid.period
 
 
 VIEWS = [
@@ -79,37 +84,42 @@ VIEWS = [
     (16, 1, 8, 1),
 ]
 EVERY_VIEW = pytest.mark.parametrize("view", VIEWS, ids=str)
-STEPS = ["moments", "train", "infer", "backward", "frozen_backward"]
+FUSED = ["train", "infer", "backward", "frozen_backward"]
+STAGES = ["reduce", "apply", "reduce_gradient", "apply_gradient"]
+STEPS = [*STAGES, *FUSED]
 
 
-@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("loops", [None, "rows"])
 @EVERY_VIEW
 def test_tasks_cover_everything_exactly_once(view, loops, step):
     """No two tasks share an element; each partial sum (chunk, statistic) belongs to one task, and none is left out."""
     for foldable in (True, False):
-        chosen = choose(view, step, loops=loops, foldable=foldable)
+        chosen = choose_small(view, step, loops=loops, foldable=foldable)
         r0s, k0s, r1s, k1s = extent = schedule.extent(chosen.loops, chosen.shape)
         chunks, tiles = elements.chunks_and_tiles.py_func(extent, chosen.grid)
         covered, written = np.zeros(extent, int), np.zeros((chunks, view[1] * view[3]), int)
         for chunk, tile, bounds in tasks(chosen):
-            _, k0, r0, r0_end, r1, r1_end, k1, k1_end = bounds
-            assert 0 <= r0 < r0_end <= r0s
-            assert 0 <= r1 < r1_end <= r1s
-            assert 0 <= k1 < k1_end <= k1s
+            assert bounds.chunk == chunk
+            assert 0 <= bounds.r0_begin < bounds.r0_end <= r0s
+            assert 0 <= bounds.r1_begin < bounds.r1_end <= r1s
+            assert 0 <= bounds.k1_begin < bounds.k1_end <= k1s
             assert 0 <= tile < tiles
-            assert 0 <= k0 < k0s
-            assert k1_end - k1 <= BLOCK, "columns of a task lie in arrays of BLOCK elements"
-            covered[r0:r0_end, k0, r1:r1_end, k1:k1_end] += 1
-            if chosen.loops != "runs":  # which write no sums
+            assert 0 <= bounds.k0 < k0s
+            assert bounds.k1_end - bounds.k1_begin <= BLOCK, "columns of a task lie in arrays of BLOCK elements"
+            covered[
+                bounds.r0_begin : bounds.r0_end,
+                bounds.k0,
+                bounds.r1_begin : bounds.r1_end,
+                bounds.k1_begin : bounds.k1_end,
+            ] += 1
+            if chosen.loops != "flat":  # which write no sums
                 first, last = statistics(chosen, bounds)
                 written[chunk, first:last] += 1
         assert (covered == 1).all()
-        assert (written == 1).all() or chosen.loops == "runs"
+        assert (written == 1).all() or chosen.loops == "flat"
 
 
-@pytest.mark.usefixtures("small")
 @EVERY_VIEW
 def test_columns_belong_to_the_statistics_of_the_view(view):
     """Of contiguous memory, whatever the loops: element by element."""
@@ -117,33 +127,32 @@ def test_columns_belong_to_the_statistics_of_the_view(view):
     expected = (k0 * view[3] + k1).ravel()
     for loops in (None, "rows", "planes") if view[3] == 1 else (None, "rows"):
         for foldable, step in itertools.product((True, False), ("train", "infer")):
-            chosen = choose(view, step, loops=loops, foldable=foldable)
+            chosen = choose_small(view, step, loops=loops, foldable=foldable)
             assert math.prod(chosen.shape) == math.prod(view)
             np.testing.assert_array_equal(statistics_of_columns(chosen).ravel(), expected)
 
 
-@pytest.mark.usefixtures("small")
 @EVERY_VIEW
 def test_a_task_has_whole_runs_of_the_statistics_that_it_writes(view):
-    chosen = choose(view)
+    chosen = choose_small(view)
     shape = (*chosen.shape, 1) if chosen.loops == "planes" else chosen.shape
     owner = statistics_of_columns(chosen)
-    assert shape[3] == 1 or chosen.grid[K1_STEP] % chosen.grid[RUN] == 0
+    assert shape[3] == 1 or chosen.grid.k1_step % chosen.grid.span == 0
     for _, _, bounds in tasks(chosen):
-        found = np.unique(owner[:, bounds[1], :, bounds[6] : bounds[7]])
+        found = np.unique(owner[:, bounds.k0, :, bounds.k1_begin : bounds.k1_end])
         assert found.tolist() == list(range(*statistics(chosen, bounds)))
 
 
-def test_the_small_thresholds_reach_all_loops(small):
+def test_the_small_thresholds_reach_all_loops():
     """Or the tests above would test little."""
-    assert {choose(view).loops for view in VIEWS} == {"planes", "rows", "folded"}
-    assert {choose(view, "infer").loops for view in VIEWS} == {"runs", "rows", "folded"}
-    folded = [choose(view) for view in VIEWS if choose(view).loops == "folded"]
-    assert {c.grid[RUN] > 1 for c in folded} == {False, True}
-    assert any(c.shape[3] > c.grid[K1_STEP] for c in folded), "no folded rows are cut into tiles"
+    assert {choose_small(view).loops for view in VIEWS} == {"planes", "rows", "folded"}
+    assert {choose_small(view, "infer").loops for view in VIEWS} == {"flat", "rows", "folded"}
+    folded = [chosen for chosen in map(choose_small, VIEWS) if chosen.loops == "folded"]
+    assert {c.grid.span > 1 for c in folded} == {False, True}
+    assert any(c.shape[3] > c.grid.k1_step for c in folded), "no folded rows are cut into tiles"
     assert any(c.shape[1] > 1 for c in folded), "no folded rows with a k0"
-    chunks = {choose(view).loops: 0 for view in VIEWS}
-    for chosen in map(choose, VIEWS):
+    chunks = {choose_small(view).loops: 0 for view in VIEWS}
+    for chosen in map(choose_small, VIEWS):
         chunks[chosen.loops] = max(chunks[chosen.loops], 1 + max(chunk for chunk, _, _ in tasks(chosen)))
     assert min(chunks.values()) >= 3, chunks
 
@@ -167,12 +176,11 @@ GROUPED = [
 ]
 
 
-@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("step", ["train", "backward"])
 @pytest.mark.parametrize(("view", "groups"), GROUPED, ids=str)
 def test_one_pass_has_the_tiles_of_a_channel_in_all_groups_together(view, groups, step):
     """steps.py takes tiles t, t + n, t + 2 n ... together: they must be the same channels of each group."""
-    chosen = choose(view, step, groups, one_pass=True)
+    chosen = choose_small(view, step, groups, one_pass=True)
     if not chosen.one_pass:
         return
     total = view[1] * view[3]
@@ -188,53 +196,69 @@ def test_one_pass_has_the_tiles_of_a_channel_in_all_groups_together(view, groups
     assert sorted(seen) == list(range(total))
 
 
-def test_one_pass_where_it_is_possible(small):
-    one = [choose(view, groups=groups, one_pass=True) for view, groups in GROUPED]
+def test_one_pass_where_it_is_possible():
+    one = [choose_small(view, groups=groups, one_pass=True) for view, groups in GROUPED]
     assert {c.loops for c in one if c.one_pass} == {"planes", "folded"}
     assert {groups > 1 for (_, groups), c in zip(GROUPED, one, strict=True) if c.one_pass} == {False, True}
-    assert not any(choose(view, step, one_pass=True).one_pass for view in VIEWS for step in ("infer", "moments"))
-    assert not any(choose(view, one_pass=False).one_pass for view in VIEWS)
+    others = set(STEPS) - {"train", "backward"}
+    assert not any(choose_small(view, step, one_pass=True).one_pass for view in VIEWS for step in others)
+    assert not any(choose_small(view, one_pass=False).one_pass for view in VIEWS)
 
 
-def test_one_pass_waits_for_enough_tiles_per_thread(monkeypatch):
-    most = 2 * schedule.TILES_PER_THREAD
+def test_one_pass_waits_for_enough_tiles_per_thread():
+    most = 2 * USUAL.tiles_per_thread
     for channels in (1, most - 1, most, most + 1):
         view = (64, channels, 3136, 1)
         assert choose(view, parallel=True).one_pass == (channels >= most)
         assert choose(view, parallel=False).one_pass
-    monkeypatch.setattr(schedule, "thread_limit", lambda: 4)
-    assert not choose((64, most, 3136, 1), parallel=True).one_pass
+    assert not choose((64, most, 3136, 1), parallel=True, thresholds=replace(USUAL, threads=4)).one_pass
 
 
 # --- what decides ------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("view", "groups"), GROUPED, ids=str)
 @pytest.mark.parametrize("step", STEPS)
-def test_the_order_of_sums_depends_on_shape_and_strides_alone(view, groups, step, monkeypatch):
-    found = set()
+def test_the_order_of_sums_depends_on_shape_and_strides_alone(view, groups, step):
+    found, stores = set(), set()
     for threads, cache, in_place in itertools.product([1, 2, 64], [1, 1 << 40], [False, True]):
-        monkeypatch.setattr(schedule, "thread_limit", lambda n=threads: n)
-        monkeypatch.setattr(schedule, "last_level_cache", lambda n=cache: n)
+        thresholds = replace(SMALL, threads=threads, cache=cache)
         for parallel in (None, False, True):
-            chosen = choose(view, step, groups, in_place=in_place, parallel=parallel)
-            grid = (*chosen.grid[:STORE], *chosen.grid[STORE + 1 :])
-            found.add((chosen.loops, chosen.shape, grid))
+            chosen = choose(view, step, groups, in_place=in_place, parallel=parallel, thresholds=thresholds)
+            found.add((chosen.loops, chosen.shape, chosen.grid._replace(store=DIRECT)))
+            stores.add(chosen.grid.store)
     assert len(found) == 1
+    assert stores == {DIRECT, BUFFERED, STREAMED}, "the machine decides something"
+
+
+@pytest.mark.parametrize("foldable", [False, True])
+@pytest.mark.parametrize(("view", "groups"), GROUPED, ids=str)
+def test_a_stage_has_the_tasks_of_the_whole_step(view, groups, foldable):
+    """So that its sums are added up in the same order."""
+    for whole, stages in {"train": ("reduce", "apply"), "backward": ("reduce_gradient", "apply_gradient")}.items():
+        expected = choose_small(view, whole, groups, foldable=foldable, one_pass=False)
+        assert {choose_small(view, stage, groups, foldable=foldable) for stage in stages} == {expected}
+
+
+def test_without_numbers_the_machine_decides():
+    """Two arrays of float32 that just fit into its cache, or one element more."""
+    for more, store in ((0, DIRECT), (1, STREAMED)):
+        chosen = choose((1, 1, last_level_cache() // 8 + more, 1), thresholds=Thresholds(parallel_elements=0))
+        assert chosen.grid.store == store
+        assert chosen.parallel == (thread_limit() > 1)
 
 
 @pytest.mark.parametrize(("elements", "parallel"), [(-1, False), (0, True)])
-def test_small_inputs_stay_serial(elements, parallel, monkeypatch):
-    monkeypatch.setattr(schedule, "PARALLEL_ELEMENTS", 24)
-    assert choose((1, 24 + elements, 1, 1)).parallel == parallel
+def test_small_inputs_stay_serial(elements, parallel):
+    thresholds = replace(USUAL, parallel_elements=24)
+    assert choose((1, 24 + elements, 1, 1), thresholds=thresholds).parallel == parallel
 
 
-def test_one_thread_is_serial(monkeypatch):
-    monkeypatch.setattr(schedule, "thread_limit", lambda: 1)
-    view = (1, 1, schedule.PARALLEL_ELEMENTS, 2)
-    assert not choose(view).parallel
-    assert not choose(view, parallel=True).parallel
+def test_one_thread_is_serial():
+    view, one = (1, 1, USUAL.parallel_elements, 2), replace(USUAL, threads=1)
+    assert choose(view).parallel
+    assert not choose(view, thresholds=one).parallel
+    assert not choose(view, parallel=True, thresholds=one).parallel
 
 
 @pytest.mark.parametrize("loops", ["planes", "rows"])
@@ -264,14 +288,14 @@ def test_stores(choices, more, store):
     """Two arrays of float32 that just fit into the cache, or one element more; gaps are never streamed over."""
     view = (1, 1, CACHE // 8 + more, 1)
     for step in ("infer", "train"):
-        assert choose(view, step, **choices).grid[STORE] == store
+        assert choose(view, step, **choices).grid.store == store
 
 
 def test_arrays_count_for_the_stores():
     view = (1, 1, CACHE // 8, 1)
-    assert choose(view, arrays=3).grid[STORE] == STREAMED
-    assert choose(view, itemsize=8).grid[STORE] == STREAMED
-    assert choose(view, itemsize=2, arrays=4).grid[STORE] == DIRECT
+    assert choose(view, arrays=3).grid.store == STREAMED
+    assert choose(view, itemsize=8).grid.store == STREAMED
+    assert choose(view, itemsize=2, arrays=4).grid.store == DIRECT
 
 
 # NCHW with planes of 1 to 256 values, of 257; few channels; many; a prime number of rows; nothing to gain; gaps.
@@ -288,7 +312,7 @@ LOOPS = [
     ((1, 1, 65536, 3), False, "rows", (1, 1, 65536, 3)),
     ((8, 4, 4096, 3), True, "folded", (8, 4, 32, 384)),
     ((1, 1, 4, 16384), True, "rows", (1, 1, 4, 16384)),
-    ((1, 1, 10922, 3), True, "rows", (1, 1, 10922, 3)),  # an element below FOLDED_ELEMENTS
+    ((1, 1, 10922, 3), True, "rows", (1, 1, 10922, 3)),  # an element below folded_elements
 ]
 
 
@@ -299,9 +323,9 @@ def test_loops_of_the_usual_thresholds(view, foldable, loops, shape):
 
 
 def test_thresholds_that_depend_on_each_other():
-    assert schedule.TILE_COLUMNS <= BLOCK, "the columns of a task lie in local arrays"
-    assert schedule.FOLDED_COLUMNS <= schedule.TILE_COLUMNS, "a tile has whole periods"
-    assert schedule.SHORT_PLANE <= schedule.TILE_COLUMNS, "a tile has whole runs"
+    assert USUAL.tile_columns <= BLOCK, "the columns of a task lie in local arrays"
+    assert USUAL.folded_columns <= USUAL.tile_columns, "a tile has whole periods"
+    assert USUAL.short_plane <= USUAL.tile_columns, "a tile has whole runs"
 
 
 LARGE = [
@@ -321,19 +345,19 @@ def test_the_tasks_of_a_step_are_limited():
     for view in [*LARGE, *((n, 1, 40_000, 1) for n in range(1, 300))]:
         chosen = choose(view)
         chunks, tiles = elements.chunks_and_tiles.py_func(schedule.extent(chosen.loops, chosen.shape), chosen.grid)
-        assert chunks == 1 or chunks * tiles <= 2 * schedule.MAX_TASKS, f"{chunks} chunks, {tiles} tiles for {view}"
+        assert chunks == 1 or chunks * tiles <= 2 * USUAL.max_tasks, f"{chunks} chunks, {tiles} tiles for {view}"
 
 
 @pytest.mark.parametrize("view", LARGE, ids=str)
 def test_chunks_are_worth_a_task(view):
-    """A chunk of a large input has at least half of CHUNK_ELEMENTS."""
+    """A chunk of a large input has at least half of chunk_elements."""
     chosen = choose(view)
-    r0, r1, k1 = (chosen.grid[i] for i in (R0_STEP, R1_STEP, K1_STEP))
-    assert r0 * r1 * k1 >= min(schedule.CHUNK_ELEMENTS, view[0] * view[2] * k1) / 2
+    r0, r1, k1 = chosen.grid.r0_step, chosen.grid.r1_step, chosen.grid.k1_step
+    assert r0 * r1 * k1 >= min(USUAL.chunk_elements, view[0] * view[2] * k1) / 2
 
 
 @pytest.mark.parametrize("view", [*VIEWS, *LARGE], ids=str)
 def test_rows_are_cut_into_whole_blocks(view):
     chosen = choose(view)
     if chosen.loops != "planes":
-        assert chosen.grid[R1_STEP] % schedule.ROW_BLOCK == 0
+        assert chosen.grid.r1_step % schedule.ROW_BLOCK == 0

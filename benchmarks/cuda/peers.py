@@ -25,11 +25,17 @@ def copy_contender(problem: Problem) -> Contender:
 # -- nbbn --------------------------------------------------------------------------------------------------------------
 
 
-def nbbn_forms(problem: Problem, mode: str) -> Forms:
-    """ordinary, which allocates its results, and preallocated, with out=. The layers' weights are on the device."""
-    library = importlib.import_module("nbbn.gpu.arrays").find_library(problem.x)
+def nbbn_forms(problem: Problem, mode: str, **choices: Any) -> Forms:
+    """ordinary, which allocates its results, and preallocated, with out=. The layers' weights are on the device.
+
+    choices: as in nbbn.force().
+    """
+    library = importlib.import_module("nbbn.arrays.gpu").find_library(problem.x)
     given = {"ordinary": None, "preallocated": library.empty_like(problem.x)}
-    return {form: nbbn.contender(problem, nbbn.layer_for(problem).to("cuda"), mode, out) for form, out in given.items()}
+    return {
+        form: nbbn.contender(problem, nbbn.layer_for(problem, **choices).to("cuda"), mode, out)
+        for form, out in given.items()
+    }
 
 
 # -- PyTorch -----------------------------------------------------------------------------------------------------------

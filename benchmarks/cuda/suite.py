@@ -15,7 +15,7 @@ from benchmarks.cuda.problem import Problem, check
 from benchmarks.cuda.timing import Device, Gpu, measure, measure_calls
 from benchmarks.peers import OWN, find
 from benchmarks.suite import Entrant, Plan, Progress, Report, admit, run_cases
-from nbbn.gpu import availability
+from nbbn.arrays import availability
 
 SMALL = 1 << 20  # bytes of an input whose calls are timed by the host's clock, too
 PACKAGES = ("numba-cuda", "cuda-core", "cuda-bindings", "torch", "triton", "jax", "jaxlib")

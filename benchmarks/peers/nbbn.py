@@ -13,8 +13,8 @@ def version() -> str:
     return nbbn.__version__
 
 
-def layer_for(problem: Given, parallel: bool | None = None) -> nbbn.BatchNormalization:
-    """A layer with the problem's parameters and statistics; `parallel` as in nbbn.force()."""
+def layer_for(problem: Given, **choices: Any) -> nbbn.BatchNormalization:
+    """A layer with the problem's parameters and statistics; `choices` as in nbbn.force()."""
     case = problem.case
     options: dict[str, Any] = {**case.options} | ({"activation": "relu"} if case.fused else {})
     axis = case.axis if isinstance(case.axis, int) else list(case.axis)
@@ -27,8 +27,7 @@ def layer_for(problem: Given, parallel: bool | None = None) -> nbbn.BatchNormali
         deviation = np.sqrt(problem.variance)
         weights += [deviation, problem.mean, deviation]
     layer.set_weights([v.reshape(w.shape) for v, w in zip(weights, layer.weights, strict=True)])
-    if parallel is not None:
-        nbbn.force(layer, parallel=parallel)
+    nbbn.force(layer, **choices)
     return layer
 
 
@@ -36,7 +35,9 @@ def prepare(problem: Problem, mode: str) -> dict[str, Contender]:
     """ordinary, preallocated, and the latter in one thread."""
     forms = {"ordinary": (False, None), "preallocated": (True, None), "preallocated, one thread": (True, False)}
     return {
-        form: contender(problem, layer_for(problem, parallel), mode, np.empty_like(problem.x) if given else None)
+        form: contender(
+            problem, layer_for(problem, parallel=parallel), mode, np.empty_like(problem.x) if given else None
+        )
         for form, (given, parallel) in forms.items()
     }
 

@@ -1,6 +1,5 @@
 """Batch renormalization and ghost batches against plain batch normalization, on the digits of scikit-learn."""
 
-import importlib
 import sys
 import time
 from collections.abc import Iterator
@@ -18,8 +17,10 @@ QUICK_SHARE = 2 / 3  # of the steps
 def missing_extra() -> str | None:
     """Why the packages of the extra `demo` cannot be imported, in one line; None if they can."""
     try:
-        for module in ("tqdm", "matplotlib.figure", "threadpoolctl", "sklearn.datasets"):
-            importlib.import_module(module)
+        import matplotlib.figure  # noqa: F401
+        import sklearn.datasets  # noqa: F401
+        import threadpoolctl  # noqa: F401
+        import tqdm  # noqa: F401
     except ImportError as error:
         return f"the demo needs scikit-learn, matplotlib and tqdm ({error}): pip install nbbn[demo]"
     return None
@@ -62,6 +63,8 @@ def train_all(seeds: int, share_of_steps: float) -> dict[tuple[str, str], list[R
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Arrays this small gain little from thread pools, and lose much where other processes want the cores."""
-    limits = importlib.import_module("threadpoolctl").threadpool_limits(1, user_api="blas")
+    import threadpoolctl
+
+    limits = threadpoolctl.threadpool_limits(1, user_api="blas")
     with limits, parallel_region():  # who holds the pool leaves the serial kernels to all others, here to the layers
         yield

@@ -1,7 +1,6 @@
-"""The middle stage: C numbers per statistic, and every option of batch normalization.
+"""The middle stage: a few numbers per channel, and every option of batch normalization.
 
-Arithmetic is float64; what the elements use is rounded once, to the statistics' dtype. The rounded mean's error goes
-into the shift, so that a mean much larger than the deviation costs no digits.
+Arithmetic is float64. What the elements use is rounded once, to the statistics' dtype.
 """
 
 from collections.abc import Callable
@@ -10,36 +9,51 @@ from typing import Any
 
 import numpy as np
 
-from nbbn import rules
+from nbbn.core import rules
 
-# Rows of the arrays that the stages exchange. A statistic of group g and channel c is in column g * C + c.
+# Rows of the arrays that the stages exchange. The statistic of group g and channel c is in column g * C + c.
 GAMMA, BETA = range(2)  # parameters (2, C)
-MEAN, VARIANCE, STDDEV, RENORM_MEAN, RENORM_STDDEV = range(5)  # state (2, C); (5, C) with renorm
-COUNT, BATCH_MEAN, RSTD, R, D = range(5)  # saved (5, G * C), float64
+# State (2, C), with renorm (5, C). Cumulative averages have two more rows, which come last: how many batches are in
+# each channel's mean and variance.
+MEAN, VARIANCE, STDDEV, RENORM_MEAN, RENORM_STDDEV = range(5)
+SEEN_MEAN, SEEN_VARIANCE = -2, -1
+# What a gradient needs, saved (8, G * C), float64. The first three rows are the moments, which also go alone.
+COUNT, BATCH_MEAN, M2, RSTD, R, D, USED_GAMMA, USED_BETA = range(8)
+MOMENT_ROWS, SAVED_ROWS = 3, 8
 EPSILON, MOMENTUM, BESSEL, RENORM_MOMENTUM, RMIN, RMAX, DMAX = range(7)  # hyper (7,), float64
+# Coefficients of the output; gamma and beta where there is an adjustment. Those of the input's gradient.
+Y_MEAN, Y_SCALE, Y_SHIFT, Y_GAMMA, Y_BETA = range(5)
+DX_MEAN, DX_SCALE, DX_BIAS, DX_SLOPE = range(4)
+# Sums of the gradient, float64, with a = 1 where there is no adjustment: of dy * a and dy * a * (x - mean), with one
+# also of dy and dy * b.
+SUM_DYA, SUM_DYA_X, SUM_DY, SUM_DYB = range(4)
 
 
-def keep_batch(hyper: np.ndarray) -> np.ndarray:
-    """A copy that makes the new state of a training step the batch's own statistics, for who blends them in later."""
-    kept = hyper.copy()
-    kept[MOMENTUM] = kept[RENORM_MOMENTUM] = 0
-    return kept
+def output_rows(adjusted: bool) -> int:
+    """How many coefficients of the output there are."""
+    return 5 if adjusted else 3
+
+
+def gradient_rows(adjusted: bool) -> int:
+    """How many sums of the gradient there are."""
+    return 4 if adjusted else 2
 
 
 def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
-    """The functions of this stage, for the target whose decorator `compiled` is."""
+    """The functions of this stage, for the target whose decorator `compiled` is. They work on channels first to last,
+    or on statistics first to last. A flag is True or None: what is None is not compiled."""
 
     @compiled
     def add_chunks(first, last, partial):
-        """The sums of all chunks, in their order, of some statistics; in the place of the first chunk's."""
+        """Add up the sums of all chunks, in their order, in the place of the first chunk's."""
         for chunk in range(1, partial.shape[0]):
             for row in range(partial.shape[1]):
                 for s in range(first, last):
                     partial[0, row, s] += partial[chunk, row, s]
 
     @compiled
-    def batch_moments(first, last, sums, shift, count, saved):
-        """Write count, mean and biased variance (in row RSTD) of some statistics from their shifted sums.
+    def moments(first, last, sums, shift, count, saved):
+        """Write count, mean and m2 of some statistics from their sums about `shift`.
 
         count: values per statistic; with weights the sums hold each statistic's own.
         """
@@ -48,62 +62,77 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
             mean, m2 = rules.shifted_moments(n, shift[s], sums[0, s], sums[1, s])
             saved[COUNT, s] = n
             saved[BATCH_MEAN, s] = mean
-            saved[RSTD, s] = rules.biased_variance(n, m2)
+            saved[M2, s] = m2
 
     @compiled
-    def train(first, last, params, state, hyper, a, renorm, new_state, saved, coefficients):
-        """From moments to the new state, what the gradient needs, and the coefficients of the output, of some channels.
-
-        saved: (5, G * C), with the moments that batch_moments() wrote; RSTD, R and D are filled in.
-        """
-        update(first, last, state, hyper, renorm, new_state, saved)
+    def train(first, last, params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients):
+        """From moments to the new state, what the gradient needs, and the coefficients of the output."""
+        update(first, last, state, hyper, renorm, cumulative, new_state, saved)
         channels, epsilon = params.shape[1], hyper[EPSILON]
         for g in range(saved.shape[1] // channels):
-            rstd = saved[RSTD, g * channels + first : g * channels + last]
+            begin, end = g * channels + first, g * channels + last
+            count, m2, rstd = saved[COUNT, begin:end], saved[M2, begin:end], saved[RSTD, begin:end]
             for i in range(rstd.size):  # a loop of its own is vectorized
-                rstd[i] = 1.0 / rules.stddev(rstd[i], epsilon)
+                rstd[i] = 1.0 / rules.stddev(rules.biased_variance(count[i], m2[i]), epsilon)
             for c in range(first, last):
-                output_coefficients(g * channels + c, params[GAMMA, c], params[BETA, c], saved, a, coefficients)
+                saved[USED_GAMMA, g * channels + c] = params[GAMMA, c]
+                saved[USED_BETA, g * channels + c] = params[BETA, c]
+        output_coefficients(first, last, channels, saved, a, coefficients)
 
     @compiled
-    def output_coefficients(s, gamma, beta, saved, a, coefficients):
-        """Write mean, scale and shift of a statistic's output; with an adjustment (a is not None) beta is apart."""
-        gamma, mean = np.float64(gamma), saved[BATCH_MEAN, s]
-        scale = saved[RSTD, s] * saved[R, s] * gamma
-        coefficients[0, s] = mean
-        coefficients[1, s] = scale
-        shift = saved[D, s] * gamma - (mean - np.float64(coefficients[0, s])) * scale
-        if a is None:
-            coefficients[2, s] = shift + np.float64(beta)
-        else:
-            coefficients[2, s] = shift
-            coefficients[3, s] = gamma
-            coefficients[4, s] = beta
-
-    @compiled
-    def forward_coefficients(first, last, a, params, saved, forward):
-        """Write the coefficients of the output of some channels once more, for the gradient of its activation."""
+    def freeze(first, last, params, state, epsilon, saved):
+        """Write what a gradient needs of statistics that are constants, which is what a count of 0 says."""
         for c in range(first, last):
-            for s in range(c, saved.shape[1], params.shape[1]):
-                output_coefficients(s, params[GAMMA, c], params[BETA, c], saved, a, forward)
+            saved[COUNT, c] = 0.0
+            saved[BATCH_MEAN, c] = state[MEAN, c]
+            saved[M2, c] = 0.0
+            saved[RSTD, c] = 1.0 / rules.stddev(np.float64(state[VARIANCE, c]), epsilon)
+            saved[R, c] = 1.0
+            saved[D, c] = 0.0
+            saved[USED_GAMMA, c] = params[GAMMA, c]
+            saved[USED_BETA, c] = params[BETA, c]
+
+    @compiled
+    def output_coefficients(first, last, channels, saved, a, coefficients):
+        """Write the coefficients of the output of some channels; with an adjustment (a is not None) beta is apart."""
+        for group in range(0, saved.shape[1], channels):
+            for s in range(group + first, group + last):
+                statistic_coefficients(s, s, saved, a, coefficients)
+
+    @compiled
+    def statistic_coefficients(s, target, saved, a, coefficients):
+        """Write the coefficients of the output of one statistic to column `target`."""
+        gamma, beta, mean = saved[USED_GAMMA, s], saved[USED_BETA, s], saved[BATCH_MEAN, s]
+        coefficients[Y_MEAN, target] = mean
+        rounded = np.float64(coefficients[Y_MEAN, target])
+        scale, shift = rules.output_terms(mean, rounded, saved[RSTD, s], saved[R, s], saved[D, s], gamma)
+        coefficients[Y_SCALE, target] = scale
+        if a is None:
+            coefficients[Y_SHIFT, target] = shift + beta
+        else:
+            coefficients[Y_SHIFT, target] = shift
+            coefficients[Y_GAMMA, target] = gamma
+            coefficients[Y_BETA, target] = beta
 
     @compiled
     def add_group(s, bessel, saved, present, mean, variance):
         """The sums over a channel's groups that have any value, with one more."""
         n = saved[COUNT, s]
         if n > 0:
-            corrected = saved[RSTD, s] * (rules.bessel_factor(n) if bessel else 1.0)
-            return present + 1, mean + saved[BATCH_MEAN, s], variance + corrected
+            m2 = saved[M2, s]
+            own = rules.unbiased_variance(n, m2) if bessel else rules.biased_variance(n, m2)
+            return present + 1, mean + saved[BATCH_MEAN, s], variance + own
         return present, mean, variance
 
     @compiled
-    def update(first, last, state, hyper, renorm, new_state, saved):
+    def update(first, last, state, hyper, renorm, cumulative, new_state, saved):
         """Write the moving statistics of some channels, and to `saved` r and d of renorm, 1 and 0 without it.
 
         The batch's statistics are the average over its groups; a group without any value has none. The loop is inside:
         a call per channel, with its arrays as arguments, would take longer than what it does.
         """
-        momentum, renorm_momentum, epsilon = hyper[MOMENTUM], hyper[RENORM_MOMENTUM], hyper[EPSILON]
+        renorm_momentum, epsilon = hyper[RENORM_MOMENTUM], hyper[EPSILON]
+        mean_momentum = variance_momentum = hyper[MOMENTUM]
         bessel, channels = hyper[BESSEL] != 0, state.shape[1]
         groups = saved.shape[1] // channels
         for c in range(first, last):
@@ -112,20 +141,28 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
                 present, mean, variance = add_group(g * channels + c, bessel, saved, present, mean, variance)
             if present > 1:
                 mean, variance = mean / present, variance / present
+            if cumulative is not None:
+                seen_mean, seen_variance = np.float64(state[SEEN_MEAN, c]), np.float64(state[SEEN_VARIANCE, c])
+                mean_momentum = seen_mean / (seen_mean + 1.0)
+                variance_momentum = seen_variance / (seen_variance + 1.0)
+                if present > 0:
+                    new_state[SEEN_MEAN, c] = seen_mean + 1.0
+                    new_state[SEEN_VARIANCE, c] = seen_variance + 1.0
             if present == 0:
                 for row in range(state.shape[0]):
                     new_state[row, c] = state[row, c]
             else:
-                new_state[MEAN, c] = rules.moving_average(np.float64(state[MEAN, c]), mean, momentum)
+                new_state[MEAN, c] = rules.moving_average(np.float64(state[MEAN, c]), mean, mean_momentum)
             if renorm is None:
                 if present > 0:
-                    new_state[VARIANCE, c] = rules.moving_average(np.float64(state[VARIANCE, c]), variance, momentum)
+                    old_variance = np.float64(state[VARIANCE, c])
+                    new_state[VARIANCE, c] = rules.moving_average(old_variance, variance, variance_momentum)
                 continue
             sigma, old_stddev = rules.stddev(variance, epsilon), np.float64(state[STDDEV, c])
             old = np.float64(state[RENORM_MEAN, c]), np.float64(state[RENORM_STDDEV, c])
             r, d = rules.renorm_correction(mean, sigma, old[0], old[1], epsilon, hyper[RMIN], hyper[RMAX], hyper[DMAX])
             if present > 0:
-                stddev = rules.moving_average(old_stddev, sigma, momentum)
+                stddev = rules.moving_average(old_stddev, sigma, variance_momentum)
                 new_state[STDDEV, c] = stddev
                 new_state[VARIANCE, c] = rules.variance_of_stddev(stddev, epsilon)
                 new_state[RENORM_MEAN, c] = rules.moving_average(old[0], mean, renorm_momentum)
@@ -141,36 +178,44 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
 
     @compiled
     def infer(params, state, hyper, coefficients):
-        """Write mean, scale and shift of the output from the moving statistics."""
+        """Write the coefficients of the output from the moving statistics."""
         for c in range(params.shape[1]):
             gamma, variance = np.float64(params[GAMMA, c]), np.float64(state[VARIANCE, c])
-            coefficients[0, c] = state[MEAN, c]
-            coefficients[1, c] = rules.inference_scale(gamma, variance, hyper[EPSILON])
-            coefficients[2, c] = params[BETA, c]
+            coefficients[Y_MEAN, c] = state[MEAN, c]
+            coefficients[Y_SCALE, c] = rules.inference_scale(gamma, variance, hyper[EPSILON])
+            coefficients[Y_SHIFT, c] = params[BETA, c]
 
     @compiled
-    def backward(first, last, sums, params, saved, coefficients, dparams):
-        """Write the gradients of gamma and beta, and mean, scale, bias, slope of dx, of some channels.
-
-        saved: with a count of 0 the statistics are constants, and bias and slope are 0.
-        """
-        channels = params.shape[1]
+    def parameter_gradients(first, last, sums, saved, dparams):
+        """Write the gradients of gamma and beta of some channels."""
+        channels = dparams.shape[1]
         for c in range(first, last):
             dgamma, dbeta = 0.0, 0.0
-            for g in range(saved.shape[1] // channels):
-                s = g * channels + c
-                total, centered, rstd, mean = sums[0, s], sums[1, s], saved[RSTD, s], saved[BATCH_MEAN, s]
-                dgamma += rules.gamma_gradient(total, centered, rstd, saved[R, s], saved[D, s])
-                dbeta += total if sums.shape[0] == 2 else sums[2, s]
-                if sums.shape[0] == 4:
-                    dgamma += sums[3, s]
-                bias, slope = rules.input_gradient_terms(saved[COUNT, s], total, centered, rstd)
-                coefficients[0, s] = mean
-                coefficients[1, s] = np.float64(params[GAMMA, c]) * saved[R, s] * rstd
-                coefficients[2, s] = bias - (mean - np.float64(coefficients[0, s])) * slope
-                coefficients[3, s] = slope
+            for s in range(c, saved.shape[1], channels):
+                total, centered = sums[SUM_DYA, s], sums[SUM_DYA_X, s]
+                dgamma += rules.gamma_gradient(total, centered, saved[RSTD, s], saved[R, s], saved[D, s])
+                if sums.shape[0] == 2:
+                    dbeta += total
+                else:
+                    dgamma += sums[SUM_DYB, s]
+                    dbeta += sums[SUM_DY, s]
             dparams[GAMMA, c] = dgamma
             dparams[BETA, c] = dbeta
 
-    found = (add_chunks, batch_moments, train, output_coefficients, forward_coefficients, infer, backward)
-    return SimpleNamespace(**{f.__name__: f for f in found})
+    @compiled
+    def input_coefficients(first, last, channels, sums, saved, coefficients):
+        """Write mean, scale, bias and slope of dx of some channels.
+
+        saved: with a count of 0 the statistics are constants, and bias and slope are 0.
+        """
+        for c in range(first, last):
+            for s in range(c, saved.shape[1], channels):
+                rstd, mean = saved[RSTD, s], saved[BATCH_MEAN, s]
+                bias, slope = rules.input_gradient_terms(saved[COUNT, s], sums[SUM_DYA, s], sums[SUM_DYA_X, s], rstd)
+                coefficients[DX_MEAN, s] = mean
+                coefficients[DX_SCALE, s] = saved[USED_GAMMA, s] * saved[R, s] * rstd
+                coefficients[DX_BIAS, s] = bias - (mean - np.float64(coefficients[DX_MEAN, s])) * slope
+                coefficients[DX_SLOPE, s] = slope
+
+    found = (add_chunks, moments, train, freeze, output_coefficients, statistic_coefficients, infer)
+    return SimpleNamespace(**{f.__name__: f for f in (*found, parameter_gradients, input_coefficients)})

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from nbbn import rules
+from nbbn.core import rules
 
 
 def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:

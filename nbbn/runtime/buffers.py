@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from nbbn.layout import Sizes
+from nbbn.core.layout import Sizes
 
 Array = np.ndarray
 

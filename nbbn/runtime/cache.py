@@ -37,7 +37,7 @@ def _hash_sources() -> str | None:
     digest = hashlib.sha256()
     try:
         kernels, runtime = (package / "kernels").rglob("*.py"), (package / "runtime").rglob("*.py")
-        for path in sorted([package / "rules.py", *kernels, *runtime]):
+        for path in sorted([package / "core" / "rules.py", *kernels, *runtime]):
             digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     except OSError:
         return None

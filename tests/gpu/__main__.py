@@ -44,7 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/gpu", description="All that a GPU must prove.")
     parser.add_argument("--benchmarks", action="store_true", help="then measure, into benchmarks/results/cuda.json")
     chosen = parser.parse_args()
-    from nbbn.gpu import availability
+    from nbbn.arrays import availability
 
     missing = availability.missing()
     if missing is not None:

@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 
-from nbbn.gpu import availability
+from nbbn.arrays import availability
 
 
 @lru_cache

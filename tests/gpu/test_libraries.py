@@ -58,9 +58,9 @@ def make(request):
 
 
 def host(array):
-    from nbbn.gpu.variables import to_host
+    from nbbn.arrays import as_numpy
 
-    return np.asarray(to_host(array))
+    return as_numpy(array)
 
 
 def trained(x, **options):

@@ -7,22 +7,23 @@ import sys
 import numpy as np
 
 import nbbn
-from nbbn import dtypes
-from nbbn.gpu import schedule
+from nbbn.core import dtypes
 from tests.test_adapters import Capsules, Exporter, cupy_stand_in
 
+# A simulated thread costs a millisecond: blocks of a few, and so several of them.
+SMALL = {"threads": 8, "columns": 4, "vectors": 1, "applied": 8}
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}  # a few roundings; one of a value up to 4, rounded differently
 
 
 def adapted(name):
     """The library's adapter, with the host in the place of the GPU; what makes its arrays, and a NumPy array of one."""
     if name in ("DLPack", "interface"):
-        library = importlib.import_module("nbbn.adapters.interface")
+        library = importlib.import_module("nbbn.arrays.interface")
         kind = Capsules if name == "DLPack" else Exporter
         return library, lambda a: kind(a.copy()), lambda a: a.host if isinstance(a, kind) else library.to_host(a)
     if name == "cupy":
         sys.modules["cupy"] = cupy_stand_in()
-    library = importlib.import_module(f"nbbn.adapters.{name}")
+    library = importlib.import_module(f"nbbn.arrays.{name}")
     framework = importlib.import_module(name)
     kind = {"torch": "Tensor", "cupy": "ndarray", "jax": "Array"}[name]
     library.is_device_array = lambda value: isinstance(value, getattr(framework, kind))
@@ -34,6 +35,12 @@ def adapted(name):
     return library, lambda a: library.from_host(a, 0), library.to_host
 
 
+def layer_with(thresholds, axis=1, **options):
+    layer = nbbn.BatchNormalization(axis, **options)
+    nbbn.force(layer, thresholds=thresholds)
+    return layer
+
+
 def run(library, make, to_host, dtype):
     """Every result of a layer's calls, as NumPy arrays: those of the library's arrays, and those of NumPy's."""
     rng = np.random.default_rng(0)
@@ -41,8 +48,8 @@ def run(library, make, to_host, dtype):
     deep = rng.normal(2, 1, (2, 2, 3, 2, 2)).astype(x.dtype)
     mask = rng.random((4, 3, 4)) > 0.3
     result = type(library.empty((1,), x.dtype, 0))
-    for give, take, kind in ((make, to_host, result), (np.copy, np.asarray, np.ndarray)):
-        layer = nbbn.BatchNormalization(axis=1, momentum=0.5, activation="relu")
+    for give, take, kind, thresholds in ((make, to_host, result, SMALL), (np.copy, np.asarray, np.ndarray, {})):
+        layer = layer_with(thresholds, momentum=0.5, activation="relu")
         found = {}
         y, pullback = layer.vjp(give(x), training=True, residual=give(x[::-1].copy()), mask=mask)
         gradients = pullback(give(x))
@@ -51,9 +58,9 @@ def run(library, make, to_host, dtype):
         found |= {"y": y, "dx": gradients.inputs, "dgamma": gradients.gamma, "dresidual": gradients.residual}
         found |= {"mean": layer.moving_mean, "inference": layer(give(x))}
         # Five alternating runs, which are copied, and a virtual batch.
-        found["copied"] = nbbn.BatchNormalization(axis=[1, 3], momentum=0.5)(give(deep), training=True)
-        found["virtual"] = nbbn.BatchNormalization(axis=1, virtual_batch_size=2)(give(x), training=True)
-        if library.__name__ != "nbbn.adapters.jax":  # whose arrays do not change
+        found["copied"] = layer_with(thresholds, axis=[1, 3], momentum=0.5)(give(deep), training=True)
+        found["virtual"] = layer_with(thresholds, virtual_batch_size=2)(give(x), training=True)
+        if library.__name__ != "nbbn.arrays.jax":  # whose arrays do not change
             out = give(x)
             assert layer(give(x), out=out) is out
             found["out"] = out
@@ -63,7 +70,6 @@ def run(library, make, to_host, dtype):
 
 
 def main(name, dtype):
-    schedule.THREADS, schedule.COLUMNS, schedule.VECTORS, schedule.APPLIED = 8, 4, 1, 8
     found, expected = run(*adapted(name), dtype)
     assert found.keys() == expected.keys()
     for key, value in found.items():

@@ -5,5 +5,5 @@
 * strategies: random layers and inputs, for Hypothesis.
 * conversions: what reading and writing a 16-bit float must give, for every value.
 * contract: small problems, and the checks that the kernels of every machine must pass.
-* targets, targets_cuda: the machines that run the kernels, as contract sees them.
+* face, targets, targets_cuda: the machines that run the kernels, as contract sees them.
 """

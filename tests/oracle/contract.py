@@ -6,10 +6,30 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from nbbn import schedule
+from nbbn.kernels import channel
 from tests.oracle.agreement import check, gated_as, gradients, output, state, state_dtype
 from tests.oracle.reference import Reference
 from tests.oracle.targets import TARGETS
+
+# Several chunks per statistic and several tiles of K1, and rows of all kinds, as large inputs have them.
+THRESHOLDS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "chunk_elements": 16,
+        "chunk_rows": 1,
+        "tile_columns": 16,
+        "folded_columns": 16,
+        "short_plane": 12,
+        "folded_elements": 0,
+    },
+    "cuda": {"threads": 4, "columns": 2, "vectors": 1, "applied": 8, "max_chunks": 3},
+}
+
+
+def small(target, options, schedule=None, parallel=False, one_pass=None, exchange=None, **thresholds):
+    """The target with THRESHOLDS. thresholds: those that are others."""
+    thresholds = {**THRESHOLDS[target.kind], **thresholds}
+    return target(options, schedule, parallel, one_pass, thresholds, exchange)
+
 
 DTYPES = [np.float16, bfloat16, np.float32, np.float64]
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
@@ -25,14 +45,14 @@ class Way(NamedTuple):
     shape: tuple[int, int, int, int]
     one_pass: bool = False
 
-    def make(self, target, options, parallel=False):
-        return target(options, self.schedule, parallel, self.one_pass)
+    def make(self, target, options, parallel=False, exchange=None, **thresholds):
+        return small(target, options, self.schedule, parallel, self.one_pass, exchange, **thresholds)
 
     def twice(self):
         return self._replace(one_pass=False)
 
 
-# With the thresholds of small_thresholds(): whole chunks and parts of them, whole tiles and parts.
+# With THRESHOLDS: whole chunks and parts of them, whole tiles and parts.
 PLANES, ROWS = Way("planes", (6, 3, 7, 1), True), Way("rows", (6, 3, 7, 19))
 SHORT_PLANES, FEW_CHANNELS = Way("rows", (6, 3, 7, 1), True), Way("rows", (6, 3, 8, 5), True)
 GPU_PLANES, GPU_SHORT_PLANES = Way("planes", (6, 2, 5, 1)), Way("planes", (6, 2, 8, 1), True)
@@ -144,26 +164,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "renorm clipped": {"renorm": True, "renorm_clipping": CLIPS, "renorm_momentum": 0.8},
     "virtual": {"virtual_batch_size": 2},
     "virtual renorm": {"virtual_batch_size": 3, "renorm": True, "renorm_clipping": CLIPS},
+    "cumulative": {"momentum": None},
+    "cumulative renorm": {"momentum": None, "renorm": True},
+    "cumulative virtual": {"momentum": None, "virtual_batch_size": 2},
 }
 
-# Several chunks per statistic and several tiles of K1, and rows of all kinds, as large inputs have them.
-_CPU_THRESHOLDS = {
-    "CHUNK_ELEMENTS": 16,
-    "CHUNK_ROWS": 1,
-    "TILE_COLUMNS": 16,
-    "FOLDED_COLUMNS": 16,
-    "SHORT_PLANE": 12,
-    "FOLDED_ELEMENTS": 0,
-}
-_GPU_THRESHOLDS = {"THREADS": 4, "COLUMNS": 2, "VECTORS": 1, "APPLIED": 8, "MAX_CHUNKS": 3}
-
-
-def small_thresholds(monkeypatch):
-    for name, value in _CPU_THRESHOLDS.items():
-        monkeypatch.setattr(schedule, name, value)
-    if "cuda" in TARGETS:
-        for name, value in _GPU_THRESHOLDS.items():
-            monkeypatch.setattr(f"nbbn.gpu.schedule.{name}", value)
+SAVED = ("COUNT", "BATCH_MEAN", "M2", "RSTD", "R", "D", "USED_GAMMA", "USED_BETA")  # of saved
 
 
 def bits(array):
@@ -193,6 +199,10 @@ class Problem:
         rows = np.array(values).reshape(len(values), -1).astype(self.stored)
         self.params, self.state = rows[:2], rows[2:]
         self.oracle.set_weights(list(rows.reshape(-1, *self.oracle.parameter_shape)))
+        if self.oracle.momentum is None:  # each channel has seen another number of batches, in mean and variance
+            seen = rng.integers(0, 4, self.oracle.parameter_shape)
+            self.oracle.training_steps = self.oracle._spread(seen)
+            self.state = np.concatenate([self.state, np.tile(seen.ravel(), (2, 1)).astype(self.stored)])
 
     @property
     def operands(self):
@@ -208,7 +218,7 @@ class Problem:
         check("y", y, step.y, output(step, self.dtype), self.dtype)
         self.check_state(new_state, before, step)
         self.check_saved(saved, step)
-        found = run.backward(self.dy, self.x, self.params, saved, **self.operands)
+        found = run.backward(self.dy, self.x, saved, **self.operands)
         self.check_gradients(*found, gated_as(step, y, self.dtype))
         assert [bits(a) for a in inputs] == copies, "an input was changed"
 
@@ -221,23 +231,62 @@ class Problem:
     def check_inference(self, run):
         """The same with the moving statistics."""
         step, y = self.check_output_of_inference(run)
-        found = run.frozen_backward(self.dy, self.x, self.params, self.state, residual=self.residual)
+        saved = run.freeze(self.params, self.state)
+        self.check_frozen(saved, step)
+        found = run.backward(self.dy, self.x, saved, training=False, residual=self.residual)
         self.check_gradients(*found, gated_as(step, y, self.dtype))
 
     def check_state(self, found, before, step):
         assert found.shape == self.state.shape
         names, values = self.oracle.weight_names[2:], self.oracle.get_weights()[2:]
-        for name, row, old, new in zip(names, found, before[2:], values, strict=True):
+        for name, row, old, new in zip(names, found[: len(names)], before[2:], values, strict=True):
             bound = state(name, old, new, step, self.dtype)
             check(name, row, new.ravel(), bound.ravel(), self.stored)
+        if self.oracle.momentum is None:
+            seen = np.broadcast_to(self.oracle.training_steps, step.gamma.shape).ravel()
+            np.testing.assert_array_equal(found[[channel.SEEN_MEAN, channel.SEEN_VARIANCE]], [seen, seen])
 
     def check_saved(self, saved, step):
-        """Count, mean, 1 / sigma, r and d are float64, whatever the input: rounding of a dozen operations."""
-        expected = [step.W, step.mean, 1 / step.sigma, step.r, step.d]
+        """Everything is float64, whatever the input: rounding of a dozen operations."""
+        assert saved.shape == (channel.SAVED_ROWS, step.W.size)
         assert saved.dtype == np.float64
-        for name, row, value in zip(("count", "mean", "rstd", "r", "d"), saved, expected, strict=True):
+        self.check_statistics(saved, step)
+        self.check_used_parameters(saved)
+
+    def check_statistics(self, saved, step):
+        expected = {
+            channel.COUNT: step.W,
+            channel.BATCH_MEAN: step.mean,
+            channel.M2: step.W * step.var,
+            channel.RSTD: 1 / step.sigma,
+            channel.R: step.r,
+            channel.D: step.d,
+        }
+        for row, value in expected.items():
             full = np.broadcast_to(value, step.W.shape)
-            np.testing.assert_allclose(row.ravel(), full.ravel(), rtol=1e-13, atol=1e-13, err_msg=name)
+            scale = step.W.max() if row == channel.M2 else 1  # that of a sum
+            np.testing.assert_allclose(saved[row], full.ravel(), rtol=1e-13, atol=1e-13 * scale, err_msg=SAVED[row])
+
+    def check_used_parameters(self, saved):
+        """Those of the step, as they were, for every group."""
+        for row, values in zip((channel.USED_GAMMA, channel.USED_BETA), self.params, strict=True):
+            expected = np.tile(values, saved.shape[1] // values.size).astype(np.float64)
+            np.testing.assert_array_equal(saved[row], expected, err_msg=SAVED[row], strict=True)
+
+    def check_frozen(self, saved, step):
+        """The statistics are the state's, and a count of 0 says so."""
+        assert saved.shape == (channel.SAVED_ROWS, self.params.shape[1])
+        assert saved.dtype == np.float64
+        for row, value in {
+            channel.COUNT: 0,
+            channel.BATCH_MEAN: self.state[channel.MEAN],
+            channel.M2: 0,
+            channel.R: 1,
+            channel.D: 0,
+        }.items():
+            np.testing.assert_array_equal(saved[row], value, err_msg=SAVED[row])
+        np.testing.assert_allclose(saved[channel.RSTD], 1 / step.sigma.ravel(), rtol=1e-15, err_msg="RSTD")
+        self.check_used_parameters(saved)
 
     def check_gradients(self, dx, dparams, dz, step):
         expected, bound = step.gradients(self.dy), gradients(step, self.dy, self.dtype)
@@ -251,7 +300,7 @@ class Problem:
 
 def all_results(run, problem, out=None, gradient_out=None):
     y, new_state, saved = run.train(problem.x, problem.params, problem.state, out=out, **problem.operands)
-    gradients = run.backward(problem.dy, problem.x, problem.params, saved, out=gradient_out, **problem.operands)
+    gradients = run.backward(problem.dy, problem.x, saved, out=gradient_out, **problem.operands)
     return [bits(r) for r in (y, new_state, saved, *gradients)]
 
 

@@ -230,3 +230,122 @@ def adjustment_pairs(draw: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...]
         return tuple(kept[draw(st.integers(0, len(shape))) :])
 
     return one(), one()
+
+
+# -- how a layer is called -------------------------------------------------------------------------------------------
+
+# What is no array of the case's shape and dtype in one of FORMS; some of it is accepted, the rest is an error.
+ODD_FORMS = [
+    "a list",
+    "another byte order",
+    "another dtype",
+    "another rank",
+    "another shape",
+    "integers",
+    "masked",
+    "one sample less",
+    "subclass",
+    "unaligned",
+]
+OUTS = [
+    "another dtype",
+    "another shape",
+    "a list",
+    "broadcast",
+    "every second element",
+    "Fortran",
+    "in place",
+    "new",
+    "overlapping",
+    "overlapping the other",
+    "read-only",
+    "the other",
+    "unaligned",
+]
+
+
+def odd(values: NDArray[Any], form: str) -> Any:
+    """`values` in one of FORMS or ODD_FORMS."""
+    if form == "a list":
+        return values.tolist()
+    if form == "another byte order":
+        return values.astype(values.dtype.newbyteorder()) if values.dtype.name != "bfloat16" else values
+    if form == "another dtype":
+        return values.astype(np.float64 if values.dtype != np.float64 else np.float32)
+    if form == "another rank":
+        return values[np.newaxis]
+    if form == "another shape":
+        return np.concatenate([values, values], -1)
+    if form == "integers":
+        return values.astype(np.int32)
+    if form == "masked":
+        return np.ma.masked_array(values)
+    if form == "one sample less":
+        return values[:-1]
+    if form == "subclass":
+        return values.view(np.recarray)
+    if form == "unaligned":
+        memory = np.zeros(values.nbytes + 1, np.uint8)
+        view = memory[1:].view(values.dtype).reshape(values.shape)
+        view[...] = values
+        return view
+    return arrange(values, form)
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a layer is called, in plain values.
+
+    form, residual, dy: one of FORMS or ODD_FORMS, or "the input" itself; None is none. out, gradient_out: one of OUTS,
+    where "in place" is in the input (of the gradient: in dy), and "the other" in the residual (of the gradient: in the
+    input); None is none. gradients: how many times the pullback of vjp() is called; None is a call without vjp().
+    """
+
+    training: Any
+    masked: bool
+    update: bool
+    form: str
+    residual: str | None
+    out: str | None
+    gradients: int | None
+    dy: str | None
+    gradient_out: str | None
+
+
+def _mostly(often: Any, rarely: Any) -> Any:
+    """Four times in five one of `often`."""
+    return st.integers(0, 4).flatmap(lambda i: st.sampled_from(often if i else rarely))
+
+
+def calls() -> st.SearchStrategy[Call]:
+    """Legal calls and others, mostly such as an earlier call can have prepared."""
+    return st.builds(
+        Call,
+        training=_mostly([True, True, False], [None, 1, 0, np.True_, np.False_, "yes", 1.0]),
+        masked=_mostly([False], [True]),
+        update=_mostly([True], [False]),
+        form=_mostly(["C"], FORMS + ODD_FORMS),
+        residual=_mostly([None, "C"], [*FORMS, *ODD_FORMS, "the input"]),
+        out=_mostly([None, "new"], OUTS),
+        gradients=st.sampled_from([None, None, 1, 1, 1, 2, 0]),
+        dy=_mostly(["C"], [*FORMS, *ODD_FORMS, "the input", None]),
+        gradient_out=_mostly([None, "new"], OUTS),
+    )
+
+
+@st.composite
+def layer_options(draw: Any, case: Case) -> dict[str, Any]:
+    """The options of a layer for the case: those of the oracle's case, and what the oracle need not know of."""
+    options = {**case.options, "adjustment": case.adjustment()}
+    options["activation"] = draw(st.sampled_from([None, "relu"]))
+    if draw(st.integers(0, 3)) == 0:
+        options["momentum"] = None
+    if not options["fused"]:
+        options["dtype"] = draw(_mostly([None], ["float16", "bfloat16", "float32", "float64"]))
+    clips = options.get("renorm_clipping")
+    if clips and draw(st.booleans()):
+        asked = {k: (lambda value=v: value) for k, v in clips.items() if draw(st.booleans())}
+        options["renorm_clipping"] = {**clips, **asked}
+        if draw(st.integers(0, 4)) == 0:
+            options["renorm_clipping"] |= {"rmin": lambda: 4.0}  # above every rmax
+    return options

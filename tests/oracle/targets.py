@@ -1,7 +1,4 @@
-"""The machines that run the stages, behind one face: all that tests/test_kernels.py knows of them.
-
-A target takes and returns NumPy arrays. Its methods are the Dispatcher's, with every choice made by hand.
-"""
+"""The machines that run the stages, behind one face (face.py): all that the tests of every target know of them."""
 
 import os
 from functools import cached_property
@@ -12,57 +9,25 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from nbbn import Dispatcher, Force, Options, dtypes
+from nbbn.core import dtypes
 from nbbn.kernels.cpu.memory import STREAMED
 from nbbn.kernels.cpu.scalars import load, store
-from nbbn.kernels.tasks import STORE
+from tests.oracle.face import Target
 
 Array = NDArray[Any]
 
 
-class Cpu:
+class Cpu(Target):
     """nbbn/kernels/cpu."""
 
-    def __init__(
-        self,
-        options: dict[str, Any],
-        schedule: str | None = None,
-        parallel: bool | None = None,
-        one_pass: bool | None = None,
-    ) -> None:
-        self.dispatcher = Dispatcher(Options(**options), Force(schedule, parallel, one_pass))
-
-    def train(self, x: Array, params: Array, state: Array, **operands: Any) -> tuple[Array, Array, Array]:
-        """y, the new state and saved; operands are residual, weights, adjustment (a pair) and out."""
-        hyper = self.dispatcher.hyper(x.ndim, x.dtype)
-        return self.dispatcher.train(x, params, state, hyper, **operands)
-
-    def infer(self, x: Array, params: Array, state: Array, **operands: Any) -> Array:
-        """y; operands are residual and out."""
-        return self.dispatcher.infer(x, params, state, **operands)
-
-    def backward(
-        self, dy: Array, x: Array, params: Array, saved: Array, **operands: Any
-    ) -> tuple[Array, Array, Array | None]:
-        """dx, the gradients of gamma and beta as one (2, C) array, and what the activation lets through of dy."""
-        return self.dispatcher.backward(dy, x, params, saved, training=True, activated=True, **operands)
-
-    def frozen_backward(
-        self, dy: Array, x: Array, params: Array, state: Array, **operands: Any
-    ) -> tuple[Array, Array, Array | None]:
-        saved = self.dispatcher.saved_of(state)
-        return self.dispatcher.backward(dy, x, params, saved, training=False, activated=True, **operands)
+    kind = "cpu"
 
     def kernels(self) -> list[tuple[str, str, bool, bool]]:
         """Step, loops, whether it is one pass, and whether results go past the caches: of all that has run."""
         return [
-            (p.step, p.schedule.loops, p.schedule.one_pass, p.schedule.grid[STORE] == STREAMED)
-            for p in self.dispatcher._plans.values()
+            (p.step, p.schedule.loops, p.schedule.one_pass, p.schedule.grid.store == STREAMED)
+            for p in self.engine.plans.values()
         ]
-
-    def moments(self, x: Array, weights: Array | None = None) -> Array:
-        """Count, mean and biased variance, (3, C)."""
-        return self.dispatcher.moments(x, weights)
 
 
 class CpuScalars:

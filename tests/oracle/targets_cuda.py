@@ -1,6 +1,7 @@
 """The GPU behind the face of targets.py; imported only where there is one, or Numba's simulator of one."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,12 +9,12 @@ import pytest
 from numba import cuda
 from numpy.typing import NDArray
 
-from nbbn import Options
-from nbbn.adapters import numba_cuda
-from nbbn.gpu.arrays import DeviceArray, wrap
-from nbbn.gpu.dispatcher import DeviceDispatcher
+from nbbn.arrays import numba_cuda
+from nbbn.arrays.device import DeviceArray, wrap
+from nbbn.engine.dispatcher import Exchange
 from nbbn.kernels.cuda.memory import VECTOR_BYTES, vector
 from nbbn.kernels.cuda.target import SIMULATED
+from tests.oracle.face import Target
 
 Array = NDArray[Any]
 
@@ -36,17 +37,13 @@ class DeviceMemory:
             self._copies[start] = cuda.to_device(everything)
         return wrap(_view(self._copies[start], array.ctypes.data - start, array), numba_cuda)
 
-    def place(self, value: Any) -> Any:
-        """The same for None, and for pairs."""
-        if isinstance(value, tuple):
-            return tuple(map(self.view, value))
-        return None if value is None else self.view(value)
-
-    def fetch(self, array: Array) -> Array:
-        """What the device has written to the array and around it, in the host's memory."""
-        everything = _memory_of(array)
+    def fetch(self, found: DeviceArray, out: Array | None = None) -> Array:
+        """A result on the host. out: the host's array whose copy the device has written to, with what is around it."""
+        if out is None:
+            return to_host(found)
+        everything = _memory_of(out)
         everything[...] = self._copies[everything.ctypes.data].copy_to_host()
-        return array
+        return out
 
 
 def _memory_of(array: Array) -> Array:
@@ -80,68 +77,32 @@ def to_host(array: DeviceArray) -> Array:
     return array.library.to_host(array.owner)
 
 
-def _placed(memory: DeviceMemory, operands: dict[str, Any]) -> dict[str, Any]:
-    return {name: memory.place(value) for name, value in operands.items()}
+class Cuda(Target):
+    """nbbn/kernels/cuda. The schedule is what the view decides; sums are float64, whatever the device is fast at."""
 
-
-def _output(memory: DeviceMemory, operands: dict[str, Any], found: DeviceArray) -> Array:
-    """What a step returns: the caller's own array if there is one."""
-    out = operands.get("out")
-    return to_host(found) if out is None else memory.fetch(out)
-
-
-class Cuda:
-    """nbbn/kernels/cuda."""
+    kind = "cuda"
+    memory = DeviceMemory
 
     def __init__(
         self,
         options: dict[str, Any],
-        schedule: str | None = None,  # the view decides
+        schedule: str | None = None,
         parallel: bool | None = None,
         one_pass: bool | None = None,
-        sums: str = "float64",  # whatever the device is fast at
+        thresholds: Mapping[str, Any] | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
-        self.dispatcher = DeviceDispatcher(Options(**options), one_pass, sums)
-
-    def train(self, x: Array, params: Array, state: Array, **operands: Any) -> tuple[Array, Array, Array]:
-        memory, hyper = DeviceMemory(), self.dispatcher.hyper(x.ndim, x.dtype)
-        arrays = map(memory.view, (x, params, state))
-        y, new_state, saved = self.dispatcher.train(*arrays, hyper, **_placed(memory, operands))
-        return _output(memory, operands, y), to_host(new_state), to_host(saved)
-
-    def infer(self, x: Array, params: Array, state: Array, **operands: Any) -> Array:
-        memory = DeviceMemory()
-        y = self.dispatcher.infer(*map(memory.view, (x, params, state)), **_placed(memory, operands))
-        return _output(memory, operands, y)
-
-    def backward(
-        self, dy: Array, x: Array, params: Array, saved: Array, training: bool = True, **operands: Any
-    ) -> tuple[Array, Array, Array | None]:
-        memory = DeviceMemory()
-        dx, dparams, dz = self.dispatcher.backward(
-            *map(memory.view, (dy, x, params, saved)), training=training, activated=True, **_placed(memory, operands)
-        )
-        return _output(memory, operands, dx), to_host(dparams), to_host(dz)
-
-    def frozen_backward(
-        self, dy: Array, x: Array, params: Array, state: Array, **operands: Any
-    ) -> tuple[Array, Array, Array | None]:
-        saved = to_host(self.dispatcher.saved_of(DeviceMemory().view(state)))
-        return self.backward(dy, x, params, saved, training=False, **operands)
+        super().__init__(options, None, None, one_pass, {"sums": "float64", **(thresholds or {})}, exchange)
 
     def kernels(self) -> list[tuple[str, str, bool, bool]]:
         """Step, loops, whether it is one launch, and False: of all that has run."""
         return [
-            (key[0][0], LOOPS[plan.schedule.rows, plan.schedule.swapped], plan.schedule.one_launch, False)
-            for key, plan in self.dispatcher._device_plans.items()
+            (key[0], LOOPS[plan.schedule.rows, plan.schedule.swapped], plan.schedule.one_launch, False)
+            for key, plan in self.engine.plans.items()
         ]
 
     def schedules(self) -> list[Any]:
-        return [plan.schedule for plan in self.dispatcher._device_plans.values()]
-
-    def moments(self, x: Array, weights: Array | None = None) -> Array:
-        memory = DeviceMemory()
-        return to_host(self.dispatcher.moments(memory.view(x), memory.place(weights)))[:3]
+        return [plan.schedule for plan in self.engine.plans.values()]
 
 
 class CudaScalars:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import nbbn
-from nbbn.folding import fold_into
+from nbbn.layer.folding import fold_into
 from tests.parity.tf_side import tf_keras
 
 pytestmark = pytest.mark.parity

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nbbn.variables import Array, Variables
+from nbbn.state.variables import Variables
 
 
 class AutoReuse(enum.Enum):
@@ -52,7 +52,7 @@ class Variable:
     def _key(self) -> str:
         return self.name.rpartition("/")[2].removesuffix(":0")
 
-    def numpy(self) -> Array:
+    def numpy(self) -> Any:
         """A copy of the value."""
         return self.owner[self._key].copy()
 
@@ -60,7 +60,7 @@ class Variable:
         """Set the value. Raises: ValueError if its shape is not the variable's."""
         self.owner.assign({self._key: self.owner.check(self.name, value)})
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.numpy(), dtype)
 
 

@@ -15,9 +15,10 @@ from nbbn.compat.v1.graph import (
 )
 from nbbn.compat.v1.keras.layers import BatchNormalization as KerasBatchNormalization
 from nbbn.compat.v1.keras.layers import Update
-from nbbn.layers import BatchNormalization as BatchNormalizationV2
+from nbbn.layer.layer import BatchNormalization as BatchNormalizationV2
 from nbbn.regularizers import loss
-from nbbn.variables import PARAMETERS, Array, Shapes, Variables
+from nbbn.state.shapes import Shapes
+from nbbn.state.variables import PARAMETERS, Variables
 
 _BASE_NAME = "batch_normalization"
 
@@ -153,7 +154,7 @@ def batch_normalization(
     fused: bool | None = None,
     virtual_batch_size: int | None = None,
     adjustment: Any = None,
-) -> Array:
+) -> Any:
     """tf.compat.v1.layers.batch_normalization: the normalized `inputs`; the arguments are those of the layer.
 
     In training two updates of the moving statistics are added to the collection UPDATE_OPS; run them:

@@ -4,5 +4,6 @@ from nbbn.kernels import channel
 from nbbn.kernels.cpu.elements import element
 
 _functions = channel.functions(element)
-add_chunks, batch_moments, train = _functions.add_chunks, _functions.batch_moments, _functions.train
-forward_coefficients, infer, backward = _functions.forward_coefficients, _functions.infer, _functions.backward
+add_chunks, moments, train, freeze = _functions.add_chunks, _functions.moments, _functions.train, _functions.freeze
+output_coefficients, infer = _functions.output_coefficients, _functions.infer
+parameter_gradients, input_coefficients = _functions.parameter_gradients, _functions.input_coefficients

@@ -7,23 +7,22 @@ anything in the columns.
 from types import SimpleNamespace
 
 from nbbn.kernels.cpu.elements import element
-from nbbn.kernels.cpu.memory import run
+from nbbn.kernels.cpu.memory import segment
 from nbbn.kernels.cpu.scalars import load, store
-from nbbn.kernels.tasks import PERIOD, RUN
 
 
 @element
 def _plain_statistics(bounds, grid):
     """The first statistic that a task covers, and the one after the last."""
-    first = bounds[1] * grid[PERIOD]
-    return first + bounds[6], first + bounds[7]
+    first = bounds.k0 * grid.period
+    return first + bounds.k1_begin, first + bounds.k1_end
 
 
 @element
 def _copy(values, row, bounds, grid, columns):
     """Write every column's value of one per statistic, values[(*row, statistic)]."""
     first, last = _plain_statistics(bounds, grid)
-    v = run(values, row, first, last)
+    v = segment(values, row, first, last)
     for i in range(last - first):
         store(columns, i, load(v, i))
 
@@ -32,24 +31,24 @@ def _copy(values, row, bounds, grid, columns):
 def _copy_back(columns, bounds, grid, sums, row):
     """Write every statistic's sum of its columns, sums[(*row, statistic)]."""
     first, last = _plain_statistics(bounds, grid)
-    v = run(sums, row, first, last)
+    v = segment(sums, row, first, last)
     for i in range(last - first):
         store(v, i, load(columns, i))
 
 
 @element
 def _folded_statistics(bounds, grid):
-    """Column j belongs to statistic k0 * PERIOD + (j // RUN) % PERIOD; a task has whole runs and, unless it is less
+    """Column j belongs to statistic k0 * period + (j // span) % period; a task has whole runs and, unless it is less
     than one, whole periods."""
-    first = bounds[1] * grid[PERIOD]
-    return first + bounds[6] // grid[RUN], first + min(grid[PERIOD], bounds[7] // grid[RUN])
+    first = bounds.k0 * grid.period
+    return first + bounds.k1_begin // grid.span, first + min(grid.period, bounds.k1_end // grid.span)
 
 
 @element
 def _expand(values, row, bounds, grid, columns):
     first, last = _folded_statistics(bounds, grid)
-    v, length = run(values, row, first, last), grid[RUN]
-    for period in range(0, bounds[7] - bounds[6], (last - first) * length):
+    v, length = segment(values, row, first, last), grid.span
+    for period in range(0, bounds.k1_end - bounds.k1_begin, (last - first) * length):
         for s in range(first, last):
             begin, value = period + (s - first) * length, load(v, s - first)
             for i in range(begin, begin + length):
@@ -71,9 +70,9 @@ def _halve(columns, begin, count, unit):
 @element
 def _fold(columns, bounds, grid, sums, row):
     first, last = _folded_statistics(bounds, grid)
-    v, length = run(sums, row, first, last), grid[RUN]
+    v, length = segment(sums, row, first, last), grid.span
     period = (last - first) * length
-    _halve(columns, 0, (bounds[7] - bounds[6]) // period, period)
+    _halve(columns, 0, (bounds.k1_end - bounds.k1_begin) // period, period)
     for s in range(last - first):
         _halve(columns, s * length, length, 1)
         store(v, s, columns[s * length])

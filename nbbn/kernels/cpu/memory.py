@@ -26,13 +26,9 @@ _I64 = ir.IntType(64)
 _VECTOR = ir.VectorType(ir.IntType(8), LINE)
 
 
-@intrinsic
-def local(typingctx, like):
-    """An array of BLOCK elements on the stack, not initialized, with the dtype of the array or of the NumPy dtype
-    `like`; None of None. It lives as long as the function that made it."""
-    if isinstance(like, types.NoneType):
-        return like(like), lambda context, builder, signature, args: args[0]
-    result = types.Array(like.dtype, 1, "C")
+def _block_of(dtype):
+    """The code that makes an array of BLOCK elements of a Numba dtype on the stack, and its type."""
+    result = types.Array(dtype, 1, "C")
 
     def emit(context, builder, signature, args):
         stored = context.get_data_type(result.dtype)
@@ -50,11 +46,30 @@ def local(typingctx, like):
         )
         return array._getvalue()
 
+    return result, emit
+
+
+@intrinsic
+def local(typingctx, like):
+    """An array of BLOCK elements on the stack, not initialized, with the dtype of the array or of the NumPy dtype
+    `like`; None of None. It lives as long as the function that made it."""
+    if isinstance(like, types.NoneType):
+        return like(like), lambda context, builder, signature, args: args[0]
+    result, emit = _block_of(like.dtype)
     return result(like), emit
 
 
 @intrinsic
-def run(typingctx, array, place, begin, end):
+def local_sums(typingctx, beside):
+    """The same in float64, for sums that there are if `beside` is there; None of None."""
+    if isinstance(beside, types.NoneType):
+        return beside(beside), lambda context, builder, signature, args: args[0]
+    result, emit = _block_of(types.float64)
+    return result(beside), emit
+
+
+@intrinsic
+def segment(typingctx, array, place, begin, end):
     """array[(*place, slice(begin, end))], one-dimensional; None of None.
 
     Without a reference to the memory, whose count threads would take turns at changing, and without the code for
@@ -130,8 +145,8 @@ def _prefetch(typingctx, array, index):
 
 @element
 def ahead(array, place, begin, end):
-    """Have a run's beginning ready, until the processor has seen where it goes on: it does not look beyond a page."""
-    v = run(array, place, begin, end)
+    """Have a segment's beginning ready until the processor has seen where it goes on: it does not look past a page."""
+    v = segment(array, place, begin, end)
     for line in range(4):
         _prefetch(v, line * (LINE // array.itemsize))
 
@@ -178,13 +193,3 @@ def write(source, target, mode):
         store(target, i, load(source, i))
     for i in range(tail, n):
         store(target, i, load(source, i))
-
-
-@element
-def copy_block(source, target, mode):
-    """Copy at most BLOCK elements as the kernels write their results: the fastest that a kernel can be."""
-    buffer = local(source)
-    for i in range(source.size):
-        buffer[i] = source[i]
-    write(buffer, target, mode)
-    fence()

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from nbbn import rules
+from nbbn.core import rules
+from nbbn.kernels import channel
 from nbbn.kernels.cpu.columns import FOLDED, PLAIN
 from nbbn.kernels.cpu.elements import adding, element, inlined
-from nbbn.kernels.cpu.epilogue import gradient, output
-from nbbn.kernels.cpu.memory import DIRECT, STREAMED, ahead, expect, fence, local, run, write
+from nbbn.kernels.cpu.memory import DIRECT, STREAMED, ahead, expect, fence, local, local_sums, segment, write
 from nbbn.kernels.cpu.scalars import load, store
-from nbbn.kernels.tasks import RUN, STORE
+from nbbn.kernels.cpu.shared import gradient, gradient_terms, moment_terms, output
 
 
 @element
@@ -40,14 +40,9 @@ def after(x, place):
 
 
 @adding
-def moment_terms(v, w, i, origin):
-    """What one element adds to the sum, the squares and the count."""
-    centered = np.float64(load(v, i)) - origin
-    if w is None:
-        return centered, centered * centered, 1.0
-    weight = np.float64(load(w, i))
-    centered = centered if weight > 0 else 0.0  # what does not count may be NaN
-    return weight * centered, weight * centered * centered, weight
+def terms_of(v, w, i, origin):
+    """What the i-th element adds to the sums of moments()."""
+    return moment_terms(np.float64(load(v, i)), origin, load(w, i))
 
 
 @inlined
@@ -73,33 +68,55 @@ def input_gradients(g, v, rv, wv, av, bv, forward, relu, coefficients, second, t
 
 
 @adding
-def gradient_terms(g, v, rv, av, bv, i, mean, scale, shift, gamma, beta, relu, exact_mean):
-    """What one element adds to the four sums of gradient_sums()."""
+def gradient_terms_of(g, v, rv, av, bv, i, mean, scale, shift, gamma, beta, relu, exact_mean):
+    """What the i-th element adds to the sums of gradient_sums()."""
     xi, ai, bi = load(v, i), load(av, i), load(bv, i)
     gi = np.float64(gradient(load(g, i), xi, mean, scale, shift, ai, bi, gamma, beta, load(rv, i), relu))
-    if av is None:
-        return gi, gi * (np.float64(xi) - exact_mean), 0.0, 0.0
-    return gi * ai, gi * ai * (np.float64(xi) - exact_mean), gi, gi * bi
+    return gradient_terms(gi, np.float64(xi), exact_mean, ai, bi)
+
+
+@inlined
+def clear(sums, count):
+    """Set the beginning of a local array to 0; None stays None."""
+    for i in range(count):
+        store(sums, i, 0.0)
+
+
+@inlined
+def add(sums, i, value):
+    """Add to an element of a local array; None stays None. What is always there is faster without this call."""
+    if sums is not None:
+        store(sums, i, load(sums, i) + value)
 
 
 def loops(columns: SimpleNamespace) -> SimpleNamespace:
     """The functions for one way of the columns."""
     statistics, expand, fold = columns.statistics, columns.expand, columns.fold
 
+    @inlined
+    def expand_output(coefficients, a, bounds, grid, mean, scale, shift, gamma, beta):
+        """Write every column's coefficients of the output; gamma and beta where there is an adjustment."""
+        expand(coefficients, (channel.Y_MEAN,), bounds, grid, mean)
+        expand(coefficients, (channel.Y_SCALE,), bounds, grid, scale)
+        expand(coefficients, (channel.Y_SHIFT,), bounds, grid, shift)
+        if a is not None:
+            expand(coefficients, (channel.Y_GAMMA,), bounds, grid, gamma)
+            expand(coefficients, (channel.Y_BETA,), bounds, grid, beta)
+
     @element
     def shifts(x, weights, bounds, grid, shift):
         """Write each statistic's first value that counts, in float64; 0 where none does."""
         first, last = statistics(bounds, grid)
-        k0, begin, end = bounds[1], bounds[6], bounds[7]
+        k0, begin, end = bounds.k0, bounds.k1_begin, bounds.k1_end
         if weights is None:
-            v = run(x, (0, k0, 0), begin, end)
+            v = segment(x, (0, k0, 0), begin, end)
             for s in range(first, last):
-                shift[s] = load(v, (s - first) * grid[RUN])
+                shift[s] = load(v, (s - first) * grid.span)
         else:  # a column is a statistic where there are weights
             missing = np.ones(last - first, np.bool_)
             shift[first:last] = 0.0
             for r in range(x.shape[0] * x.shape[2]):
-                v, w = run(x, place(x, r, k0), begin, end), run(weights, place(x, r, k0), begin, end)
+                v, w = segment(x, place(x, r, k0), begin, end), segment(weights, place(x, r, k0), begin, end)
                 for i in range(end - begin):
                     if missing[i] and load(w, i) > 0:
                         shift[first + i] = load(v, i)
@@ -108,44 +125,37 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
     @adding
     def moments(x, weights, shift, bounds, grid, partial):
         """Write sum (x - shift), sum (x - shift)^2 and, with weights, their count."""
-        chunk, k0, _, _, r_begin, r_end, begin, end = bounds
-        origin, total, squares, count = local(shift), local(shift), local(shift), local(shift)
+        chunk, k0, begin, end = bounds.chunk, bounds.k0, bounds.k1_begin, bounds.k1_end
+        r_begin, r_end = bounds.r1_begin, bounds.r1_end
+        origin, total, squares, count = local(shift), local_sums(x), local_sums(x), local_sums(weights)
         expand(shift, (), bounds, grid, origin)
-        for i in range(end - begin):
-            total[i] = 0.0
-            squares[i] = 0.0
-            if weights is not None:
-                count[i] = 0.0
+        clear(total, end - begin)
+        clear(squares, end - begin)
+        clear(count, end - begin)
         step = (r_end - r_begin) // 4
         p0, p1 = place(x, r_begin, k0), place(x, r_begin + step, k0)
         p2, p3 = place(x, r_begin + 2 * step, k0), place(x, r_begin + 3 * step, k0)
         for _ in range(step):
-            v0, v1, v2, v3 = (
-                run(x, p0, begin, end),
-                run(x, p1, begin, end),
-                run(x, p2, begin, end),
-                run(x, p3, begin, end),
-            )
-            w0, w1 = run(weights, p0, begin, end), run(weights, p1, begin, end)
-            w2, w3 = run(weights, p2, begin, end), run(weights, p3, begin, end)
+            v0, v1 = segment(x, p0, begin, end), segment(x, p1, begin, end)
+            v2, v3 = segment(x, p2, begin, end), segment(x, p3, begin, end)
+            w0, w1 = segment(weights, p0, begin, end), segment(weights, p1, begin, end)
+            w2, w3 = segment(weights, p2, begin, end), segment(weights, p3, begin, end)
             for i in range(end - begin):
-                t0, q0, n0 = moment_terms(v0, w0, i, load(origin, i))
-                t1, q1, n1 = moment_terms(v1, w1, i, load(origin, i))
-                t2, q2, n2 = moment_terms(v2, w2, i, load(origin, i))
-                t3, q3, n3 = moment_terms(v3, w3, i, load(origin, i))
+                t0, q0, n0 = terms_of(v0, w0, i, load(origin, i))
+                t1, q1, n1 = terms_of(v1, w1, i, load(origin, i))
+                t2, q2, n2 = terms_of(v2, w2, i, load(origin, i))
+                t3, q3, n3 = terms_of(v3, w3, i, load(origin, i))
                 store(total, i, load(total, i) + ((t0 + t1) + (t2 + t3)))
                 store(squares, i, load(squares, i) + ((q0 + q1) + (q2 + q3)))
-                if weights is not None:
-                    store(count, i, load(count, i) + ((n0 + n1) + (n2 + n3)))
+                add(count, i, (n0 + n1) + (n2 + n3))
             p0, p1, p2, p3 = after(x, p0), after(x, p1), after(x, p2), after(x, p3)
         for r in range(r_begin + 4 * step, r_end):
-            v0, w0 = run(x, place(x, r, k0), begin, end), run(weights, place(x, r, k0), begin, end)
+            v0, w0 = segment(x, place(x, r, k0), begin, end), segment(weights, place(x, r, k0), begin, end)
             for i in range(end - begin):
-                t0, q0, n0 = moment_terms(v0, w0, i, load(origin, i))
+                t0, q0, n0 = terms_of(v0, w0, i, load(origin, i))
                 store(total, i, load(total, i) + t0)
                 store(squares, i, load(squares, i) + q0)
-                if weights is not None:
-                    store(count, i, load(count, i) + n0)
+                add(count, i, n0)
         fold(total, bounds, grid, partial, (chunk, 0))
         fold(squares, bounds, grid, partial, (chunk, 1))
         if weights is not None:
@@ -154,25 +164,17 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
     @element
     def normalize(x, residual, a, b, coefficients, relu, bounds, grid, y):
         """Write y = (x - mean) * scale + shift, and what is asked for of: adjusted by a and b, plus residual, relu."""
-        _, k0, _, _, r_begin, r_end, begin, end = bounds
-        mode, block = grid[STORE], local(y)
+        k0, begin, end = bounds.k0, bounds.k1_begin, bounds.k1_end
+        r_begin, r_end = bounds.r1_begin, bounds.r1_end
+        mode, block = grid.store, local(y)
         mean, scale, shift = local(coefficients), local(coefficients), local(coefficients)
         gamma, beta = local(coefficients), local(coefficients)
-        expand(coefficients, (0,), bounds, grid, mean)
-        expand(coefficients, (1,), bounds, grid, scale)
-        expand(coefficients, (2,), bounds, grid, shift)
-        if a is not None:
-            expand(coefficients, (3,), bounds, grid, gamma)
-            expand(coefficients, (4,), bounds, grid, beta)
+        expand_output(coefficients, a, bounds, grid, mean, scale, shift, gamma, beta)
         p = place(x, r_begin, k0)
         for _ in range(r_begin, r_end):
-            v, rv, av, bv = (
-                run(x, p, begin, end),
-                run(residual, p, begin, end),
-                run(a, p, begin, end),
-                run(b, p, begin, end),
-            )
-            out, following = run(y, p, begin, end), after(x, p)
+            v, rv = segment(x, p, begin, end), segment(residual, p, begin, end)
+            av, bv = segment(a, p, begin, end), segment(b, p, begin, end)
+            out, following = segment(y, p, begin, end), after(x, p)
             if end - begin < x.shape[3]:  # the next row does not follow in memory
                 ahead(x, following, begin, end)
                 if mode == DIRECT:
@@ -193,124 +195,87 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
 
         dy counts as far as the activation lets it through; forward: the coefficients of normalize().
         """
-        chunk, k0, _, _, r_begin, r_end, begin, end = bounds
+        chunk, k0, begin, end = bounds.chunk, bounds.k0, bounds.k1_begin, bounds.k1_end
+        r_begin, r_end = bounds.r1_begin, bounds.r1_end
         exact_mean = local(saved_mean)
         mean, scale, shift = local(forward), local(forward), local(forward)
         gamma, beta = local(forward), local(forward)
         expand(saved_mean, (), bounds, grid, exact_mean)
         if relu is not None:
-            expand(forward, (0,), bounds, grid, mean)
-            expand(forward, (1,), bounds, grid, scale)
-            expand(forward, (2,), bounds, grid, shift)
-            if a is not None:
-                expand(forward, (3,), bounds, grid, gamma)
-                expand(forward, (4,), bounds, grid, beta)
-        total, centered, plain, offset = local(saved_mean), local(saved_mean), local(saved_mean), local(saved_mean)
-        for i in range(end - begin):
-            total[i] = 0.0
-            centered[i] = 0.0
-            if a is not None:
-                plain[i] = 0.0
-                offset[i] = 0.0
+            expand_output(forward, a, bounds, grid, mean, scale, shift, gamma, beta)
+        total, centered, plain, offset = local_sums(x), local_sums(x), local_sums(a), local_sums(b)
+        clear(total, end - begin)
+        clear(centered, end - begin)
+        clear(plain, end - begin)
+        clear(offset, end - begin)
         step = (r_end - r_begin) // 2
         p, p2 = place(x, r_begin, k0), place(x, r_begin + step, k0)
         for _ in range(step):
-            g, g2, v, v2 = (
-                run(dy, p, begin, end),
-                run(dy, p2, begin, end),
-                run(x, p, begin, end),
-                run(x, p2, begin, end),
-            )
-            rv, rv2, av, av2 = (
-                run(residual, p, begin, end),
-                run(residual, p2, begin, end),
-                run(a, p, begin, end),
-                run(a, p2, begin, end),
-            )
-            bv, bv2 = run(b, p, begin, end), run(b, p2, begin, end)
+            g, g2 = segment(dy, p, begin, end), segment(dy, p2, begin, end)
+            v, v2 = segment(x, p, begin, end), segment(x, p2, begin, end)
+            rv, rv2 = segment(residual, p, begin, end), segment(residual, p2, begin, end)
+            av, av2 = segment(a, p, begin, end), segment(a, p2, begin, end)
+            bv, bv2 = segment(b, p, begin, end), segment(b, p2, begin, end)
             for i in range(end - begin):
-                m, s, h, gm, bt, em = (
-                    load(mean, i),
-                    load(scale, i),
-                    load(shift, i),
-                    load(gamma, i),
-                    load(beta, i),
-                    load(exact_mean, i),
-                )
-                t, c, q, o = gradient_terms(g, v, rv, av, bv, i, m, s, h, gm, bt, relu, em)
-                t2, c2, q2, o2 = gradient_terms(g2, v2, rv2, av2, bv2, i, m, s, h, gm, bt, relu, em)
+                m, s, h, em = load(mean, i), load(scale, i), load(shift, i), load(exact_mean, i)
+                gm, bt = load(gamma, i), load(beta, i)
+                t, c, q, o = gradient_terms_of(g, v, rv, av, bv, i, m, s, h, gm, bt, relu, em)
+                t2, c2, q2, o2 = gradient_terms_of(g2, v2, rv2, av2, bv2, i, m, s, h, gm, bt, relu, em)
                 store(total, i, load(total, i) + (t + t2))
                 store(centered, i, load(centered, i) + (c + c2))
-                if a is not None:
-                    store(plain, i, load(plain, i) + (q + q2))
-                    store(offset, i, load(offset, i) + (o + o2))
+                add(plain, i, q + q2)
+                add(offset, i, o + o2)
             p, p2 = after(x, p), after(x, p2)
         for r in range(r_begin + 2 * step, r_end):
             p = place(x, r, k0)
-            g, v, rv = run(dy, p, begin, end), run(x, p, begin, end), run(residual, p, begin, end)
-            av, bv = run(a, p, begin, end), run(b, p, begin, end)
+            g, v, rv = segment(dy, p, begin, end), segment(x, p, begin, end), segment(residual, p, begin, end)
+            av, bv = segment(a, p, begin, end), segment(b, p, begin, end)
             for i in range(end - begin):
-                m, s, h, gm, bt, em = (
-                    load(mean, i),
-                    load(scale, i),
-                    load(shift, i),
-                    load(gamma, i),
-                    load(beta, i),
-                    load(exact_mean, i),
-                )
-                t, c, q, o = gradient_terms(g, v, rv, av, bv, i, m, s, h, gm, bt, relu, em)
+                m, s, h, em = load(mean, i), load(scale, i), load(shift, i), load(exact_mean, i)
+                t, c, q, o = gradient_terms_of(g, v, rv, av, bv, i, m, s, h, load(gamma, i), load(beta, i), relu, em)
                 store(total, i, load(total, i) + t)
                 store(centered, i, load(centered, i) + c)
-                if a is not None:
-                    store(plain, i, load(plain, i) + q)
-                    store(offset, i, load(offset, i) + o)
-        fold(total, bounds, grid, partial, (chunk, 0))
-        fold(centered, bounds, grid, partial, (chunk, 1))
+                add(plain, i, q)
+                add(offset, i, o)
+        fold(total, bounds, grid, partial, (chunk, channel.SUM_DYA))
+        fold(centered, bounds, grid, partial, (chunk, channel.SUM_DYA_X))
         if a is not None:
-            fold(plain, bounds, grid, partial, (chunk, 2))
-            fold(offset, bounds, grid, partial, (chunk, 3))
+            fold(plain, bounds, grid, partial, (chunk, channel.SUM_DY))
+            fold(offset, bounds, grid, partial, (chunk, channel.SUM_DYB))
 
     @element
-    def input_gradient(dy, x, residual, weights, a, b, forward, relu, coefficients, bounds, grid, dx, dresidual):
+    def input_gradient(dy, x, residual, weights, a, b, forward, relu, coefficients, bounds, grid, dx, dz):
         """Write dx = scale * (dy * a - w * (bias + (x - mean) * slope)); a and w are 1 where they are not given.
 
-        dy counts as far as the activation lets it through, and that is dresidual, if it is asked for.
+        dy counts as far as the activation lets it through, and that is dz, if it is asked for.
         """
-        _, k0, _, _, r_begin, r_end, begin, end = bounds
-        mode, block, second_block = grid[STORE], local(dx), local(dresidual)
+        k0, begin, end = bounds.k0, bounds.k1_begin, bounds.k1_end
+        r_begin, r_end = bounds.r1_begin, bounds.r1_end
+        mode, block, dz_block = grid.store, local(dx), local(dz)
         mean, scale = local(coefficients), local(coefficients)
         bias, slope = local(coefficients), local(coefficients)
-        expand(coefficients, (0,), bounds, grid, mean)
-        expand(coefficients, (1,), bounds, grid, scale)
-        expand(coefficients, (2,), bounds, grid, bias)
-        expand(coefficients, (3,), bounds, grid, slope)
+        expand(coefficients, (channel.DX_MEAN,), bounds, grid, mean)
+        expand(coefficients, (channel.DX_SCALE,), bounds, grid, scale)
+        expand(coefficients, (channel.DX_BIAS,), bounds, grid, bias)
+        expand(coefficients, (channel.DX_SLOPE,), bounds, grid, slope)
         fmean, fscale, fshift = local(forward), local(forward), local(forward)
         gamma, beta = local(forward), local(forward)
         if relu is not None:
-            expand(forward, (0,), bounds, grid, fmean)
-            expand(forward, (1,), bounds, grid, fscale)
-            expand(forward, (2,), bounds, grid, fshift)
-            if a is not None:
-                expand(forward, (3,), bounds, grid, gamma)
-                expand(forward, (4,), bounds, grid, beta)
+            expand_output(forward, a, bounds, grid, fmean, fscale, fshift, gamma, beta)
         p = place(x, r_begin, k0)
         for _ in range(r_begin, r_end):
-            v, g, out = run(x, p, begin, end), run(dy, p, begin, end), run(dx, p, begin, end)
-            rv, wv, av, bv = (
-                run(residual, p, begin, end),
-                run(weights, p, begin, end),
-                run(a, p, begin, end),
-                run(b, p, begin, end),
-            )
-            second_out = run(dresidual, p, begin, end)
+            v, g, out = segment(x, p, begin, end), segment(dy, p, begin, end), segment(dx, p, begin, end)
+            rv, wv = segment(residual, p, begin, end), segment(weights, p, begin, end)
+            av, bv = segment(a, p, begin, end), segment(b, p, begin, end)
+            dz_out = segment(dz, p, begin, end)
             expect(out, mode)
-            expect(second_out, mode)
+            expect(dz_out, mode)
             where, to = (fmean, fscale, fshift, gamma, beta), (mean, scale, bias, slope)
             if mode == DIRECT:
-                input_gradients(g, v, rv, wv, av, bv, where, relu, to, second_out, out)
+                input_gradients(g, v, rv, wv, av, bv, where, relu, to, dz_out, out)
             else:
-                input_gradients(g, v, rv, wv, av, bv, where, relu, to, second_block, block)
-                write(second_block, second_out, mode)
+                input_gradients(g, v, rv, wv, av, bv, where, relu, to, dz_block, block)
+                write(dz_block, dz_out, mode)
                 write(block, out, mode)
             p = after(x, p)
         if mode == STREAMED:

@@ -1,11 +1,12 @@
-"""Whole steps, each one compiled call: reduce, channel, apply.
+"""Whole steps, each one compiled call: reduce, channel, apply; and the five stages by themselves.
 
 Every step exists twice, parallel and serial, from one text; only here is there a prange. The chunks and the order in
-which their sums are added depend on the shape alone, so both give the same bits for any number of threads, and so do
+which their sums are added depend on the shape alone. So both give the same bits for any number of threads, and so do
 two passes over the whole array and one, in which each tile of statistics is reduced and applied while a core's cache
 still has it.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -14,15 +15,42 @@ import numba
 import numpy as np
 from numba import prange, types
 
-from nbbn.kernels.channel import BATCH_MEAN
-from nbbn.kernels.cpu import channel, planes, rows, runs
+from nbbn.kernels.channel import BATCH_MEAN, DX_MEAN, EPSILON, MOMENT_ROWS
+from nbbn.kernels.cpu import channel, flat, planes, rows
 from nbbn.kernels.cpu.elements import INTERNAL, bounds_of, chunk_and_tile, chunks_and_tiles, element
-from nbbn.kernels.tasks import GRID_SIZE
+from nbbn.kernels.tasks import Grid
 from nbbn.runtime import compile_kernel
 
-SCHEDULES: dict[str, Any] = {"planes": planes, "runs": runs, "rows": rows.PLAIN_ROWS, "folded": rows.FOLDED_ROWS}
+SCHEDULES: dict[str, Any] = {"planes": planes, "flat": flat, "rows": rows.PLAIN_ROWS, "folded": rows.FOLDED_ROWS}
 
 Step = Callable[..., Any]
+
+# What an argument of a step is, by its name. X is an array of the input's dtype, S one of the statistics' dtype, both
+# canonical views of the schedule's rank and layout; s is an array of the statistics' dtype, d one of float64, with
+# their rank. A flag is True or None. Views may be None, too. In each step the order of the arguments is that of its
+# Python function: what is the same in every call like it comes first, so that a plan can bind it (engine/cpu/plan.py).
+ARGUMENTS = {
+    **dict.fromkeys(("x", "dy", "residual", "y", "dx", "dz"), "X"),
+    **dict.fromkeys(("weights", "a", "b"), "S"),
+    **dict.fromkeys(("params", "state", "new_state", "coefficients", "dparams"), "s2"),
+    **dict.fromkeys(("moments", "saved", "sums"), "d2"),
+    "hyper": "d1",
+    **dict.fromkeys(("relu", "renorm", "cumulative", "adjusted"), "flag"),
+    "grid": "grid",
+}
+# What each step writes; everything else may be read-only memory.
+WRITES = {
+    "reduce": {"moments"},
+    "freeze": {"saved"},
+    "finish": {"new_state", "saved", "coefficients"},
+    "apply": {"y"},
+    "reduce_gradient": {"sums", "dparams"},
+    "apply_gradient": {"dx", "dz"},
+    "train": {"y", "new_state", "saved"},
+    "infer": {"y"},
+    "backward": {"dx", "dz", "dparams"},
+    "frozen_backward": {"dx", "dparams"},
+}
 
 
 @lru_cache(maxsize=8)
@@ -34,6 +62,12 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
     # Inlined into each step, a stage is optimized once instead of twice: a third of the compile time.
     stage = numba.njit(**INTERNAL, parallel=parallel, inline="always")
 
+    @stage
+    def named(grid):
+        """A step gets the numbers without their names: Numba takes 0.13 us longer to unpack a named tuple."""
+        r0_step, r1_step, k1_step, store, span, period = grid
+        return Grid(r0_step, r1_step, k1_step, store, span, period)
+
     @element
     def empty_partial(x, rows, grid, saved):
         chunks, _ = chunks_and_tiles(extent(x), grid)
@@ -43,12 +77,12 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
     def moments_of_statistics(first, last, x, partial, shift, saved):
         values = np.float64(x.size // saved.shape[1])
         channel.add_chunks(first, last, partial)
-        channel.batch_moments(first, last, partial[0], shift, values, saved)
+        channel.moments(first, last, partial[0], shift, values, saved)
 
     # -- two passes: the whole array is reduced, then applied ------------------------------------------------------
 
     @stage
-    def reduce_moments(x, weights, grid, saved):
+    def reduce_all(x, weights, grid, saved):
         view = extent(x)
         chunks, tiles = chunks_and_tiles(view, grid)
         shift = np.empty(saved.shape[1])
@@ -61,7 +95,7 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
         moments_of_statistics(0, saved.shape[1], x, partial, shift, saved)
 
     @stage
-    def apply(x, residual, a, b, coefficients, relu, grid, y):
+    def apply_all(x, residual, a, b, coefficients, relu, grid, y):
         view = extent(x)
         chunks, tiles = chunks_and_tiles(view, grid)
         for task in prange(chunks * tiles):
@@ -69,7 +103,7 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
             normalize(x, residual, a, b, coefficients, relu, bounds_of(chunk, tile, view, grid), grid, y)
 
     @stage
-    def reduce_gradient(dy, x, residual, a, b, saved, forward, relu, grid):
+    def reduce_gradient_all(dy, x, residual, a, b, saved, forward, relu, grid):
         view = extent(x)
         chunks, tiles = chunks_and_tiles(view, grid)
         partial, mean = empty_partial(x, 2 if a is None else 4, grid, saved), saved[BATCH_MEAN]
@@ -81,37 +115,27 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
         return partial[0]
 
     @stage
-    def apply_gradient(dy, x, residual, weights, a, b, forward, relu, coefficients, grid, dx, dresidual):
+    def apply_gradient_all(dy, x, residual, weights, a, b, forward, relu, coefficients, grid, dx, dz):
         view = extent(x)
         chunks, tiles = chunks_and_tiles(view, grid)
         for task in prange(chunks * tiles):
             chunk, tile = chunk_and_tile(np.int64(task), view, grid)
             bounds = bounds_of(chunk, tile, view, grid)
-            input_gradient(dy, x, residual, weights, a, b, forward, relu, coefficients, bounds, grid, dx, dresidual)
+            input_gradient(dy, x, residual, weights, a, b, forward, relu, coefficients, bounds, grid, dx, dz)
+
+    @element
+    def forward_of(a, dparams, saved):
+        """The coefficients of the output once more, for the gradient of its activation."""
+        forward = np.empty((3 if a is None else 5, saved.shape[1]), dparams.dtype)
+        channel.output_coefficients(0, dparams.shape[1], dparams.shape[1], saved, a, forward)
+        return forward
 
     # -- one pass: tile by tile; those of one channel in all groups together, as they share its moving statistics ------
 
     @element
-    def train_tile(
-        tile,
-        x,
-        residual,
-        weights,
-        a,
-        b,
-        y,
-        params,
-        state,
-        hyper,
-        relu,
-        renorm,
-        grid,
-        new_state,
-        saved,
-        coefficients,
-        shift,
-        partial,
-    ):
+    def train_tile(tile, weights, a, b, residual, x, y, params, state, flags, grid, new_state, saved, memory):
+        hyper, relu, renorm, cumulative = flags
+        coefficients, shift, partial = memory
         view = extent(x)
         chunks, tiles = chunks_and_tiles(view, grid)
         step = tiles * params.shape[1] // saved.shape[1]
@@ -122,64 +146,17 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
             first, last = statistics(bounds_of(0, t, view, grid), grid)
             moments_of_statistics(first, last, x, partial, shift, saved)
         first, last = statistics(bounds_of(0, tile, view, grid), grid)
-        channel.train(first, last, params, state, hyper, a, renorm, new_state, saved, coefficients)
+        channel.train(first, last, params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients)
         for t in range(tile, tiles, step):
             for chunk in range(chunks):
-                bounds = bounds_of(chunk, t, view, grid)
-                normalize(x, residual, a, b, coefficients, relu, bounds, grid, y)
-
-    @stage
-    def train_by_tile(
-        x, residual, weights, a, b, y, params, state, hyper, relu, renorm, grid, new_state, saved, coefficients
-    ):
-        _, tiles = chunks_and_tiles(extent(x), grid)
-        shift = np.empty(saved.shape[1])
-        partial = empty_partial(x, 2 if weights is None else 3, grid, saved)
-        for tile in prange(tiles * params.shape[1] // saved.shape[1]):
-            train_tile(
-                np.int64(tile),
-                x,
-                residual,
-                weights,
-                a,
-                b,
-                y,
-                params,
-                state,
-                hyper,
-                relu,
-                renorm,
-                grid,
-                new_state,
-                saved,
-                coefficients,
-                shift,
-                partial,
-            )
+                normalize(x, residual, a, b, coefficients, relu, bounds_of(chunk, t, view, grid), grid, y)
 
     @element
-    def backward_tile(
-        tile,
-        x,
-        dy,
-        residual,
-        weights,
-        a,
-        b,
-        dx,
-        dresidual,
-        params,
-        saved,
-        relu,
-        grid,
-        dparams,
-        forward,
-        coefficients,
-        partial,
-    ):
+    def backward_tile(tile, weights, a, b, residual, x, dy, dx, dz, saved, relu, grid, dparams, memory):
+        forward, coefficients, partial = memory
         view = extent(x)
         chunks, tiles = chunks_and_tiles(view, grid)
-        step, mean = tiles * params.shape[1] // saved.shape[1], saved[BATCH_MEAN]
+        step, mean = tiles * dparams.shape[1] // saved.shape[1], saved[BATCH_MEAN]
         for t in range(tile, tiles, step):
             for chunk in range(chunks):
                 bounds = bounds_of(chunk, t, view, grid)
@@ -187,94 +164,114 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
             first, last = statistics(bounds_of(0, t, view, grid), grid)
             channel.add_chunks(first, last, partial)
         first, last = statistics(bounds_of(0, tile, view, grid), grid)
-        channel.backward(first, last, partial[0], params, saved, coefficients, dparams)
+        channel.parameter_gradients(first, last, partial[0], saved, dparams)
+        channel.input_coefficients(first, last, dparams.shape[1], partial[0], saved, coefficients)
         for t in range(tile, tiles, step):
             for chunk in range(chunks):
                 bounds = bounds_of(chunk, t, view, grid)
-                input_gradient(dy, x, residual, weights, a, b, forward, relu, coefficients, bounds, grid, dx, dresidual)
+                input_gradient(dy, x, residual, weights, a, b, forward, relu, coefficients, bounds, grid, dx, dz)
 
-    @stage
-    def backward_by_tile(
-        x, dy, residual, weights, a, b, dx, dresidual, params, saved, relu, grid, dparams, forward, coefficients
-    ):
-        _, tiles = chunks_and_tiles(extent(x), grid)
-        partial = empty_partial(x, 2 if a is None else 4, grid, saved)
-        for tile in prange(tiles * params.shape[1] // saved.shape[1]):
-            backward_tile(
-                np.int64(tile),
-                x,
-                dy,
-                residual,
-                weights,
-                a,
-                b,
-                dx,
-                dresidual,
-                params,
-                saved,
-                relu,
-                grid,
-                dparams,
-                forward,
-                coefficients,
-                partial,
-            )
+    # -- the stages by themselves --------------------------------------------------------------------------------------
 
-    # -- steps -----------------------------------------------------------------------------------------------------
+    def reduce(grid, weights, x, moments):
+        grid = named(grid)
+        reduce_all(x, weights, grid, moments)
 
-    def moments(x, weights, grid, saved):
-        reduce_moments(x, weights, grid, saved)
+    def apply(grid, relu, a, b, residual, x, y, coefficients):
+        grid = named(grid)
+        apply_all(x, residual, a, b, coefficients, relu, grid, y)
 
-    def train(x, residual, weights, a, b, y, relu, renorm, grid, params, state, hyper, new_state, saved):
+    def reduce_gradient(grid, relu, a, b, residual, x, dy, saved, sums, dparams):
+        grid = named(grid)
+        found = reduce_gradient_all(dy, x, residual, a, b, saved, forward_of(a, dparams, saved), relu, grid)
+        sums[:] = found
+        channel.parameter_gradients(0, dparams.shape[1], found, saved, dparams)
+
+    def apply_gradient(grid, relu, weights, a, b, dz, residual, x, dy, dx, saved, sums, dparams):
+        grid = named(grid)
+        forward, coefficients = forward_of(a, dparams, saved), np.empty((4, saved.shape[1]), dparams.dtype)
+        channel.input_coefficients(0, dparams.shape[1], dparams.shape[1], sums, saved, coefficients)
+        apply_gradient_all(dy, x, residual, weights, a, b, forward, relu, coefficients, grid, dx, dz)
+
+    # -- whole steps ---------------------------------------------------------------------------------------------------
+
+    def train(grid, relu, renorm, cumulative, hyper, weights, a, b, residual, x, y, params, state, new_state, saved):
+        grid = named(grid)
         coefficients = np.empty((3 if a is None else 5, saved.shape[1]), params.dtype)
         if one_pass:
-            train_by_tile(
-                x, residual, weights, a, b, y, params, state, hyper, relu, renorm, grid, new_state, saved, coefficients
-            )
+            shift = np.empty(saved.shape[1])
+            partial = empty_partial(x, 2 if weights is None else 3, grid, saved)
+            flags, memory = (hyper, relu, renorm, cumulative), (coefficients, shift, partial)
+            _, tiles = chunks_and_tiles(extent(x), grid)
+            for tile in prange(tiles * params.shape[1] // saved.shape[1]):
+                train_tile(
+                    np.int64(tile), weights, a, b, residual, x, y, params, state, flags, grid, new_state, saved, memory
+                )
         else:
-            reduce_moments(x, weights, grid, saved)
-            channel.train(0, params.shape[1], params, state, hyper, a, renorm, new_state, saved, coefficients)
-            apply(x, residual, a, b, coefficients, relu, grid, y)
+            reduce_all(x, weights, grid, saved)
+            last = params.shape[1]
+            channel.train(0, last, params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients)
+            apply_all(x, residual, a, b, coefficients, relu, grid, y)
 
-    def infer(x, residual, y, relu, grid, params, state, hyper):
+    def infer(grid, relu, hyper, residual, x, y, params, state):
+        grid = named(grid)
         coefficients = np.empty((3, params.shape[1]), params.dtype)
         channel.infer(params, state, hyper, coefficients)
-        apply(x, residual, None, None, coefficients, relu, grid, y)
+        apply_all(x, residual, None, None, coefficients, relu, grid, y)
 
-    def backward(x, dy, residual, weights, a, b, dx, dresidual, relu, grid, params, saved, dparams):
-        forward = np.empty((3 if a is None else 5, saved.shape[1]), params.dtype)
-        channel.forward_coefficients(0, params.shape[1], a, params, saved, forward)
-        coefficients = np.empty((4, saved.shape[1]), params.dtype)
+    def backward(grid, relu, weights, a, b, dz, residual, x, dy, dx, saved, dparams):
+        grid = named(grid)
+        channels = dparams.shape[1]
+        forward, coefficients = forward_of(a, dparams, saved), np.empty((4, saved.shape[1]), dparams.dtype)
         if one_pass:
-            backward_by_tile(
-                x, dy, residual, weights, a, b, dx, dresidual, params, saved, relu, grid, dparams, forward, coefficients
-            )
+            partial = empty_partial(x, 2 if a is None else 4, grid, saved)
+            memory = forward, coefficients, partial
+            _, tiles = chunks_and_tiles(extent(x), grid)
+            for tile in prange(tiles * channels // saved.shape[1]):
+                backward_tile(
+                    np.int64(tile), weights, a, b, residual, x, dy, dx, dz, saved, relu, grid, dparams, memory
+                )
         else:
-            sums = reduce_gradient(dy, x, residual, a, b, saved, forward, relu, grid)
-            channel.backward(0, params.shape[1], sums, params, saved, coefficients, dparams)
-            apply_gradient(dy, x, residual, weights, a, b, forward, relu, coefficients, grid, dx, dresidual)
+            sums = reduce_gradient_all(dy, x, residual, a, b, saved, forward, relu, grid)
+            channel.parameter_gradients(0, channels, sums, saved, dparams)
+            channel.input_coefficients(0, channels, channels, sums, saved, coefficients)
+            apply_gradient_all(dy, x, residual, weights, a, b, forward, relu, coefficients, grid, dx, dz)
 
-    def frozen_backward(x, dy, dx, grid, params, saved, dparams):
-        coefficients = np.empty((4, saved.shape[1]), params.dtype)
-        sums = reduce_gradient(dy, x, None, None, None, saved, coefficients, None, grid)
-        channel.backward(0, params.shape[1], sums, params, saved, coefficients, dparams)
+    def frozen_backward(grid, x, dy, dx, saved, dparams):
+        grid = named(grid)
+        channels = dparams.shape[1]
+        coefficients = np.empty((4, saved.shape[1]), dparams.dtype)
+        sums = reduce_gradient_all(dy, x, None, None, None, saved, coefficients, None, grid)
+        channel.parameter_gradients(0, channels, sums, saved, dparams)
+        channel.input_coefficients(0, channels, channels, sums, saved, coefficients)
         for s in range(coefficients.shape[1]):  # dx = (dy - 0) * scale + 0: the forward pass's apply, on dy
-            coefficients[0, s] = 0
-        apply(dy, None, None, None, coefficients, None, grid, dx)
+            coefficients[DX_MEAN, s] = 0
+        apply_all(dy, None, None, None, coefficients, None, grid, dx)
 
-    return {f.__name__: f for f in (moments, train, infer, backward, frozen_backward)}
+    found = (reduce, apply, reduce_gradient, apply_gradient, train, infer, backward, frozen_backward)
+    return {f.__name__: f for f in found}
 
 
-# The arguments of each step: X is an array of the input's dtype, S one of the statistics' dtype, both canonical views
-# of the schedule's rank and layout; s is an array of the statistics' dtype, d one of float64, with their rank; r says
-# whether there is a relu, a renorm; g is the grid. ? may be None; ! is written.
-_ARGUMENTS = {
-    "moments": "X S? g d2!",
-    "train": "X X? S? S? S? X! r? r? g s2 s2 d1 s2! d2!",
-    "infer": "X X? X! r? g s2 s2 d1",
-    "backward": "X X X? S? S? S? X! X!? r? g s2 d2 s2!",
-    "frozen_backward": "X X X! g s2 d2 s2!",
-}
+def finish(renorm, cumulative, hyper, adjusted, moments, params, state, new_state, saved, coefficients):
+    """The middle stage by itself."""
+    last = params.shape[1]
+    for row in range(MOMENT_ROWS):
+        saved[row] = moments[row]
+    channel.train(0, last, params, state, hyper, adjusted, renorm, cumulative, new_state, saved, coefficients)
+
+
+def freeze(hyper, params, state, saved):
+    """What a gradient needs after inference."""
+    channel.freeze(0, params.shape[1], params, state, hyper[EPSILON], saved)
+
+
+MIDDLE_STAGES: dict[str, Step] = {"finish": finish, "freeze": freeze}
+
+
+def names_of(step: str) -> tuple[str, ...]:
+    """The arguments of a step, in their order."""
+    function = MIDDLE_STAGES.get(step) or steps("planes", False, False)[step]
+    return tuple(inspect.signature(function).parameters)
 
 
 @lru_cache(maxsize=1024)
@@ -286,23 +283,28 @@ def compiled(
     dtype: Any,
     statistic: Any,
     contiguous: bool,
-    absent: tuple[int, ...],
+    absent: frozenset[str],
 ) -> Step:
-    """A step compiled for one combination of types. `absent`: the positions of the arguments that are None."""
-    rank = 3 if schedule in ("planes", "runs") else 4
+    """A step compiled for one combination of types. `absent`: the names of the arguments that are None."""
+    rank = 3 if schedule in ("planes", "flat") else 4
     scalar = {"X": numba.from_dtype(dtype), "S": numba.from_dtype(statistic), "d": types.float64}
     scalar["s"] = scalar["S"]
 
-    def argument(position: int, code: str) -> types.Type:
-        if position in absent:
+    def argument(name: str) -> types.Type:
+        kind = ARGUMENTS[name]
+        if name in absent:
             return types.none
-        if code[0] in "rg":
-            return types.boolean if code[0] == "r" else types.UniTuple(types.int64, GRID_SIZE)
-        view = code[0] in "XS"
-        layout = "C" if not view or (code[0] == "X" and contiguous) else "A"
-        return types.Array(scalar[code[0]], rank if view else int(code[1]), layout, readonly="!" not in code)
+        if kind == "flag":
+            return types.boolean
+        if kind == "grid":
+            return types.UniTuple(types.int64, len(Grid._fields))
+        view = kind in ("X", "S")
+        layout = "C" if not view or (kind == "X" and contiguous) else "A"
+        return types.Array(scalar[kind[0]], rank if view else int(kind[1]), layout, readonly=name not in WRITES[step])
 
-    arguments = [argument(i, code) for i, code in enumerate(_ARGUMENTS[step].split())]
+    signature = types.void(*[argument(name) for name in names_of(step)])
+    if step in MIDDLE_STAGES:
+        return compile_kernel(MIDDLE_STAGES[step], step, signature, parallel=False)
     passes = "one_pass" if one_pass else "two_passes"
     name = f"{schedule}_{step}_{passes}_{'parallel' if parallel else 'serial'}"
-    return compile_kernel(steps(schedule, one_pass, parallel)[step], name, types.void(*arguments), parallel)
+    return compile_kernel(steps(schedule, one_pass, parallel)[step], name, signature, parallel)

@@ -1,5 +1,6 @@
 """How the threads of a block share a task, and what is compiled into a kernel."""
 
+from collections import namedtuple
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
@@ -7,15 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from nbbn.kernels import tasks
+from nbbn.kernels import channel
 from nbbn.kernels.cuda.memory import vector
 from nbbn.kernels.cuda.target import cuda, device
 
-THREADS = 256  # of a block, at most
 ELEMENTS = 16  # that a thread reads before it waits for any: enough to hide the latency, few enough for its registers
-# What a step is told about its loops: the steps of kernels/tasks.py, and how many families there are.
-FAMILIES = tasks.STORE
-GRID_SIZE = FAMILIES + 1
+# What a step is told about its loops: the steps of kernels/tasks.py, and how many families of tiles there are, those
+# that share their channels.
+Grid = namedtuple("Grid", "r0_step r1_step k1_step families")
 # A view of elements: the address of the first, and the strides in bytes.
 ADDRESS, S_R0, S_K0, S_R1, S_K1 = range(5)
 VIEW_SIZE = 5
@@ -26,14 +26,15 @@ class Variant:
     """What is compiled into a kernel.
 
     dtype: of the elements. rows: whether statistics lie side by side. width: elements of one access. sums: dtype of the
-    sums of a few elements. short: whether r0 counts neighbours, and not r1, where statistics do not lie side by side.
-    Then: which arguments and options there are, and whether the statistics are constants.
+    sums of a few elements. threads: of a block. short: whether r0 counts neighbours, and not r1, where statistics do
+    not lie side by side. Then: which arguments and options there are, and whether the statistics are constants.
     """
 
     dtype: np.dtype
     rows: bool
     width: int
     sums: np.dtype
+    threads: int
     short: bool = False
     weights: bool = False
     adjustment: bool = False
@@ -41,7 +42,7 @@ class Variant:
     relu: bool = False
     renorm: bool = False
     cumulative: bool = False
-    dresidual: bool = False
+    dz: bool = False
     frozen: bool = False
 
     @property
@@ -65,6 +66,14 @@ def at(array, r0, k0, r1, k1):
 
 
 @device
+def output_of(forward, s):
+    """Mean, scale, shift, gamma and beta of the output of a thread's statistic; the last two only mean something where
+    there is an adjustment."""
+    mean, scale, shift = forward[channel.Y_MEAN, s], forward[channel.Y_SCALE, s], forward[channel.Y_SHIFT, s]
+    return mean, scale, shift, forward[channel.Y_GAMMA, s], forward[channel.Y_BETA, s]
+
+
+@device
 def is_last(counters, family, blocks):
     """Whether this block is the last of `blocks` to come here; it sees what the others have written before."""
     last = cuda.shared.array(1, np.int32)
@@ -78,8 +87,8 @@ def is_last(counters, family, blocks):
     return last[0] != 0
 
 
-@lru_cache(maxsize=4)
-def block_functions(rows: bool, short: bool) -> SimpleNamespace:
+@lru_cache(maxsize=16)
+def block_functions(rows: bool, short: bool, threads: int) -> SimpleNamespace:
     """How the threads of a block share its work."""
 
     @device
@@ -87,12 +96,18 @@ def block_functions(rows: bool, short: bool) -> SimpleNamespace:
         """The first r0 of this thread and its step, the first r1 and its step, and k1; without a column, no r0."""
         x, y = np.int64(cuda.threadIdx.x), np.int64(cuda.threadIdx.y)
         if rows:
-            k1 = bounds[6] + x * width
-            return (bounds[2] if k1 < bounds[7] else bounds[3]), np.int64(1), bounds[4] + y, cuda.blockDim.y, k1
+            k1 = bounds.k1_begin + x * width
+            return (
+                (bounds.r0_begin if k1 < bounds.k1_end else bounds.r0_end),
+                np.int64(1),
+                bounds.r1_begin + y,
+                cuda.blockDim.y,
+                k1,
+            )
         across, step = x * width, np.int64(cuda.blockDim.x * width)
         if short:
-            return bounds[2] + across, step, bounds[4] + y, cuda.blockDim.y, np.int64(0)
-        return bounds[2] + y, np.int64(cuda.blockDim.y), bounds[4] + across, step, np.int64(0)
+            return bounds.r0_begin + across, step, bounds.r1_begin + y, cuda.blockDim.y, np.int64(0)
+        return bounds.r0_begin + y, np.int64(cuda.blockDim.y), bounds.r1_begin + across, step, np.int64(0)
 
     @device
     def is_writer():
@@ -102,13 +117,13 @@ def block_functions(rows: bool, short: bool) -> SimpleNamespace:
     @device
     def block_sum(values, count):
         """The sums of the block's threads, of those of one column in rows, of `count` values each, in `values`."""
-        shared = cuda.shared.array((4, THREADS), np.float64)
-        x, threads = cuda.threadIdx.x, cuda.blockDim.x * cuda.blockDim.y
+        shared = cuda.shared.array((4, threads), np.float64)
+        x, width = cuda.threadIdx.x, cuda.blockDim.x * cuda.blockDim.y
         thread, least = cuda.threadIdx.y * cuda.blockDim.x + x, cuda.blockDim.x if rows else 1
         for i in range(count):
             shared[i, thread] = values[i]
         cuda.syncthreads()
-        step = threads // 2
+        step = width // 2
         while step >= least:
             if thread < step:
                 for i in range(count):

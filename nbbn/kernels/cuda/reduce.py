@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from nbbn.kernels import epilogue
-from nbbn.kernels.cuda.blocks import Variant, at, block_functions, input_functions
+from nbbn.kernels import channel, epilogue, sums
+from nbbn.kernels.cuda.blocks import Variant, at, block_functions, input_functions, output_of
 from nbbn.kernels.cuda.memory import vector
 from nbbn.kernels.cuda.target import cuda, device
 
@@ -18,11 +18,13 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
     ahead, real, narrow, relu = unroll * width, v.statistic.type, v.sums.type, v.relu or None
     read, read_operand = vector(v.dtype, width).read, vector(v.statistic, width).read
     read_one, read_one_operand = vector(v.dtype, 1).read, vector(v.statistic, 1).read
-    block = block_functions(rows, v.short)
+    block = block_functions(rows, v.short, v.threads)
     walk, is_writer, block_sum = block.walk, block.is_writer, block.block_sum
     gradient, inputs = epilogue.functions(device).gradient, input_functions(v, True)
     read_inputs, of_residual, of_adjustment = inputs.read_inputs, inputs.of_residual, inputs.of_adjustment
-    moment_sums, gradient_sums = 3 if weighted else 2, 4 if adjusted else 2
+    moment_sums, gradient_sums = 3 if weighted else 2, channel.gradient_rows(adjusted)
+    terms = sums.functions(device)
+    moment_terms, gradient_terms = terms.moment_terms, terms.gradient_terms
 
     @device
     def write_sums(sums, count, bounds, k1, first, partial):
@@ -32,9 +34,9 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
             for i in range(count):
                 values[i] = sums[s, i]
             block_sum(values, count)
-            if is_writer() and k1 < bounds[7]:
+            if is_writer() and k1 < bounds.k1_end:
                 for i in range(count):
-                    partial[bounds[0], i, first + s] = values[i]
+                    partial[bounds.chunk, i, first + s] = values[i]
 
     @device
     def first_value(x, weights, k0, k1):
@@ -53,18 +55,17 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
         for lane in range(width):
             s, value = lane if rows else 0, narrow(x[begin + lane])
             if not weighted:
-                centered = value - shift[s]
-                part[s, 0] += centered
-                part[s, 1] += centered * centered
+                total, squares, _ = moment_terms(value, shift[s], None)
+                part[s, 0] += total
+                part[s, 1] += squares
             elif w[begin + lane] > 0:  # what does not count may be NaN
-                wi = narrow(w[begin + lane])
                 if seen[s] == 0:
                     seen[s] = 1
                     shift[s] = value
-                centered = value - shift[s]
-                part[s, 0] += wi * centered
-                part[s, 1] += wi * centered * centered
-                part[s, 2] += wi
+                total, squares, count = moment_terms(value, shift[s], narrow(w[begin + lane]))
+                part[s, 0] += total
+                part[s, 1] += squares
+                part[s, 2] += count
 
     @device
     def sum_moments(x, weights, bounds, first, shifts, partial):
@@ -76,27 +77,27 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
         shift, seen = cuda.local.array(own, narrow), cuda.local.array(own, np.int32)
         part, sums = cuda.local.array((own, 3), narrow), cuda.local.array((own, 4), np.float64)
         first_r0, r0_step, first_r1, r1_step, k1 = walk(bounds, width)
-        k0, n = bounds[1], 0
+        k0, n = bounds.k0, 0
         for s in range(own):
             shift[s], seen[s], sums[s, 0], sums[s, 1], sums[s, 2] = 0, 0, 0, 0, 0
-        if not weighted and first_r0 < bounds[3] and first_r1 < bounds[5]:
+        if not weighted and first_r0 < bounds.r0_end and first_r1 < bounds.r1_end:
             read(at(x, first_r0, k0, first_r1, k1), values, 0)
             for s in range(own):
                 shift[s] = narrow(values[s])
         r0 = first_r0
-        while r0 < bounds[3]:  # range() would divide
+        while r0 < bounds.r0_end:  # range() would divide
             begin = first_r1
-            while begin < bounds[5]:
+            while begin < bounds.r1_end:
                 for s in range(own):
                     part[s, 0], part[s, 1], part[s, 2] = 0, 0, 0
                 for u in range(unroll):
                     r1 = begin + u * r1_step
-                    if r1 < bounds[5]:
+                    if r1 < bounds.r1_end:
                         read(at(x, r0, k0, r1, k1), values, u * width)
                         if weighted:
                             read_operand(at(weights, r0, k0, r1, k1), w, u * width)
                 for u in range(unroll):
-                    if begin + u * r1_step < bounds[5]:
+                    if begin + u * r1_step < bounds.r1_end:
                         add_moments(values, w, u * width, shift, seen, part)
                         n += 1
                 for s in range(own):
@@ -106,14 +107,14 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
             r0 += r0_step
         for s in range(own):
             origin = 0.0
-            if k1 < bounds[7]:
+            if k1 < bounds.k1_end:
                 origin = first_value(x, weights, k0, k1 + s if rows else k1)
             count = sums[s, 2] if weighted else np.float64(n * (1 if rows else width))
             delta = np.float64(shift[s]) - origin
             if count > 0:
                 sums[s, 1] += delta * (2.0 * sums[s, 0] + count * delta)
                 sums[s, 0] += count * delta
-            if bounds[0] == 0 and is_writer() and k1 < bounds[7]:
+            if bounds.chunk == 0 and is_writer() and k1 < bounds.k1_end:
                 shifts[first + s] = origin
         write_sums(sums, moment_sums, bounds, k1, first, partial)
 
@@ -122,14 +123,16 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
         for lane in range(width):
             s, i = lane if rows else 0, begin + lane
             ai, bi, ri = of_adjustment(a, i), of_adjustment(b, i), of_residual(residual, i)
-            mean, scale, shift, gamma, beta = forward[0, s], forward[1, s], forward[2, s], forward[3, s], forward[4, s]
+            mean, scale, shift, gamma, beta = output_of(forward, s)
             gi = gradient(g[i], x[i], mean, scale, shift, ai, bi, gamma, beta, ri, relu)
-            weight = narrow(gi) if ai is None else narrow(gi) * narrow(a[i])
-            part[s, 0] += weight
-            part[s, 1] += weight * (narrow(x[i]) - narrow(mean))
             if adjusted:
-                part[s, 2] += narrow(gi)
-                part[s, 3] += narrow(gi) * narrow(b[i])
+                ai, bi = narrow(ai), narrow(bi)
+            total, centered, plain, offset = gradient_terms(narrow(gi), narrow(x[i]), narrow(mean), ai, bi)
+            part[s, 0] += total
+            part[s, 1] += centered
+            if adjusted:
+                part[s, 2] += plain
+                part[s, 3] += offset
 
     @device
     def sum_gradient(dy, x, residual, a, b, bounds, first, saved_mean, forward, partial):
@@ -141,33 +144,33 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
         av, bv = cuda.local.array(ahead, real), cuda.local.array(ahead, real)
         part, sums = cuda.local.array((own, 4), narrow), cuda.local.array((own, 4), np.float64)
         first_r0, r0_step, first_r1, r1_step, k1 = walk(bounds, width)
-        k0 = bounds[1]
+        k0 = bounds.k0
         for s in range(own):
             for i in range(4):
                 sums[s, i] = 0
         r0 = first_r0
-        while r0 < bounds[3]:  # range() would divide
+        while r0 < bounds.r0_end:  # range() would divide
             begin = first_r1
-            while begin < bounds[5]:
+            while begin < bounds.r1_end:
                 for s in range(own):
                     for i in range(4):
                         part[s, i] = 0
                 for u in range(unroll):
                     r1 = begin + u * r1_step
-                    if r1 < bounds[5]:
+                    if r1 < bounds.r1_end:
                         read(at(dy, r0, k0, r1, k1), g, u * width)
                         read_inputs(x, residual, a, b, r0, k0, r1, k1, values, rv, av, bv, u * width)
                 for u in range(unroll):
-                    if begin + u * r1_step < bounds[5]:
+                    if begin + u * r1_step < bounds.r1_end:
                         add_gradient(g, values, rv, av, bv, u * width, forward, part)
                 for s in range(own):
                     for i in range(gradient_sums):
                         sums[s, i] += np.float64(part[s, i])
                 begin += r1_step * unroll
             r0 += r0_step
-        if k1 < bounds[7]:
+        if k1 < bounds.k1_end:
             for s in range(own):  # the products are with the rounded mean
-                sums[s, 1] += sums[s, 0] * (np.float64(narrow(forward[0, s])) - saved_mean[first + s])
+                sums[s, 1] += sums[s, 0] * (np.float64(narrow(forward[channel.Y_MEAN, s])) - saved_mean[first + s])
         write_sums(sums, gradient_sums, bounds, k1, first, partial)
 
     return SimpleNamespace(sum_moments=sum_moments, sum_gradient=sum_gradient)

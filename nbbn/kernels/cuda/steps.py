@@ -4,7 +4,8 @@ A block of (x, y) threads has one task at a time, a chunk of the values of a til
 Where statistics lie side by side (rows), x runs over them and y over their values; where the values of a statistic do
 (planes), x and y both run over them. A thread takes `width` neighbours at once and adds a few of them up before it
 adds that to float64 sums, the sums of a block's threads are a tree, and those of the chunks are added in their order,
-by whichever block is the last of a family: the tiles that have the same channels. So it does not matter which is when.
+by whichever block is the last of a family: the tiles that have the same channels. So the order in which blocks finish
+changes no bit.
 """
 
 from collections.abc import Callable
@@ -14,38 +15,41 @@ from typing import Any
 import numpy as np
 from numba.cuda import types
 
-from nbbn import rules
+from nbbn.core import rules
 from nbbn.kernels import channel, tasks
-from nbbn.kernels.channel import BATCH_MEAN, BETA, COUNT, GAMMA, MEAN, MOMENTUM, RSTD, VARIANCE, D, R
 from nbbn.kernels.cuda.apply import apply_functions
-from nbbn.kernels.cuda.blocks import FAMILIES, GRID_SIZE, VIEW_SIZE, Variant, block_functions, is_last
+from nbbn.kernels.cuda.blocks import VIEW_SIZE, Grid, Variant, block_functions, is_last
 from nbbn.kernels.cuda.memory import matrices
 from nbbn.kernels.cuda.reduce import reduce_functions
 from nbbn.kernels.cuda.target import cuda, device
 
-# The small arrays of a step, by address: see kernels/channel.py; sums of chunks (chunks, sums, statistics) and shifts
-# are float64, counters uint32 and zero. COPY gets the parameters as they are, for a gradient; SEEN counts the batches
-# of a cumulative average, (2, C) float64 for mean and variance.
-PARTIAL, SHIFTS, COUNTERS, PARAMS, STATE, HYPER, NEW_STATE, SAVED, COEFFICIENTS, DPARAMS, COPY, SEEN = range(12)
-MEMORY_SIZE = 12
-# The views of each step, by the names that the Dispatcher gives them.
+# The small arrays of a step, by address: see kernels/channel.py. Sums of chunks (chunks, sums, statistics) and shifts
+# are float64; counters are uint32 and zero.
+_FORWARD = ("partial", "shifts", "counters", "params", "state", "hyper", "new_state")
+MEMORY = (*_FORWARD, "moments", "saved", "coefficients", "sums", "dparams")
+PARTIAL, SHIFTS, COUNTERS, PARAMS, STATE, HYPER, NEW_STATE, MOMENTS, SAVED, COEFFICIENTS, SUMS, DPARAMS = range(12)
+# The views of each kernel, by their names in the engine.
 VIEWS = {
-    "moments": ("x", "weights"),
+    "reduce": ("x", "weights"),
     "train_reduce": ("x", "weights"),
     "normalize": ("x", "residual", "a", "b", "y"),
     "train": ("x", "residual", "weights", "a", "b", "y"),
     "infer": ("x", "residual", "y"),
+    "finish": (),
     "freeze": (),
+    "sum_gradient": ("x", "dy", "residual", "a", "b"),
+    "spread_gradient": (),
     "backward_reduce": ("x", "dy", "residual", "a", "b"),
-    "input_gradient": ("x", "dy", "residual", "weights", "a", "b", "dx", "dresidual"),
-    "backward": ("x", "dy", "residual", "weights", "a", "b", "dx", "dresidual"),
+    "input_gradient": ("x", "dy", "residual", "weights", "a", "b", "dx", "dz"),
+    "backward": ("x", "dy", "residual", "weights", "a", "b", "dx", "dz"),
 }
 
 
 def signature(step: str, v: Variant) -> Any:
     """Of a kernel: its views, shape, grid, memory, the number of channels and epsilon."""
     view = types.UniTuple(types.int64, VIEW_SIZE)
-    sizes = [types.UniTuple(types.int64, n) for n in (4, GRID_SIZE, MEMORY_SIZE)]
+    grid = types.NamedUniTuple(types.int64, len(Grid._fields), Grid)
+    sizes = [types.UniTuple(types.int64, 4), grid, types.UniTuple(types.int64, len(MEMORY))]
     real = types.float64 if v.statistic.itemsize == 8 else types.float32
     return types.void(*[view] * len(VIEWS[step]), *sizes, types.int64, real)
 
@@ -53,20 +57,22 @@ def signature(step: str, v: Variant) -> Any:
 @lru_cache(maxsize=256)
 def steps(v: Variant) -> dict[str, Callable[..., None]]:
     """The kernels as Python functions, by name."""
-    own, width, renorm, adjusted, relu = v.own, v.width, v.renorm or None, v.adjustment, v.relu
-    cumulative = v.cumulative
-    a_or_none = 1 if adjusted else None
-    reduce, apply = reduce_functions(v), apply_functions(v)
-    sum_moments, sum_gradient = reduce.sum_moments, reduce.sum_gradient
-    normalize_task, input_gradient_task = apply.normalize, apply.input_gradient
-    moment_sums, gradient_sums = 3 if v.weights else 2, 4 if adjusted else 2
-    forward_rows, state_rows, real = 5 if adjusted else 3, 5 if v.renorm else 2, v.statistic.type
+    own, width, renorm, cumulative, relu = v.own, v.width, v.renorm or None, v.cumulative or None, v.relu
+    a_or_none = 1 if v.adjustment else None
+    reducing, applying = reduce_functions(v), apply_functions(v)
+    sum_moments, sum_gradient_of_task = reducing.sum_moments, reducing.sum_gradient
+    normalize_task, input_gradient_task = applying.normalize, applying.input_gradient
+    moment_sums, gradient_sums = 3 if v.weights else 2, channel.gradient_rows(v.adjustment)
+    forward_rows, real = channel.output_rows(v.adjustment), v.statistic.type
+    state_rows = (5 if v.renorm else 2) + (2 if v.cumulative else 0)
+    # What makes an array is no function of its own: Numba's do not return on a GPU what they have made.
     array, array64, counters_at = matrices(v.statistic), matrices(np.float64), matrices(np.uint32)
     middle, cuts = channel.functions(device), tasks.functions(device)
     bounds_of, chunks_and_tiles = cuts.bounds_of, cuts.chunks_and_tiles
-    add_chunks, batch_moments, train_channel = middle.add_chunks, middle.batch_moments, middle.train
-    output_coefficients, backward_channel = middle.output_coefficients, middle.backward
-    walk = block_functions(v.rows, v.short).walk
+    add_chunks, moments_of, train_of, freeze_of = middle.add_chunks, middle.moments, middle.train, middle.freeze
+    coefficients_of, parameter_gradients = middle.statistic_coefficients, middle.parameter_gradients
+    input_coefficients_of = middle.input_coefficients
+    walk = block_functions(v.rows, v.short, v.threads).walk
 
     @device
     def task(shape, grid):
@@ -74,14 +80,14 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         chunks, tiles = chunks_and_tiles(shape, grid)
         block = np.int64(cuda.blockIdx.x)
         tile = block % tiles
-        return block // tiles, tile, tile % grid[FAMILIES], chunks * (tiles // grid[FAMILIES])
+        return block // tiles, tile, tile % grid.families, chunks * (tiles // grid.families)
 
     @device
     def channels_of(family, shape, grid, channels):
         """This thread's first channel of a family, the one after the last, and how far it is to the next one."""
         first, last, bounds = np.int64(0), channels, bounds_of(0, family, shape, grid)
-        if grid[FAMILIES] > 1:
-            first, last = bounds[1] * shape[3] + bounds[6], bounds[1] * shape[3] + bounds[7]
+        if grid.families > 1:
+            first, last = bounds.k0 * shape[3] + bounds.k1_begin, bounds.k0 * shape[3] + bounds.k1_end
         thread = cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
         return first + thread, last, cuda.blockDim.x * cuda.blockDim.y
 
@@ -89,7 +95,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     def thread_statistics(bounds, shape):
         """The first statistic of this thread, and whether it has any: none beside the last column."""
         k1 = walk(bounds, width)[4]
-        return bounds[1] * shape[3] + k1, k1 < bounds[7]
+        return bounds.k0 * shape[3] + k1, k1 < bounds.k1_end
 
     # -- of one task ---------------------------------------------------------------------------------------------------
 
@@ -105,40 +111,28 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         """The moments of one channel, in all groups."""
         statistics, values = shape[1] * shape[3], np.float64(shape[0] * shape[2])
         partial = array64(memory[PARTIAL], (chunks_and_tiles(shape, grid)[0], moment_sums, statistics))
-        shifts, saved = array64(memory[SHIFTS], (statistics,)), array64(memory[SAVED], (5, statistics))
+        shifts, moments = (
+            array64(memory[SHIFTS], (statistics,)),
+            array64(memory[MOMENTS], (channel.MOMENT_ROWS, statistics)),
+        )
         for s in range(c, statistics, channels):
             add_chunks(s, s + 1, partial)
-            batch_moments(s, s + 1, partial[0], shifts, values, saved)
+            moments_of(s, s + 1, partial[0], shifts, values, moments)
+
+    @device
+    def train_channel(c, statistics, memory, channels):
+        """From the moments of one channel to the new state and the coefficients of the output."""
+        params, state = array(memory[PARAMS], (2, channels)), array(memory[STATE], (state_rows, channels))
+        new_state, hyper = array(memory[NEW_STATE], (state_rows, channels)), array64(memory[HYPER], (7,))
+        saved = array64(memory[SAVED], (channel.SAVED_ROWS, statistics))
+        coefficients = array(memory[COEFFICIENTS], (forward_rows, statistics))
+        train_of(c, c + 1, params, state, hyper, a_or_none, renorm, cumulative, new_state, saved, coefficients)
 
     @device
     def finish_training(c, shape, grid, memory, channels):
         """From the sums of one channel to the new state and the coefficients of the output."""
         finish_moments(c, shape, grid, memory, channels)
-        statistics = shape[1] * shape[3]
-        params, copy = array(memory[PARAMS], (2, channels)), array(memory[COPY], (2, channels))
-        state, new_state = (
-            array(memory[STATE], (state_rows, channels)),
-            array(memory[NEW_STATE], (state_rows, channels)),
-        )
-        saved, coefficients = (
-            array64(memory[SAVED], (5, statistics)),
-            array(memory[COEFFICIENTS], (forward_rows, statistics)),
-        )
-        hyper, given = cuda.local.array(7, np.float64), array64(memory[HYPER], (7,))
-        for i in range(7):
-            hyper[i] = given[i]
-        seen = array64(memory[SEEN], (2, channels if cumulative else 0))
-        if cumulative:
-            hyper[MOMENTUM] = seen[0, c] / (seen[0, c] + 1.0)
-        train_channel(c, c + 1, params, state, hyper, a_or_none, renorm, new_state, saved, coefficients)
-        if cumulative:
-            batches = 0.0
-            for s in range(c, statistics, channels):
-                batches = 1.0 if saved[COUNT, s] > 0 else batches
-            for part in range(2):
-                seen[part, c] += batches
-        copy[GAMMA, c] = params[GAMMA, c]
-        copy[BETA, c] = params[BETA, c]
+        train_channel(c, shape[1] * shape[3], memory, channels)
 
     @device
     def apply_forward(x, residual, a, b, y, chunk, tile, shape, grid, memory):
@@ -152,70 +146,108 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         normalize_task(x, residual, a, b, y, bounds, forward)
 
     @device
-    def forward_of_thread(bounds, shape, memory, channels, forward):
+    def forward_of_thread(bounds, shape, memory, forward):
         """The coefficients of the output once more, for the gate of its activation; without one only the mean."""
-        own_saved = cuda.local.array((5, own), np.float64)
-        params, saved = array(memory[PARAMS], (2, channels)), array64(memory[SAVED], (5, shape[1] * shape[3]))
+        saved = array64(memory[SAVED], (channel.SAVED_ROWS, shape[1] * shape[3]))
         first, inside = thread_statistics(bounds, shape)
-        for s in range(own if relu else 0):
-            c = (first + s) % channels if inside else 0
-            for row in range(5):
-                own_saved[row, s] = saved[row, first + s] if inside else 0.0
-            output_coefficients(s, params[GAMMA, c], params[BETA, c], own_saved, a_or_none, forward)
-        for s in range(0 if relu else own):
-            forward[0, s] = saved[BATCH_MEAN, first + s] if inside else 0.0
+        for s in range(own):
+            if relu and inside:
+                coefficients_of(first + s, s, saved, a_or_none, forward)
+            else:
+                forward[channel.Y_MEAN, s] = saved[channel.BATCH_MEAN, first + s] if inside else 0.0
 
     @device
-    def reduce_gradient(x, dy, residual, a, b, chunk, tile, shape, grid, memory, channels):
+    def reduce_gradient(x, dy, residual, a, b, chunk, tile, shape, grid, memory):
         statistics, bounds = shape[1] * shape[3], bounds_of(chunk, tile, shape, grid)
         partial = array64(memory[PARTIAL], (chunks_and_tiles(shape, grid)[0], gradient_sums, statistics))
         forward = cuda.local.array((5, own), real)
-        forward_of_thread(bounds, shape, memory, channels, forward)
+        forward_of_thread(bounds, shape, memory, forward)
         first, _ = thread_statistics(bounds, shape)
-        mean = array64(memory[SAVED], (5, statistics))[BATCH_MEAN]
-        sum_gradient(dy, x, residual, a, b, bounds, first, mean, forward, partial)
+        mean = array64(memory[SAVED], (channel.SAVED_ROWS, statistics))[channel.BATCH_MEAN]
+        sum_gradient_of_task(dy, x, residual, a, b, bounds, first, mean, forward, partial)
+
+    @device
+    def add_up(c, partial, memory, channels):
+        """The sums of one channel's gradient, those of its first chunk then, and the gradients of its parameters."""
+        statistics = partial.shape[2]
+        for s in range(c, statistics, channels):
+            add_chunks(s, s + 1, partial)
+        saved, dparams = array64(memory[SAVED], (channel.SAVED_ROWS, statistics)), array(memory[DPARAMS], (2, channels))
+        parameter_gradients(c, c + 1, partial[0], saved, dparams)
+
+    @device
+    def finish_sums(c, shape, grid, memory, channels):
+        """The same, and the sums are written."""
+        statistics = shape[1] * shape[3]
+        partial = array64(memory[PARTIAL], (chunks_and_tiles(shape, grid)[0], gradient_sums, statistics))
+        target = array64(memory[SUMS], (gradient_sums, statistics))
+        add_up(c, partial, memory, channels)
+        for s in range(c, statistics, channels):
+            for row in range(gradient_sums):
+                target[row, s] = partial[0, row, s]
+
+    @device
+    def input_coefficients(c, sums, memory, channels):
+        """From the sums of one channel to the coefficients of dx."""
+        statistics = sums.shape[1]
+        coefficients = array(memory[COEFFICIENTS], (4, statistics))
+        input_coefficients_of(
+            c, c + 1, channels, sums, array64(memory[SAVED], (channel.SAVED_ROWS, statistics)), coefficients
+        )
 
     @device
     def finish_gradient(c, shape, grid, memory, channels):
-        """From the sums of one channel to the gradients of its parameters and the coefficients of dx."""
+        """From the sums of one channel's gradient to the coefficients of dx."""
         statistics = shape[1] * shape[3]
         partial = array64(memory[PARTIAL], (chunks_and_tiles(shape, grid)[0], gradient_sums, statistics))
-        for s in range(c, statistics, channels):
-            add_chunks(s, s + 1, partial)
-        params, dparams = array(memory[PARAMS], (2, channels)), array(memory[DPARAMS], (2, channels))
-        saved, coefficients = array64(memory[SAVED], (5, statistics)), array(memory[COEFFICIENTS], (4, statistics))
-        backward_channel(c, c + 1, partial[0], params, saved, coefficients, dparams)
+        add_up(c, partial, memory, channels)
+        input_coefficients(c, partial[0], memory, channels)
 
     @device
-    def apply_gradient(x, dy, residual, weights, a, b, dx, dresidual, chunk, tile, shape, grid, memory, channels):
+    def apply_gradient(x, dy, residual, weights, a, b, dx, dz, chunk, tile, shape, grid, memory):
         bounds = bounds_of(chunk, tile, shape, grid)
         coefficients = array(memory[COEFFICIENTS], (4, shape[1] * shape[3]))
         forward, backward = cuda.local.array((5, own), real), cuda.local.array((4, own), real)
         if relu:
-            forward_of_thread(bounds, shape, memory, channels, forward)
+            forward_of_thread(bounds, shape, memory, forward)
         first, inside = thread_statistics(bounds, shape)
         for s in range(own):
             for row in range(4):
                 backward[row, s] = coefficients[row, first + s] if inside else real(0)
-        input_gradient_task(dy, x, residual, weights, a, b, dx, dresidual, bounds, forward, backward)
+        input_gradient_task(dy, x, residual, weights, a, b, dx, dz, bounds, forward, backward)
 
     # -- two launches: all blocks reduce, the last one of a family finishes; then all blocks apply ---------------------
 
-    def moments(x, weights, shape, grid, memory, channels, epsilon):
-        chunk, tile, family, blocks = task(shape, grid)
-        reduce_moments(x, weights, chunk, tile, shape, grid, memory)
-        if is_last(counters_at(memory[COUNTERS], (grid[FAMILIES],)), family, blocks):
-            first, last, step = channels_of(family, shape, grid, channels)
-            for c in range(first, last, step):
-                finish_moments(c, shape, grid, memory, channels)
+    @device
+    def channels_to_finish(family, blocks, shape, grid, memory, channels):
+        """This thread's first channel, the one after the last, and the step; none unless its block is the last one."""
+        if is_last(counters_at(memory[COUNTERS], (grid.families,)), family, blocks):
+            return channels_of(family, shape, grid, channels)
+        return np.int64(0), np.int64(0), 1
 
-    def train_reduce(x, weights, shape, grid, memory, channels, epsilon):
-        chunk, tile, family, blocks = task(shape, grid)
-        reduce_moments(x, weights, chunk, tile, shape, grid, memory)
-        if is_last(counters_at(memory[COUNTERS], (grid[FAMILIES],)), family, blocks):
-            first, last, step = channels_of(family, shape, grid, channels)
+    def reduction(finish_channel):
+        """A kernel that reduces the input, and then does this with each channel's sums."""
+
+        def kernel(x, weights, shape, grid, memory, channels, epsilon):
+            chunk, tile, family, blocks = task(shape, grid)
+            reduce_moments(x, weights, chunk, tile, shape, grid, memory)
+            first, last, step = channels_to_finish(family, blocks, shape, grid, memory, channels)
             for c in range(first, last, step):
-                finish_training(c, shape, grid, memory, channels)
+                finish_channel(c, shape, grid, memory, channels)
+
+        return kernel
+
+    def gradient_reduction(finish_channel):
+        """The same for the gradient."""
+
+        def kernel(x, dy, residual, a, b, shape, grid, memory, channels, epsilon):
+            chunk, tile, family, blocks = task(shape, grid)
+            reduce_gradient(x, dy, residual, a, b, chunk, tile, shape, grid, memory)
+            first, last, step = channels_to_finish(family, blocks, shape, grid, memory, channels)
+            for c in range(first, last, step):
+                finish_channel(c, shape, grid, memory, channels)
+
+        return kernel
 
     def normalize(x, residual, a, b, y, shape, grid, memory, channels, epsilon):
         chunk, tile, _, _ = task(shape, grid)
@@ -229,64 +261,73 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         first, inside = thread_statistics(bounds, shape)
         for s in range(own):
             c = first + s if inside else 0
-            forward[0, s] = state[MEAN, c]
-            forward[1, s] = rules.inference_scale(params[GAMMA, c], state[VARIANCE, c], epsilon)
-            forward[2, s] = params[BETA, c]
+            forward[channel.Y_MEAN, s] = state[channel.MEAN, c]
+            forward[channel.Y_SCALE, s] = rules.inference_scale(
+                params[channel.GAMMA, c], state[channel.VARIANCE, c], epsilon
+            )
+            forward[channel.Y_SHIFT, s] = params[channel.BETA, c]
         normalize_task(x, residual, x, x, y, bounds, forward)
 
-    def freeze(shape, grid, memory, channels, epsilon):
-        """What a gradient needs of statistics that are constants, which is what a count of 0 says, and, where there is
-        a COPY, the parameters."""
-        c = np.int64(cuda.blockIdx.x) * grid[tasks.K1_STEP] + cuda.threadIdx.x
-        if c < channels:
-            state, saved = array(memory[STATE], (state_rows, channels)), array64(memory[SAVED], (5, channels))
-            saved[COUNT, c] = 0.0
-            saved[BATCH_MEAN, c] = state[MEAN, c]
-            saved[RSTD, c] = 1.0 / rules.stddev(np.float64(state[VARIANCE, c]), np.float64(epsilon))
-            saved[R, c] = 1.0
-            saved[D, c] = 0.0
-            if memory[COPY] != 0:
-                params, copy = array(memory[PARAMS], (2, channels)), array(memory[COPY], (2, channels))
-                copy[GAMMA, c] = params[GAMMA, c]
-                copy[BETA, c] = params[BETA, c]
-
-    def backward_reduce(x, dy, residual, a, b, shape, grid, memory, channels, epsilon):
-        chunk, tile, family, blocks = task(shape, grid)
-        reduce_gradient(x, dy, residual, a, b, chunk, tile, shape, grid, memory, channels)
-        if is_last(counters_at(memory[COUNTERS], (grid[FAMILIES],)), family, blocks):
-            first, last, step = channels_of(family, shape, grid, channels)
-            for c in range(first, last, step):
-                finish_gradient(c, shape, grid, memory, channels)
-
-    def input_gradient(x, dy, residual, weights, a, b, dx, dresidual, shape, grid, memory, channels, epsilon):
+    def input_gradient(x, dy, residual, weights, a, b, dx, dz, shape, grid, memory, channels, epsilon):
         chunk, tile, _, _ = task(shape, grid)
-        apply_gradient(x, dy, residual, weights, a, b, dx, dresidual, chunk, tile, shape, grid, memory, channels)
+        apply_gradient(x, dy, residual, weights, a, b, dx, dz, chunk, tile, shape, grid, memory)
+
+    # -- the middle stage by itself: one thread per channel; shape[3] is the number of statistics ----------------------
+
+    @device
+    def own_channel(grid):
+        return np.int64(cuda.blockIdx.x) * grid.k1_step + cuda.threadIdx.x
+
+    def finish(shape, grid, memory, channels, epsilon):
+        c, statistics = own_channel(grid), shape[3]
+        moments = array64(memory[MOMENTS], (channel.MOMENT_ROWS, statistics))
+        saved = array64(memory[SAVED], (channel.SAVED_ROWS, statistics))
+        if c < channels:
+            for s in range(c, statistics, channels):
+                for row in range(channel.MOMENT_ROWS):
+                    saved[row, s] = moments[row, s]
+            train_channel(c, statistics, memory, channels)
+
+    def freeze(shape, grid, memory, channels, epsilon):
+        c = own_channel(grid)
+        params, state = array(memory[PARAMS], (2, channels)), array(memory[STATE], (state_rows, channels))
+        saved, hyper = array64(memory[SAVED], (channel.SAVED_ROWS, channels)), array64(memory[HYPER], (7,))
+        if c < channels:
+            freeze_of(c, c + 1, params, state, hyper[channel.EPSILON], saved)
+
+    def spread_gradient(shape, grid, memory, channels, epsilon):
+        c = own_channel(grid)
+        if c < channels:
+            input_coefficients(c, array64(memory[SUMS], (gradient_sums, shape[3])), memory, channels)
 
     # -- one launch: a block has a family for itself; a chunk is a whole statistic -------------------------------------
 
     def train(x, residual, weights, a, b, y, shape, grid, memory, channels, epsilon):
         family, tiles = np.int64(cuda.blockIdx.x), chunks_and_tiles(shape, grid)[1]
-        for tile in range(family, tiles, grid[FAMILIES]):
+        for tile in range(family, tiles, grid.families):
             reduce_moments(x, weights, 0, tile, shape, grid, memory)
         cuda.syncthreads()
         first, last, step = channels_of(family, shape, grid, channels)
         for c in range(first, last, step):
             finish_training(c, shape, grid, memory, channels)
         cuda.syncthreads()
-        for tile in range(family, tiles, grid[FAMILIES]):
+        for tile in range(family, tiles, grid.families):
             apply_forward(x, residual, a, b, y, 0, tile, shape, grid, memory)
 
-    def backward(x, dy, residual, weights, a, b, dx, dresidual, shape, grid, memory, channels, epsilon):
+    def backward(x, dy, residual, weights, a, b, dx, dz, shape, grid, memory, channels, epsilon):
         family, tiles = np.int64(cuda.blockIdx.x), chunks_and_tiles(shape, grid)[1]
-        for tile in range(family, tiles, grid[FAMILIES]):
-            reduce_gradient(x, dy, residual, a, b, 0, tile, shape, grid, memory, channels)
+        for tile in range(family, tiles, grid.families):
+            reduce_gradient(x, dy, residual, a, b, 0, tile, shape, grid, memory)
         cuda.syncthreads()
         first, last, step = channels_of(family, shape, grid, channels)
         for c in range(first, last, step):
             finish_gradient(c, shape, grid, memory, channels)
         cuda.syncthreads()
-        for tile in range(family, tiles, grid[FAMILIES]):
-            apply_gradient(x, dy, residual, weights, a, b, dx, dresidual, 0, tile, shape, grid, memory, channels)
+        for tile in range(family, tiles, grid.families):
+            apply_gradient(x, dy, residual, weights, a, b, dx, dz, 0, tile, shape, grid, memory)
 
-    found = (moments, train_reduce, normalize, train, infer, freeze, backward_reduce, input_gradient, backward)
-    return {f.__name__: f for f in found}
+    found = (normalize, train, infer, input_gradient, backward, finish, freeze, spread_gradient)
+    reductions = {"reduce": reduction(finish_moments), "train_reduce": reduction(finish_training)}
+    reductions |= {"sum_gradient": gradient_reduction(finish_sums)}
+    reductions |= {"backward_reduce": gradient_reduction(finish_gradient)}
+    return {f.__name__: f for f in found} | reductions

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from nbbn.kernels import channel
-from nbbn.layers import BatchNormalization as BatchNormalizationV2
-from nbbn.pullback import Record
+from nbbn.arrays import Array
+from nbbn.core.options import UNCLIPPED
+from nbbn.layer.layer import BatchNormalization as BatchNormalizationV2
 from nbbn.runtime import StateLock
-from nbbn.variables import PARTS, Array
+from nbbn.state.variables import PARTS, Variables
 
 
 class Update:
@@ -74,33 +74,21 @@ class BatchNormalization(BatchNormalizationV2):
         """A copy starts without recorded updates: those belong to this layer's variables."""
         return {**self.__dict__, "_updates": []}
 
-    def _hyper(self, x: Array) -> Array:
-        return channel.keep_batch(super()._hyper(x))
+    def _update(self, variables: Variables, new_state: Array, saved: Array, inputs: Any) -> None:
+        """Record the updates. What they do with the batch's moments depends on the statistics when they are run."""
+        if not self.trainable:
+            return
+        rank, dtype = variables.shapes.rank, new_state.dtype
 
-    def _forward(
-        self,
-        inputs: Any,
-        training: bool | None,
-        mask: Any,
-        update: bool,
-        out: Array | None,
-        residual: Any,
-        keep: bool = False,
-    ) -> tuple[Array, Record]:
-        y, record = super()._forward(inputs, training, mask, False, out, residual, keep)
-        if record.new_state is not None and update and self.trainable and y.size:
-            self._record(inputs, record.new_state, record.counted())
-        return y, record
-
-    def _record(self, inputs: Any, batch: Array, counted: Array) -> None:
-        variables = self._built_variables("recording an update")
-
-        def absorb(part: str) -> None:
-            with variables.lock:
-                variables.absorb(batch, counted, [part], self.options)
+        def keep(part: str) -> None:
+            with variables.lock:  # the clips change no statistic
+                state, _, _ = self._dispatcher.finish(
+                    saved, variables.params, variables.state, rank=rank, dtype=dtype, clips=UNCLIPPED
+                )
+                variables.keep_part(state, part)
 
         for part in PARTS:
-            self._add_update(Update(f"{self._update_prefix}/moving_{part}/update", inputs, partial(absorb, part)))
+            self._add_update(Update(f"{self._update_prefix}/moving_{part}/update", inputs, partial(keep, part)))
 
     @property
     def _update_prefix(self) -> str:

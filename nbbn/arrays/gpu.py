@@ -1,0 +1,177 @@
+"""A GPU as the place of arrays, and the modules for the libraries that have arrays there."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, cast
+
+import numpy as np
+
+from nbbn.arrays import availability
+from nbbn.arrays.device import DeviceArray, Library, wrap
+from nbbn.arrays.host import Array
+from nbbn.core import dtypes
+from nbbn.core.layout import Sizes
+
+
+@dataclass(frozen=True)
+class DevicePlace:
+    """One GPU, and the library whose arrays are made there. Its methods are those of Host, where they are described.
+
+    What changes stays where it is: a stream is the order of the calls, and a captured graph can be run again.
+    """
+
+    library: Library
+    device: int
+    in_place = True
+
+    @property
+    def name(self) -> str:
+        return f"cuda:{self.device}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        name = cast(ModuleType, self.library).__name__.rpartition(".")[2]
+        return _restored_place, (name, self.device)
+
+    def take(self, value: Any, argument: str) -> Array:
+        return check_dtype(self._take(value, argument), argument)
+
+    def take_out(self, value: Any) -> Array:
+        out = self._take(value, "out")
+        if not out.library.is_writable(value):
+            raise ValueError(f"out must be an array that may change; received one of {type(value).__module__}")
+        return out
+
+    def _take(self, value: Any, argument: str) -> Array:
+        found = self.take_operand(value, argument)
+        if found is None:
+            raise TypeError(f"{argument} must be on the GPU, as the input is; received {type(value).__name__}")
+        return found
+
+    def take_operand(self, value: Any, argument: str) -> Array | None:
+        found = find_array(value)
+        if found is not None and found.device != self.device:
+            raise ValueError(
+                f"{argument} must be on the input's GPU, cuda:{self.device}; received one on cuda:{found.device}"
+            )
+        return found
+
+    def give(self, array: Array) -> Any:
+        return array.owner
+
+    def empty(self, shape: Sizes, dtype: np.dtype) -> Array:
+        return wrap(self.library.empty(shape, dtype, self.device), self.library)
+
+    def empty_like(self, array: Array) -> Array:
+        return wrap(array.library.empty_like(array.owner), array.library)
+
+    def astype(self, array: Array, dtype: np.dtype, copy: bool = False) -> Array:
+        if dtype == array.dtype and not copy:
+            return array
+        return wrap(array.library.astype(array.owner, dtype), array.library)
+
+    def from_host(self, array: np.ndarray) -> Array:
+        return wrap(self.library.from_host(np.ascontiguousarray(array), self.device), self.library)
+
+    def to_host(self, array: Array) -> np.ndarray:
+        found: np.ndarray = array.library.to_host(array.owner)
+        return found
+
+    def row(self, array: Array, row: int, shape: Sizes) -> Any:
+        return array.owner[row].reshape(shape)
+
+    def reshape(self, array: Array, shape: Sizes) -> Array:
+        there = iter([(n, s) for n, s in zip(array.shape, array.strides, strict=True) if n != 1])
+        return replace(array, shape=shape, strides=tuple(0 if n == 1 else next(there)[1] for n in shape))
+
+    def broadcast(self, array: Array, shape: Sizes) -> Array:
+        missing = len(shape) - array.ndim
+        if missing < 0 or any(n not in (1, s) for n, s in zip(array.shape, shape[missing:], strict=True)):
+            raise ValueError(f"an array of shape {array.shape} does not broadcast to {shape}")
+        inner = tuple(0 if n == 1 else s for n, s in zip(array.shape, array.strides, strict=True))
+        return replace(array, shape=shape, strides=(0,) * missing + inner)
+
+    def overlap(self, a: Array, b: Array) -> bool:
+        """Whether the bytes from the first to the last do."""
+        if not (a.size and b.size) or a.device != b.device:
+            return False
+        (first, last), (begin, end) = a.extent(), b.extent()
+        return bool(first < end and begin < last)
+
+    def address(self, array: Array) -> int:
+        return int(array.address)
+
+    def copy(self, array: Array, sizes: Sizes, order: Sizes) -> Array:
+        return wrap(array.library.copy(array, sizes, order), array.library)
+
+    def write(self, array: Array, value: Array, sizes: Sizes, order: Sizes) -> None:
+        array.library.assign(array, sizes, order, value.owner)
+
+
+@lru_cache(maxsize=64)
+def device_place(library: Library, device: int) -> DevicePlace:
+    return DevicePlace(library, device)
+
+
+def _restored_place(library: str, device: int) -> DevicePlace:
+    return device_place(load(library), device)
+
+
+def check_dtype(array: DeviceArray, argument: str) -> DeviceArray:
+    """The array itself. Raises: TypeError for a dtype that is not one of nbbn's."""
+    if array.dtype.name not in dtypes.NAMES:
+        raise TypeError(f"{argument} must have a dtype of {', '.join(dtypes.NAMES)}; received {array.dtype.name}")
+    return array
+
+
+def find_array(value: Any) -> DeviceArray | None:
+    """The DeviceArray of a GPU's array; None for anything else."""
+    library = find_library(value)
+    return None if library is None else wrap(value, library)
+
+
+# Where the class of an array, or a base of it, is defined, and the module for it.
+_MODULES = {"torch": "torch", "cupy": "cupy", "jax": "jax", "jaxlib": "jax", "numba.cuda": "numba_cuda"}
+_CUDA = 2  # DLPack's kDLCUDA
+
+
+def find_library(value: Any) -> Library | None:
+    """The module for the library of an array on a GPU; None for anything else.
+
+    Arrays of libraries without a module of their own are taken for what __cuda_array_interface__ or DLPack's methods
+    say of them.
+    """
+    name = _module_of(type(value))  # type: ignore[arg-type]  # a type is hashable
+    if name is not None:
+        library = load(name)
+        return library if library.is_device_array(value) else None
+    device = getattr(value, "__dlpack_device__", None)
+    if device is not None and device()[0] == _CUDA:
+        return load("interface")
+    if getattr(value, "__cuda_array_interface__", None) is not None:
+        return load("interface")
+    return None
+
+
+@lru_cache(maxsize=256)
+def _module_of(kind: type) -> str | None:
+    modules = [base.__module__ + "." for base in kind.__mro__]
+    return next((a for m in modules for root, a in _MODULES.items() if m.startswith(root + ".")), None)
+
+
+@lru_cache(maxsize=16)
+def load(name: str) -> Library:
+    """The module of a library. Each import is written out, for those who look for them without running anything."""
+    found: Any
+    if name == "torch":
+        from nbbn.arrays import torch as found
+    elif name == "cupy":
+        from nbbn.arrays import cupy as found
+    elif name == "jax":
+        from nbbn.arrays import jax as found
+    elif name == "numba_cuda":
+        from nbbn.arrays import numba_cuda as found
+    else:  # needs Numba's CUDA target to read what is there
+        availability.require("an array on a GPU")
+        from nbbn.arrays import interface as found
+    return cast(Library, found)

@@ -1,0 +1,120 @@
+"""What users pass beside the input, checked and brought to the input's place and shape."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from nbbn.arrays import Array, Place, as_array, check_real, place_of
+from nbbn.core.layout import Sizes
+
+
+def as_input(value: Any, argument: str = "inputs") -> Array:
+    """A float array of rank 1 or more. Raises: TypeError for another dtype, ValueError for a scalar."""
+    x = as_array(value, argument)
+    if x.ndim == 0:
+        raise ValueError(f"{argument} must have at least one dimension; received a scalar of shape ()")
+    return x
+
+
+def as_out(value: Any, x: Array) -> Array:
+    """Where to write a result like `x`.
+
+    Raises: TypeError or ValueError unless it is writable memory of the shape and dtype of the result, where `x` is.
+    """
+    out = place_of(x).take_out(value)
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise ValueError(
+            f"out must have the shape {x.shape} and dtype {x.dtype.name} of the result; "
+            f"received shape {out.shape} and dtype {out.dtype.name}"
+        )
+    if out.size and any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
+        raise ValueError("out must be writable memory of its own; received a broadcast array")
+    return out
+
+
+def as_like(value: Any, x: Array, argument: str, whose: str) -> Array:
+    """An array of the shape and dtype of `x`, where `x` is. Raises: TypeError, ValueError for another shape."""
+    place = place_of(x)
+    array = place.take(value, argument)
+    if array.shape != x.shape:
+        raise ValueError(f"{argument} must have {whose} shape {x.shape}; received {array.shape}")
+    return place.astype(array, x.dtype)
+
+
+def refuse_overlap(out: Array | None, needed: list[Array | None], message: str) -> None:
+    """Raises: ValueError if `out` may share memory with what is needed later."""
+    if out is not None and any(a is not None and place_of(out).overlap(out, a) for a in needed):
+        raise ValueError(message)
+
+
+def as_weights(mask: Any, x: Array, kept: Sizes, dtype: np.dtype, argument: str = "mask") -> Array:
+    """The weight of every element in the moments: a copy in `dtype`, broadcast to the shape of `x`.
+
+    Args:
+        mask: bool (True counts) or real weights >= 0, of the input's rank, or broadcast against the dimensions that
+            are not in `kept`. The values of one that lies on a GPU are not looked at, which would have to wait.
+    """
+    place, reduced = place_of(x), tuple(s for i, s in enumerate(x.shape) if i not in kept)
+    array = place.take_operand(mask, argument)
+    weights = _weights_of_host(mask, place, dtype, argument) if array is None else place.astype(array, dtype, copy=True)
+    shape = weights.shape
+    if len(shape) <= len(reduced):
+        sizes = iter((1,) * (len(reduced) - len(shape)) + shape)
+        shape = tuple(1 if i in kept else next(sizes) for i in range(x.ndim))
+    try:
+        if len(shape) != x.ndim:
+            raise ValueError
+        return place.broadcast(place.reshape(weights, shape), x.shape)
+    except ValueError:
+        raise ValueError(
+            f"{argument} must broadcast against the input's non-feature dimensions {reduced} or its shape {x.shape}; "
+            f"received shape {weights.shape}"
+        ) from None
+
+
+def _weights_of_host(mask: Any, place: Place, dtype: np.dtype, argument: str) -> Array:
+    array = np.asarray(mask)
+    check_real(array, argument)
+    with np.errstate(over="ignore"):  # what does not fit is infinite, and refused below
+        weights = array.astype(dtype)
+    if not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise ValueError(
+            f"{argument} must be finite in {dtype.name} and not negative; "
+            f"received values from {array.min()} to {array.max()}"
+        )
+    return place.from_host(weights)
+
+
+def as_adjustment(adjustment: Callable[[Sizes], Any], x: Array, dtype: np.dtype) -> tuple[Array, Array]:
+    """The pair (a, b) for the input: copies in `dtype`, which broadcast against it."""
+    pair = adjustment(x.shape)
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ValueError(f"adjustment must return a pair (scale, bias); received {type(pair).__name__}")
+    a, b = (_as_operand(v, x, dtype, f"adjustment's {n}") for n, v in zip(("scale", "bias"), pair, strict=True))
+    return a, b
+
+
+def _as_operand(value: Any, x: Array, dtype: np.dtype, argument: str) -> Array:
+    place = place_of(x)
+    array = place.take_operand(value, argument)
+    if array is None:
+        host = np.asarray(value)
+        check_real(host, argument)
+        array = place.from_host(host.astype(dtype))
+    else:
+        array = place.astype(array, dtype, copy=True)
+    try:
+        place.broadcast(array, x.shape)
+    except ValueError:
+        message = f"{argument} must broadcast against the input's shape {x.shape}; received shape {array.shape}"
+        raise ValueError(message) from None
+    return array
+
+
+def sum_to(array: np.ndarray, shape: Sizes, dtype: np.dtype) -> np.ndarray:
+    """The gradient of broadcasting: `array` summed to `shape`."""
+    extra = array.ndim - len(shape)
+    axes = tuple(range(extra)) + tuple(i + extra for i, s in enumerate(shape) if s == 1)
+    total: np.ndarray = array.sum(axis=axes, dtype=np.float64)
+    return total.reshape(shape).astype(dtype)

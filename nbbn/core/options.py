@@ -1,0 +1,183 @@
+"""What one layer was asked for: checked once, at construction, and the two choices that follow from it.
+
+Those are Bessel's correction, where TensorFlow's answer depends on which of its paths would run, and the clip values of
+renorm, which may be callables that are read at each step.
+"""
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+CLIP_KEYS = ("rmax", "rmin", "dmax")
+UNCLIPPED = {"rmax": math.inf, "rmin": 0.0, "dmax": math.inf}
+_FUSED_AXES = {4: (1, 3), 5: (1, 4)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that decide what is computed. Raises TypeError or ValueError that name the argument and its value."""
+
+    axis: int | tuple[int, ...] = -1
+    momentum: float | None = 0.99
+    epsilon: float = 1e-3
+    renorm: bool = False
+    renorm_clipping: Mapping[str, float | Callable[[], float]] | None = None
+    renorm_momentum: float = 0.99
+    fused: bool | None = None
+    virtual_batch_size: int | None = None
+    adjustment: Callable[[tuple[int, ...]], tuple[Any, Any]] | None = None
+    bessel_correction: bool | None = None
+    dtype: np.dtype | None = None
+    activation: str | None = None
+    strict_fused: bool = field(default=True, repr=False)  # TensorFlow 2; version 1 ignores what cannot be fused
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axis", parse_axis(self.axis))
+        self._check()
+        for name in ("momentum", "epsilon", "renorm_momentum"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else float(value))
+        if self.virtual_batch_size is not None:
+            object.__setattr__(self, "virtual_batch_size", int(self.virtual_batch_size))
+
+    def _check(self) -> None:
+        if self.momentum is not None:
+            _check_number("momentum", self.momentum, 1.0, "a number from 0 to 1 (the weight of the old value), or None")
+        _check_number(
+            "renorm_momentum", self.renorm_momentum, 1.0, "a number from 0 to 1 (the weight of the old value)"
+        )
+        _check_number("epsilon", self.epsilon, math.inf, "a finite number of at least 0")
+        for name in ("fused", "bessel_correction"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (bool, np.bool_)):
+                raise TypeError(f"{name} must be True, False or None; received {value!r}")
+            object.__setattr__(self, name, None if value is None else bool(value))
+        self._check_virtual_batch()
+        self._check_clipping()
+        if self.activation not in (None, "relu"):
+            raise ValueError(f"activation must be 'relu' or None; received {self.activation!r}")
+        if self.adjustment is not None and not callable(self.adjustment):
+            raise TypeError(f"adjustment must be a callable of the input's shape; received {self.adjustment!r}")
+        if self.renorm and self.bessel_correction:
+            raise ValueError("bessel_correction=True is not possible with renorm=True: it has no unbiased statistics")
+        if self.fused and self.strict_fused:
+            self.check_fused()
+
+    def _check_virtual_batch(self) -> None:
+        size = self.virtual_batch_size
+        if size is None:
+            return
+        if isinstance(size, bool) or not isinstance(size, numbers.Integral):
+            raise TypeError(f"virtual_batch_size must be a positive integer or None; received {size!r}")
+        if size <= 0:
+            raise ValueError(f"virtual_batch_size must be a positive integer; received {size}")
+        if self.adjustment is not None:
+            raise ValueError(f"adjustment cannot be combined with virtual_batch_size; received {size}")
+
+    def _check_clipping(self) -> None:
+        clipping = self.renorm_clipping
+        if clipping is None:
+            return
+        if not isinstance(clipping, Mapping):
+            raise TypeError(f"renorm_clipping must be a dict with keys among {CLIP_KEYS}; received {clipping!r}")
+        unknown = sorted(set(clipping) - set(CLIP_KEYS), key=str)
+        if unknown:
+            raise ValueError(f"renorm_clipping accepts the keys {CLIP_KEYS}; received {unknown} in {dict(clipping)!r}")
+        check_clip_values({k: v for k, v in clipping.items() if not callable(v)})
+
+    @cached_property
+    def is_constant(self) -> bool:
+        """Whether every call finds the same values: no option is a callable, nor holds one."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        values += [v for mapping in values if isinstance(mapping, Mapping) for v in mapping.values()]
+        return not any(map(callable, values))
+
+    def resolved_axis(self) -> tuple[int, ...]:
+        return (self.axis,) if isinstance(self.axis, int) else self.axis
+
+    def fused_obstacle(self, rank: int | None = None, dtype: np.dtype | None = None) -> str | None:
+        """Why TensorFlow's fused path could not run, or None. What is not known yet (rank, dtype) is no obstacle."""
+        axis = self.resolved_axis()
+        if self.renorm:
+            return "renorm=True"
+        if self.virtual_batch_size is not None:
+            return f"virtual_batch_size={self.virtual_batch_size}"
+        if self.adjustment is not None:
+            return "an adjustment"
+        if len(axis) != 1:
+            return f"several axes: axis={list(axis)}"
+        if dtype is not None and dtype.name == "float64":
+            return "dtype float64 (it must be float16, bfloat16 or float32)"
+        ranks = _FUSED_AXES if rank is None else {rank: _FUSED_AXES.get(rank, ())}
+        if not any(-r <= axis[0] < r and axis[0] % r in allowed for r, allowed in ranks.items()):
+            shape = "" if rank is None else f" of an input of rank {rank}"
+            return f"axis={axis[0]}{shape} (it must be 1 or 3 for rank 4, 1 or 4 for rank 5)"
+        return None
+
+    def check_fused(self, rank: int | None = None, dtype: np.dtype | None = None) -> None:
+        """Raises: ValueError if fused=True was asked for and cannot be, with the reason."""
+        if not (self.fused and self.strict_fused):
+            return
+        obstacle = self.fused_obstacle(rank, dtype if dtype is not None else self.dtype)
+        if obstacle is not None:
+            raise ValueError(f"fused=True is not possible with {obstacle}")
+
+    def bessel(self, rank: int, dtype: np.dtype) -> bool:
+        """Whether the moving variance is the unbiased one."""
+        if self.bessel_correction is not None:
+            return self.bessel_correction
+        return self.fused is not False and self.fused_obstacle(rank, dtype) is None
+
+    def clip_values(self) -> dict[str, float]:
+        """The bounds of r and d now; callables are called. Raises: ValueError if they contradict each other."""
+        given = {k: v() if callable(v) else v for k, v in (self.renorm_clipping or {}).items()}
+        check_clip_values(given)
+        return {**UNCLIPPED, **{k: float(v) for k, v in given.items() if v is not None}}
+
+
+def check_clip_values(given: Mapping[str, Any]) -> None:
+    """Raises: TypeError for a value that is no number, ValueError for bounds that no value can meet."""
+    for key, value in given.items():
+        if value is not None and not _is_number(value):
+            raise TypeError(
+                f"renorm_clipping[{key!r}] must be a number or a callable that gives one; received {value!r}"
+            )
+    bounds = {**UNCLIPPED, **{k: float(v) for k, v in given.items() if v is not None}}
+    if not (bounds["rmin"] <= bounds["rmax"] and bounds["dmax"] >= 0):
+        raise ValueError(f"renorm_clipping must have rmin <= rmax and dmax >= 0; received {dict(given)!r}")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    return isinstance(value, (numbers.Real, np.floating)) and not isinstance(value, (bool, np.bool_))
+
+
+def _check_number(name: str, value: Any, high: float, accepted: str) -> None:
+    if not _is_number(value):
+        raise TypeError(f"{name} must be {accepted}; received {value!r}")
+    if not 0 <= value <= high or math.isinf(value):
+        raise ValueError(f"{name} must be {accepted}; received {value!r}")
+
+
+def parse_axis(axis: Any) -> int | tuple[int, ...]:
+    """`axis` as an int or a tuple of ints.
+
+    Raises: TypeError if it is neither an int nor a list or tuple of ints, ValueError if it is empty.
+    """
+
+    def is_int(a: Any) -> bool:
+        return isinstance(a, numbers.Integral) and not isinstance(a, (bool, np.bool_))
+
+    if is_int(axis):
+        return int(axis)
+    if not isinstance(axis, (list, tuple)) or not all(is_int(a) for a in axis):
+        raise TypeError(f"axis must be an int or a list or tuple of ints; received {axis!r}")
+    if not axis:
+        raise ValueError(f"axis must name at least one dimension; received {axis!r}")
+    return tuple(int(a) for a in axis)

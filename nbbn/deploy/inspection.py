@@ -1,0 +1,22 @@
+"""How a layer would run, and choices made by hand."""
+
+from typing import Any
+
+from nbbn.engine.base import Force
+from nbbn.engine.dispatcher import Dispatcher
+from nbbn.layer.layer import BatchNormalization
+
+
+def explain(layer: BatchNormalization, inputs: Any, training: bool = False) -> Any:
+    """How `layer` would run on `inputs`: a plan with step, view, schedule, chunks, dtypes and threads, or what there is
+    of these on a GPU; print it to read it."""
+    x, _, _ = layer._take(inputs)
+    return layer._dispatcher.explain(x, layer._uses_batch(training))
+
+
+def force(layer: BatchNormalization, **choices: Any) -> None:
+    """Make `layer` run with a given schedule or thread mode (see Force); for tests and measurements.
+
+    Raises: TypeError, ValueError for choices that there are not. What a GPU cannot do its next call refuses.
+    """
+    layer._dispatcher = Dispatcher(layer.options, Force(**choices), layer._dispatcher.exchange)

@@ -1,0 +1,92 @@
+"""Which kernels a layer's calls need, found out without running or compiling any."""
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nbbn.core import dtypes
+from nbbn.core.layout import Sizes
+from nbbn.engine.base import Step
+from nbbn.engine.cpu.engine import CpuEngine
+from nbbn.engine.cpu.plan import Plan
+from nbbn.engine.dispatcher import Dispatcher
+from nbbn.layer.layer import BatchNormalization
+from nbbn.state.shapes import derive_shapes
+from nbbn.state.variables import STATISTICS, Variables
+
+Kernel = tuple[Any, ...]  # the arguments of steps.compiled()
+Kernels = dict[Kernel, bool]  # in the order in which calls need them; whether they are parallel
+
+
+def kernels(
+    layer: BatchNormalization,
+    shape: Sequence[int],
+    *,
+    dtype: Any = "float32",
+    training: bool = False,
+    gradients: bool = False,
+    mask: Any = None,
+    residual: bool = False,
+) -> Kernels:
+    """The kernels of `layer(x, training)`, with `gradients` also those of the pullback of `layer.vjp(x, training)`.
+
+    The call is the layer's own, of a copy that has an engine which runs nothing. The arguments are those of
+    nbbn.warmup().
+    """
+    dtype = layer.options.dtype or dtypes.resolve(dtype)
+    sizes = _sizes(shape)
+    x, dy, other = (np.empty(sizes, dtype) for _ in range(3))  # address space: nobody reads or writes them
+    original = layer._dispatcher
+    twin, notes = copy.copy(layer), _Notes(original)
+    twin._dispatcher = Dispatcher(original.options, original.force)
+    twin._dispatcher.use(notes)
+    if twin._variables is None:
+        shapes = derive_shapes(twin.options, x.shape, x.dtype)
+        # Without a call of the layer's initializers; no kernel depends on how many statistics there are.
+        values = dict.fromkeys(STATISTICS, np.ones(shapes.params, shapes.dtype))
+        twin._variables = Variables(shapes, values, layer.options.momentum is None)
+    # NumPy meets whatever is in statistics that nobody has computed.
+    with np.errstate(all="ignore"), contextlib.suppress(_Known):
+        operands = {"mask": mask, "update_statistics": False, "residual": other if residual else None}
+        if gradients:
+            _, pullback = twin.vjp(x, training, **operands)
+            notes.last = ("backward", "frozen_backward")
+            pullback(dy)
+        else:
+            twin(x, training, **operands)
+    return notes.kernels
+
+
+class _Known(Exception):
+    """All kernels of a call are known: what NumPy would do with their results is not wanted."""
+
+
+class _Notes(CpuEngine):
+    """Notes the kernels of the steps that it is told to run, and runs none."""
+
+    def __init__(self, original: Dispatcher) -> None:
+        super().__init__(original.options, original.force)
+        self.kernels: Kernels = {}
+        self.last: Sequence[str] = ()  # the steps after which _Known is raised
+
+    def bind(self, step: Step, owner: Any) -> None:
+        """Nothing has run."""
+
+    def _launch(self, plan: Plan, step: Step) -> None:
+        twins = (False, True) if plan.parallel else (False,)  # the serial one runs where the pool is taken
+        self.kernels |= {plan.variant(parallel): parallel for parallel in twins}
+        if step.name in self.last:
+            raise _Known
+
+    def _run_middle(self, name: str, numbers: dict[str, Any], adjusted: bool) -> None:
+        variant, _ = self.middle(name, numbers, adjusted)
+        self.kernels[variant] = False
+
+
+def _sizes(shape: Any) -> Sizes:
+    if not isinstance(shape, Sequence) or not all(isinstance(n, (int, np.integer)) and n > 0 for n in shape):
+        raise ValueError(f"a shape must be a tuple of positive integers; received {shape!r}")
+    return tuple(int(n) for n in shape)

@@ -1,0 +1,169 @@
+"""Compiling ahead, into the kernel cache, what calls will need."""
+
+import os
+import pickle
+import sys
+from collections.abc import Iterator, Sequence
+from time import perf_counter
+from typing import Any
+
+from nbbn.core.layout import Sizes
+from nbbn.deploy.needed import Kernel, Kernels, kernels
+from nbbn.kernels.cpu.steps import compiled
+from nbbn.layer.layer import BatchNormalization
+from nbbn.runtime import cache_folder
+
+MODES: dict[str, dict[str, bool]] = {
+    "inference": {},
+    "training": {"training": True},
+    "gradients": {"training": True, "gradients": True},
+}
+# (axis, shape): channels first, channels last and dense, each for one thread and for several. As kernels do not depend
+# on a shape, but on the schedule that it gets, these are those of most calls on contiguous arrays.
+DEFAULT_CALLS: tuple[tuple[Any, Sizes], ...] = (
+    (1, (1, 64, 28, 28)),
+    (1, (32, 64, 56, 56)),
+    (-1, (1, 28, 28, 64)),
+    (-1, (32, 56, 56, 64)),
+    (-1, (32, 64)),
+    (-1, (1024, 1024)),
+)
+
+
+def warmup(
+    layers: BatchNormalization | Sequence[BatchNormalization],
+    shapes: Sequence[int] | Sequence[Sequence[int]],
+    *,
+    dtype: Any = "float32",
+    training: bool = False,
+    gradients: bool = False,
+    mask: Any = None,
+    residual: bool = False,
+) -> None:
+    """Compile into the kernel cache what `layer(x, training=...)` needs for contiguous inputs of these shapes.
+
+    Nothing is computed, no layer is built or changed, and Numba's thread pool is not started: children that the process
+    forks afterwards can use one of their own. Kernels for several threads are therefore compiled in another process, by
+    the Python that multiprocessing.set_executable() names, sys.executable by default.
+
+    Args:
+        layers: one layer or several. shapes: one shape or several. One layer gets every shape, one shape is for every
+            layer; otherwise there is one shape per layer.
+        dtype: of the inputs; a layer with a dtype of its own has that one.
+        gradients: also what the pullback of `layer.vjp(x, training=...)` needs.
+        mask: one like those of the calls; its shape matters, its values do not.
+        residual: whether the calls have one.
+    Raises: TypeError, ValueError as the calls would, and for what is no layer or shape; RuntimeError if the cache is
+        off or the other process fails.
+    """
+    if cache_folder() is None:
+        raise RuntimeError(_why_off())
+    found: Kernels = {}
+    for layer, shape in _pairs(layers, shapes):
+        found |= kernels(
+            layer, shape, dtype=dtype, training=training, gradients=gradients, mask=mask, residual=residual
+        )
+    for kernel in (k for k, parallel in found.items() if not parallel):
+        compiled(*kernel)
+    _compile_elsewhere([k for k, parallel in found.items() if parallel])
+
+
+def _pairs(layers: Any, shapes: Any) -> list[tuple[BatchNormalization, Sequence[int]]]:
+    layers = [layers] if isinstance(layers, BatchNormalization) else list(layers)
+    for layer in layers:
+        if not isinstance(layer, BatchNormalization):
+            raise TypeError(f"layers must be nbbn.BatchNormalization layers; received {layer!r}")
+    if not isinstance(shapes, Sequence) or isinstance(shapes, str) or not shapes:
+        raise ValueError(f"shapes must be a shape or a list of shapes; received {shapes!r}")
+    shapes = list(shapes) if isinstance(shapes[0], Sequence) else [shapes]
+    count = max(len(layers), len(shapes))
+    layers, shapes = (v * count if len(v) == 1 else v for v in (layers, shapes))
+    if len(layers) != len(shapes):
+        raise ValueError(f"shapes must be as many as the layers, {len(layers)}; received {len(shapes)}: {shapes!r}")
+    return list(zip(layers, shapes, strict=True))
+
+
+_COMPILE = """
+import pickle, sys
+from nbbn.kernels.cpu.steps import compiled
+for kernel in pickle.load(sys.stdin.buffer):
+    compiled(*kernel)
+"""
+
+
+def _compile_elsewhere(parallel: list[Kernel]) -> None:
+    """Compile kernels in another process. To compile a parallel one, or just to load it, Numba starts its thread pool,
+    and a child that inherits one cannot use it."""
+    if not parallel:
+        return
+    import subprocess
+    from multiprocessing import spawn
+
+    done = subprocess.run(
+        [spawn.get_executable(), "-P", "-c", _COMPILE],
+        input=pickle.dumps(parallel),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"compiling in another process failed: {done.stderr.decode(errors='replace')}")
+
+
+def _why_off() -> str:
+    empty = os.environ.get("NBBN_CACHE_DIR") == ""
+    why = "NBBN_CACHE_DIR is empty" if empty else "no folder that this user alone can write to"
+    return f"the kernel cache is off ({why}): what is compiled now would be lost"
+
+
+def run(
+    shapes: list[Sizes] | None,
+    axis: int | list[int] | None,
+    dtypes: list[str],
+    modes: list[str],
+    activation: str | None,
+    residual: bool,
+    renorm: bool,
+) -> int:
+    """The command. Returns the exit code: 1 if there is no cache to fill, 2 for calls that are not possible."""
+    folder = cache_folder()
+    if folder is None:
+        print(_why_off(), file=sys.stderr)
+        return 1
+    start = perf_counter()
+    calls = DEFAULT_CALLS if shapes is None else [(-1 if axis is None else axis, shape) for shape in shapes]
+    found: Kernels = {}
+    try:
+        if shapes is None and axis is not None:
+            raise ValueError(f"axis is that of --shape, which is missing; received {axis!r}")
+        for axis_of_call, shape in calls:
+            layer = BatchNormalization(axis=axis_of_call, activation=activation, renorm=renorm)
+            for dtype in dtypes:
+                for mode in modes:
+                    found |= kernels(layer, shape, dtype=dtype, residual=residual, **MODES[mode])
+    except (ImportError, MemoryError, TypeError, ValueError) as error:
+        print(f"python -m nbbn warmup: {error}", file=sys.stderr)
+        return 2
+    cached = sum(_was_cached(kernel) for kernel in _with_progress(list(found)))
+    if len(list(folder.glob("*.kernel"))) < len(found):
+        print(f"kernels could not be written to {folder}: is the disk full?", file=sys.stderr)
+        return 1
+    print(f"kernels: {len(found)}, already cached: {cached}, seconds: {perf_counter() - start:.1f}, folder: {folder}")
+    return 0
+
+
+def _was_cached(kernel: Kernel) -> bool:
+    """Whether this process, which now has the kernel, had it from the cache."""
+    return bool(compiled(*kernel).stats.cache_hits)  # type: ignore[attr-defined]  # Numba's dispatcher, for a caller
+
+
+def _with_progress(found: list[Kernel]) -> Iterator[Kernel]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        for i, kernel in enumerate(found, 1):
+            step, loops, _, parallel = kernel[:4]
+            print(f"{i}/{len(found)}: {step}, {loops}, {'parallel' if parallel else 'serial'}", file=sys.stderr)
+            yield kernel
+    else:
+        yield from tqdm(found, unit=" kernels", leave=False, disable=None)

@@ -1,0 +1,303 @@
+"""What an engine is: the stages of batch normalization on arrays of one kind, each for itself and in one call.
+
+An engine gets Arrays that have been checked, and numbers. It allocates results, finds the canonical view that the
+arrays of a step share, and has a plan for each geometry. What it is for CPUs and for GPUs is in engine/cpu and
+engine/cuda, which do not know each other.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nbbn.arrays import Array, Place, place_of
+from nbbn.core import dtypes
+from nbbn.core.layout import Layout, Sizes, collapse, contiguous_strides, copy_order
+from nbbn.core.options import Options
+from nbbn.kernels.channel import MOMENT_ROWS, SAVED_ROWS, gradient_rows, output_rows
+
+MAX_PLANS = 512  # plans are small; a server with endless shapes must not collect them for ever
+_FLOAT64 = np.dtype(np.float64)
+
+
+@dataclass(frozen=True)
+class Force:
+    """Choices made by hand, for tests and measurements; None leaves them to the engine.
+
+    schedule: "planes" or "rows". parallel: use the thread pool (where it is free) or not; CPU only. one_pass: reduce
+    and apply tile by tile, on a GPU in one launch, where that is possible, or not. thresholds: by the names of the
+    engine's Thresholds. max_plans: how many geometries are remembered.
+
+    Raises: ValueError for another schedule.
+    """
+
+    schedule: str | None = None
+    parallel: bool | None = None
+    one_pass: bool | None = None
+    thresholds: Mapping[str, Any] = field(default_factory=dict)
+    max_plans: int = MAX_PLANS
+
+    def __post_init__(self) -> None:
+        if self.schedule not in (None, "planes", "rows"):
+            raise ValueError(f"schedule must be 'planes', 'rows' or None; received {self.schedule!r}")
+
+
+class Operands(NamedTuple):
+    """What may stand beside the input of a step. residual: shape and dtype of the input. weights, a and b (of an
+    adjustment) broadcast against it, in the statistics' dtype."""
+
+    residual: Array | None = None
+    weights: Array | None = None
+    a: Array | None = None
+    b: Array | None = None
+
+    @property
+    def adjusted(self) -> bool:
+        return self.a is not None
+
+
+NOTHING = Operands()
+
+
+class Batch(NamedTuple):
+    """What a step is about: an input as the layout sees it, what stands beside it, and where to write the result, which
+    may share memory with any of them; None for a new array."""
+
+    lay: Layout
+    x: Array
+    operands: Operands = NOTHING
+    out: Array | None = None
+
+    @property
+    def place(self) -> Place:
+        return place_of(self.x)
+
+    def result(self) -> Array:
+        """The array for the result."""
+        return self.place.empty_like(self.x) if self.out is None else self.out
+
+    def zeros(self, rows: int, dtype: np.dtype | None = None) -> Array:
+        """rows times one number per statistic, or, with a dtype, per channel."""
+        columns = self.lay.statistics if dtype is None else self.lay.channels
+        return self.place.from_host(np.zeros((rows, columns), dtype or np.float64))
+
+
+class Step(NamedTuple):
+    """One step to be run.
+
+    views: arrays of the input's shape, the input first; None stands for one that is not there. numbers: the small
+    arrays. out: whether the result is the caller's, which may share memory with an input; the others are new.
+    """
+
+    name: str
+    lay: Layout
+    views: dict[str, Array | None]
+    numbers: dict[str, Any]
+    out: bool = False
+
+    @property
+    def x(self) -> Array:
+        return self.views["x"]
+
+
+_RESULTS = ("y", "dx", "dz")  # among the views
+
+
+class Engine(ABC):
+    """The stages and their fast forms, for one set of options.
+
+    Parameters are (2, C) arrays [gamma, beta]. The state is (2, C) [mean, variance], with renorm (5, C) [mean,
+    variance, stddev, renorm_mean, renorm_stddev], and two rows longer for cumulative averages. Moments are (3, G * C)
+    float64 [count, mean, m2]; `saved`, (8, G * C) float64, is what a gradient needs, and begins with the moments. C
+    counts the combinations of the kept axes in their order, G the groups of a virtual batch.
+    """
+
+    def __init__(self, options: Options, force: Force) -> None:
+        self.options, self.force = options, force
+        self.plans: dict[Any, Any] = {}
+        # None is a type to the kernels: what is not asked for is not compiled.
+        self.relu = True if options.activation == "relu" else None
+        self.renorm = True if options.renorm else None
+        self.cumulative = True if options.momentum is None else None
+
+    # -- the five stages -----------------------------------------------------------------------------------------------
+
+    def reduce(self, batch: Batch) -> Array:
+        """The moments."""
+        moments = batch.place.empty((MOMENT_ROWS, batch.lay.statistics), _FLOAT64)
+        views = {"x": batch.x, "weights": batch.operands.weights}
+        self._run(Step("reduce", batch.lay, views, {"moments": moments}))
+        return moments
+
+    def finish(
+        self, moments: Array, params: Array, state: Array, hyper: np.ndarray, adjusted: bool
+    ) -> tuple[Array, Array, Array]:
+        """The new state, saved, and the coefficients of the output, of moments, or of `saved`, which has them."""
+        place, statistics = place_of(params), moments.shape[1]
+        new_state, saved = place.empty(state.shape, state.dtype), place.empty((SAVED_ROWS, statistics), _FLOAT64)
+        coefficients = place.empty((output_rows(adjusted), statistics), params.dtype)
+        numbers = {"moments": moments, "params": params, "state": state, "hyper": hyper}
+        numbers |= {"new_state": new_state, "saved": saved, "coefficients": coefficients}
+        self._run_middle("finish", numbers, adjusted)
+        return new_state, saved, coefficients
+
+    def apply(self, batch: Batch, coefficients: Array) -> Array:
+        """The output."""
+        y, o = batch.result(), batch.operands
+        views = {"x": batch.x, "residual": o.residual, "a": o.a, "b": o.b, "y": y}
+        self._run(Step("apply", batch.lay, views, {"coefficients": coefficients}, batch.out is not None))
+        return y
+
+    def reduce_gradient(self, batch: Batch, dy: Array, saved: Array) -> tuple[Array, Array]:
+        """The sums of the gradient, and the gradients of gamma and beta, which are made of these very sums."""
+        lay, o, dparams = batch.lay, batch.operands, self._empty_dparams(batch)
+        sums = batch.place.empty((gradient_rows(o.adjusted), lay.statistics), _FLOAT64)
+        views = {"x": batch.x, "dy": dy, "residual": o.residual, "a": o.a, "b": o.b}
+        self._run(Step("reduce_gradient", lay, views, {"saved": saved, "sums": sums, "dparams": dparams}))
+        return sums, dparams
+
+    def apply_gradient(
+        self, batch: Batch, dy: Array, saved: Array, sums: Array, wants_dz: bool
+    ) -> tuple[Array, Array | None]:
+        """dx, and dz: what the activation lets through of dy, if it is wanted and there is an activation.
+
+        sums: of all that share the statistics.
+        """
+        views, dx, dz = self._gradient_views(batch, dy, wants_dz)
+        numbers = {"saved": saved, "sums": sums, "dparams": self._empty_dparams(batch)}
+        self._run(Step("apply_gradient", batch.lay, views, numbers, batch.out is not None))
+        return dx, dz
+
+    # -- the fast forms of the same ------------------------------------------------------------------------------------
+
+    def train(
+        self, batch: Batch, params: Array, state: Array, hyper: np.ndarray, new_state: Array | None
+    ) -> tuple[Array, Array, Array]:
+        """reduce, finish and apply: the output, the new state and saved. new_state: where to write it."""
+        lay, place, y = batch.lay, batch.place, batch.result()
+        new_state = place.empty(state.shape, state.dtype) if new_state is None else new_state
+        saved = place.empty((SAVED_ROWS, lay.statistics), _FLOAT64)
+        numbers = {"params": params, "state": state, "hyper": hyper, "new_state": new_state, "saved": saved}
+        views = {"x": batch.x, **batch.operands._asdict(), "y": y}
+        self._run(Step("train", lay, views, numbers, batch.out is not None))
+        return y, new_state, saved
+
+    def infer(self, batch: Batch, params: Array, state: Array, hyper: np.ndarray) -> Array:
+        """The output that the moving statistics make."""
+        y = batch.result()
+        views = {"x": batch.x, "residual": batch.operands.residual, "y": y}
+        numbers = {"params": params, "state": state, "hyper": hyper}
+        self._run(Step("infer", batch.lay, views, numbers, batch.out is not None))
+        return y
+
+    def freeze(self, params: Array, state: Array, hyper: np.ndarray) -> Array:
+        """What a gradient needs after inference: statistics that are constants, which is what a count of 0 says."""
+        saved = place_of(params).empty((SAVED_ROWS, params.shape[1]), _FLOAT64)
+        self._run_middle("freeze", {"hyper": hyper, "params": params, "state": state, "saved": saved}, False)
+        return saved
+
+    def backward(
+        self, batch: Batch, dy: Array, saved: Array, training: bool, wants_dz: bool
+    ) -> tuple[Array, Array, Array | None]:
+        """reduce_gradient and apply_gradient: dx, the gradients of gamma and beta, and dz."""
+        name, dparams = "backward", self._empty_dparams(batch)
+        numbers, (views, dx, dz) = {"saved": saved, "dparams": dparams}, self._gradient_views(batch, dy, wants_dz)
+        if not (training or self.relu):
+            name, views = "frozen_backward", {"x": batch.x, "dy": dy, "dx": dx}
+        self._run(Step(name, batch.lay, views, numbers, batch.out is not None))
+        return dx, dparams, dz
+
+    def _empty_dparams(self, batch: Batch) -> Array:
+        return batch.place.empty((2, batch.lay.channels), dtypes.statistic(batch.x.dtype))
+
+    def _gradient_views(self, batch: Batch, dy: Array, wants_dz: bool) -> tuple[dict[str, Any], Array, Array | None]:
+        dx = batch.result()
+        dz = batch.place.empty_like(batch.x) if wants_dz and self.relu else None
+        return {"x": batch.x, "dy": dy, **batch.operands._asdict(), "dx": dx, "dz": dz}, dx, dz
+
+    # -- running a step ------------------------------------------------------------------------------------------------
+
+    def _run(self, step: Step) -> None:
+        views, place, in_place = step.views, place_of(step.x), False
+        for name in ("weights", "a", "b"):
+            operand = views.get(name)
+            if operand is not None and operand.shape != step.x.shape:
+                views[name] = place.broadcast(operand, step.x.shape)
+        if step.out:
+            name = "y" if "y" in views else "dx"
+            out: Any = views[name]
+            inputs = [a for n, a in views.items() if a is not None and n not in _RESULTS and place.overlap(out, a)]
+            in_place = bool(inputs)
+            if not all(_same_elements(out, a) for a in inputs):  # it has parts of an input in other places
+                beside = place.empty_like(out)
+                self._run(step._replace(views=views | {name: beside}, out=False))
+                place.write(out, beside, step.x.shape, tuple(range(step.x.ndim)))
+                return
+        plan = self.plan(step, in_place)
+        if plan.copied is None:
+            self._launch(plan, step)
+        else:
+            self._run_on_copies(step, plan.copied)
+
+    def _run_on_copies(self, step: Step, copied: "Copied") -> None:
+        """The same on contiguous copies, as there is no canonical view."""
+        place, sizes, order = place_of(step.x), step.lay.sizes, copied.order
+        there = {n: a for n, a in step.views.items() if a is not None}
+        copies = {n: place.copy(a, sizes, order) for n, a in there.items() if n not in _RESULTS}
+        results = {n: place.empty(copied.lay.sizes, a.dtype) for n, a in there.items() if n in _RESULTS}
+        self._run(step._replace(lay=copied.lay, views=step.views | copies | results, out=False))
+        for name, result in results.items():
+            place.write(there[name], result, sizes, order)
+
+    def plan(self, step: Step, in_place: bool = False) -> Any:
+        """The plan for a step on arrays of one geometry; the input decides the order in memory."""
+        key = step.name, step.lay, in_place, *self._key(step)
+        found = self.plans.get(key)
+        if found is None:
+            if len(self.plans) >= self.force.max_plans:
+                self.plans.clear()
+            found = self.plans[key] = self._new_plan(step, in_place)
+        return found
+
+    @abstractmethod
+    def _key(self, step: Step) -> tuple[Any, ...]:
+        """What else a plan depends on."""
+
+    @abstractmethod
+    def _new_plan(self, step: Step, in_place: bool) -> Any:
+        """How the step runs. The plan's `copied` says if it cannot but on copies."""
+
+    @abstractmethod
+    def _launch(self, plan: Any, step: Step) -> None:
+        """Run the step's kernels."""
+
+    @abstractmethod
+    def _run_middle(self, name: str, numbers: dict[str, Any], adjusted: bool) -> None:
+        """Run a step that has small arrays only."""
+
+
+class Copied(NamedTuple):
+    """The copies that a step needs: the order of the input's dimensions in them, and their layout."""
+
+    order: Sizes
+    lay: Layout
+
+
+def canonical_view(lay: Layout, arrays: Mapping[str, Array]) -> tuple[Sizes, dict[str, Sizes], Copied | None]:
+    """The canonical shape, each array's strides in it, and the copies that must be made first, if any."""
+    copied, found = None, collapse(lay.sizes, lay.kept, [lay.split(a.strides) for a in arrays.values()])
+    if found is None:
+        order = copy_order(lay.sizes, lay.kept)
+        sizes, kept = tuple(lay.sizes[i] for i in order), tuple(lay.kept[i] for i in order)
+        copied = Copied(order, Layout(sizes, kept, lay.groups, lay.channels))
+        found = collapse(sizes, kept, [contiguous_strides(sizes, a.itemsize) for a in arrays.values()])
+    assert found is not None  # copy_order() chooses an order that has a view
+    return found[0], dict(zip(arrays, found[1], strict=True)), copied
+
+
+def _same_elements(a: Array, b: Array) -> bool:
+    """Whether two arrays of one shape are the same elements."""
+    place = place_of(a)
+    return place.address(a) == place.address(b) and a.strides == b.strides and a.dtype == b.dtype

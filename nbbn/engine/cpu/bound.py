@@ -1,0 +1,107 @@
+"""A step with everything decided that the geometry of its arrays decides.
+
+Of a call of a few microseconds, finding the same answers again would be the larger part.
+"""
+
+from collections.abc import Callable
+from operator import methodcaller
+from typing import Any
+
+import numpy as np
+
+from nbbn.engine.base import Step
+from nbbn.engine.cpu.plan import Plan
+from nbbn.kernels.channel import SAVED_ROWS
+from nbbn.runtime import buffers
+
+Array = np.ndarray
+
+
+# By the name of a step: the arguments that differ between its calls, as the methods of BoundStep pass them.
+_GIVEN = {
+    "infer": ("residual", "x", "y", "params", "state"),
+    "train": ("residual", "x", "y", "params", "state", "new_state", "saved"),
+    "backward": ("dz", "residual", "x", "dy", "dx", "saved", "dparams"),
+}
+
+
+class BoundStep:
+    """A step on C-contiguous arrays of one shape and dtype, beside which there is nothing but a residual.
+
+    owner: the variables that it is for. Every method that runs it takes None for a residual, or for an output, that is
+    not there; whether there is a residual is fixed.
+    """
+
+    __slots__ = ("_dtype", "_empty", "_owner", "_run", "_saved_shape", "_shape", "_state_shape", "_viewed")
+
+    def __init__(self, plan: Plan, step: Step, owner: Any) -> None:
+        self._shape, self._dtype, self._saved_shape = step.x.shape, plan.dtype, (SAVED_ROWS, step.lay.statistics)
+        self._owner, self._state_shape = owner, owner.state.shape
+        self._viewed = _view_of(plan)
+        self._empty = buffers.empty if step.x.nbytes >= buffers.SMALLEST else np.empty
+        self._run = plan.bind(step.numbers, _GIVEN[step.name])
+
+    def fits(self, owner: Any, x: Array, out: Any, residual: Any, dy: Any = None) -> bool:
+        """Whether the step can be run for `owner` on `x`, which has its geometry, and the others that are not None, and
+        write its result to `out`. If not, somebody else has to find out why."""
+        if owner is not self._owner or not x.flags.aligned:
+            return False
+        if residual is not None and not self._is_like_input(residual):
+            return False
+        if dy is not None and not self._is_like_input(dy):
+            return False
+        if out is None:
+            return True
+        if not self._is_like_input(out) or not out.flags.writeable or np.may_share_memory(out, x):
+            return False
+        if dy is not None and np.may_share_memory(out, dy):
+            return False
+        return residual is None or not np.may_share_memory(out, residual)
+
+    def _is_like_input(self, array: Any) -> bool:
+        if type(array) is not np.ndarray or array.shape != self._shape or array.dtype != self._dtype:
+            return False
+        flags = array.flags
+        return flags.c_contiguous and flags.aligned
+
+    def infer(self, x: Array, residual: Array | None, out: Array | None, params: Array, state: Array) -> Array:
+        """The output."""
+        y = self._empty(self._shape, self._dtype) if out is None else out
+        view = self._viewed
+        self._run(None if residual is None else view(residual), view(x), view(y), params, state)
+        return y
+
+    def train(
+        self, x: Array, residual: Array | None, out: Array | None, params: Array, state: Array
+    ) -> tuple[Array, Array, Array]:
+        """The output, the new state and saved."""
+        y = self._empty(self._shape, self._dtype) if out is None else out
+        new_state, saved, view = np.empty(self._state_shape, state.dtype), np.empty(self._saved_shape), self._viewed
+        added = None if residual is None else view(residual)
+        self._run(added, view(x), view(y), params, state, new_state, saved)
+        return y, new_state, saved
+
+    def backward(
+        self,
+        dy: Array,
+        x: Array,
+        residual: Array | None,
+        dz: Array | None,
+        out: Array | None,
+        dparams: Array,
+        saved: Array,
+    ) -> Array:
+        """The gradient of x. Those of gamma and beta are written to `dparams`, that of the residual to `dz`."""
+        dx = self._empty(self._shape, self._dtype) if out is None else out
+        view = self._viewed
+        added = None if residual is None else view(residual)
+        self._run(None if dz is None else view(dz), added, view(x), view(dy), view(dx), saved, dparams)
+        return dx
+
+
+def _view_of(plan: Plan) -> Callable[[Array], Array]:
+    """What makes of a C-contiguous array the view that the kernel takes."""
+    view, carrier = plan.schedule.shape, plan.carrier
+    if carrier is None:
+        return methodcaller("reshape", view)
+    return lambda array: array.view(carrier).reshape(view)

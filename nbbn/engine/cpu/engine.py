@@ -1,0 +1,89 @@
+"""The stages on NumPy arrays."""
+
+from typing import Any
+
+from nbbn.core.layout import Sizes, contiguous_strides
+from nbbn.core.options import Options
+from nbbn.engine.base import Engine, Force, Step, canonical_view
+from nbbn.engine.cpu.bound import BoundStep
+from nbbn.engine.cpu.plan import Plan
+from nbbn.engine.cpu.schedule import Thresholds, choose
+from nbbn.kernels.cpu.steps import compiled, names_of
+
+_OPERANDS = ("weights", "a", "b")  # have the statistics' dtype; all other views have the input's
+
+
+class CpuEngine(Engine):
+    def __init__(self, options: Options, force: Force) -> None:
+        super().__init__(options, force)
+        self._thresholds = Thresholds(**force.thresholds)
+
+    def bind(self, step: Step, owner: Any) -> BoundStep | None:
+        """The step for other arrays like these, if it runs on them as they lie and all of them are C-contiguous."""
+        plan: Plan = self.plan(step)
+        if plan.copied is not None or any(s is not None for s in plan.strides.values()):
+            return None
+        return BoundStep(plan, step, owner)
+
+    def _key(self, step: Step) -> tuple[Any, ...]:
+        return step.x.dtype, *[None if a is None else a.strides for a in step.views.values()]
+
+    def _new_plan(self, step: Step, in_place: bool) -> Plan:
+        there = {name: a for name, a in step.views.items() if a is not None}
+        view, strides, copied = canonical_view(step.lay, there)
+        dense = {name: _is_dense(strides[name], view, a.itemsize) for name, a in there.items()}
+        reshaped = {n: dense[n] and (copied is not None or a.flags.c_contiguous) for n, a in there.items()}
+        data = [name for name in there if name not in _OPERANDS]
+        contiguous = all(dense[name] for name in data)
+        schedule = choose(
+            step.name,
+            view,
+            step.lay.groups,
+            step.x.itemsize,
+            len(data),
+            contiguous=contiguous,
+            foldable=all(reshaped.values()) and len(data) == len(there),
+            in_place=in_place,
+            thresholds=self._thresholds,
+            loops=self.force.schedule,
+            parallel=self.force.parallel,
+            one_pass=self.force.one_pass,
+        )
+        return Plan(
+            step=step.name,
+            dtype=step.x.dtype,
+            view=view,
+            strides={name: None if reshaped[name] else strides[name] for name in there},
+            contiguous=contiguous,
+            copied=copied,
+            schedule=schedule,
+            constants={
+                **self._constants(step.name),
+                **{n: None for n in step.views if n not in there},
+                "grid": tuple(schedule.grid),
+            },
+        )
+
+    def _constants(self, name: str) -> dict[str, Any]:
+        """The flags among the arguments of a step."""
+        flags = {"relu": self.relu, "renorm": self.renorm, "cumulative": self.cumulative}
+        return {n: flags[n] for n in names_of(name) if n in flags}
+
+    def _launch(self, plan: Plan, step: Step) -> None:
+        plan.run(step.views, step.numbers)
+
+    def middle(self, name: str, numbers: dict[str, Any], adjusted: bool) -> tuple[tuple[Any, ...], list[Any]]:
+        """What compiled() is to be asked for, and the arguments, of a step that has small arrays only."""
+        arguments = {"adjusted": True if adjusted else None, **self._constants(name), **numbers}
+        names, dtype = names_of(name), numbers["params"].dtype
+        absent = frozenset(n for n in names if arguments[n] is None)
+        return (name, "planes", False, False, dtype, dtype, True, absent), [arguments[n] for n in names]
+
+    def _run_middle(self, name: str, numbers: dict[str, Any], adjusted: bool) -> None:
+        variant, arguments = self.middle(name, numbers, adjusted)
+        compiled(*variant)(*arguments)
+
+
+def _is_dense(strides: Sizes, sizes: Sizes, itemsize: int) -> bool:
+    dense = contiguous_strides(sizes, itemsize)
+    return all(a == b for a, b, size in zip(strides, dense, sizes, strict=True) if size != 1)

@@ -1,0 +1,115 @@
+"""How one step runs on arrays of one shape, dtype and memory layout: which kernel, on which views."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from nbbn.core import dtypes
+from nbbn.core.layout import Sizes
+from nbbn.engine.base import Copied
+from nbbn.engine.cpu.schedule import Schedule
+from nbbn.kernels.cpu.memory import STREAMED
+from nbbn.kernels.cpu.steps import WRITES, Step, compiled, names_of
+from nbbn.runtime import entry_point, parallel_region, thread_limit
+
+Array = np.ndarray
+
+
+@dataclass
+class Plan:
+    """strides: by name, of each array's canonical view; None where that is a reshape. contiguous: whether the arrays of
+    `dtype` are, in that view. constants: the arguments that are the same in every call; None for what is not there.
+    """
+
+    step: str
+    dtype: np.dtype
+    view: Sizes
+    strides: dict[str, Sizes | None]
+    contiguous: bool
+    copied: Copied | None
+    schedule: Schedule
+    constants: dict[str, Any]
+    carrier: np.dtype | None = field(init=False)  # what the arrays of `dtype` are viewed as
+    names: tuple[str, ...] = field(init=False)
+    _kernels: dict[bool, Step] = field(init=False, default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        carrier = dtypes.carrier(self.dtype)
+        self.carrier = None if carrier is self.dtype else carrier
+        self.names = names_of(self.step)
+
+    @property
+    def parallel(self) -> bool:
+        return self.schedule.parallel
+
+    def variant(self, parallel: bool) -> tuple[Any, ...]:
+        """What compiled() is to be asked for."""
+        types = dtypes.carrier(self.dtype), dtypes.statistic(self.dtype)
+        s, absent = self.schedule, frozenset(name for name, value in self.constants.items() if value is None)
+        return self.step, s.loops, s.one_pass, parallel, *types, self.contiguous, absent
+
+    def kernel(self, parallel: bool) -> Step:
+        if parallel not in self._kernels:
+            self._kernels[parallel] = compiled(*self.variant(parallel))
+        return self._kernels[parallel]
+
+    def run(self, views: Mapping[str, Array | None], numbers: Mapping[str, Any]) -> None:
+        """Run the step. views: arrays of the input's shape; numbers: the small arrays."""
+        arguments = {**self.constants, **numbers, **{n: self._view(n, a) for n, a in views.items() if a is not None}}
+        self._call(*[arguments[name] for name in self.names])
+
+    def bind(self, constants: Mapping[str, Any], given: tuple[str, ...]) -> Callable[..., None]:
+        """The step as a function of the arguments `given`, in that order; the others are the constants.
+
+        It does not look at the types of its arguments, which have to be those of the calls that the plan is for.
+
+        Raises: TypeError unless `given` are the step's last arguments.
+        """
+        first = len(self.names) - len(given)
+        if self.names[first:] != given:
+            raise TypeError(f"{self.step} ends with the arguments {self.names[first:]}; received {given}")
+        known = {**self.constants, **constants}
+        run = self._call if self.parallel else entry_point(self.kernel(False))
+        return partial(run, *[known[name] for name in self.names[:first]])
+
+    def _call(self, *arguments: Any) -> None:
+        if self.schedule.parallel:
+            elements = math.prod(self.view) if True in self._kernels else None  # that call compiles
+            with parallel_region(elements) as granted:
+                self.kernel(granted)(*arguments)
+        else:
+            self.kernel(False)(*arguments)
+
+    def _view(self, name: str, array: Array) -> Array:
+        """The array in the shape and carrier dtype of the kernels."""
+        shape, strides = self.schedule.shape, self.strides[name]
+        if self.carrier is not None and array.dtype == self.dtype:
+            array = array.view(self.carrier)
+        if strides is None:
+            return array.reshape(shape)
+        return as_strided(array, shape, strides[: len(shape)], writeable=name in WRITES[self.step])
+
+    def __str__(self) -> str:
+        r0, k0, r1, k1 = self.view
+        s = self.schedule
+        values, chunks = s.values
+        memory = "contiguous" if self.contiguous else "strided, read in place"
+        if self.copied is not None:
+            memory = f"no canonical view: copied in the order of dimensions {self.copied.order}"
+        passes = "one, tile by tile" if s.one_pass else "two" if self.step in ("train", "backward") else "one"
+        store = "past the caches" if s.grid.store == STREAMED else "through the caches"
+        return "\n".join(
+            (
+                f"step          {self.step}",
+                f"dtype         {self.dtype.name}; statistics {dtypes.statistic(self.dtype).name}, sums in float64",
+                f"view          R0={r0} K0={k0} R1={r1} K1={k1} ({memory})",
+                f"schedule      {s.loops} {'x'.join(map(str, s.shape))}; passes: {passes}; results written {store}",
+                f"chunks        {chunks} of {-(-values // chunks)} of {values} values",
+                f"threads       {f'up to {thread_limit()}' if s.parallel else '1'}",
+            )
+        )

@@ -1,0 +1,230 @@
+"""The stages on arrays of a GPU, one or two launches each, without waiting for any."""
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nbbn.arrays import availability
+from nbbn.arrays.device import DeviceArray, Library, wrap
+from nbbn.arrays.gpu import device_place
+from nbbn.core.layout import Layout, Sizes
+from nbbn.core.options import Options
+from nbbn.engine.base import Copied, Engine, Force, Step, canonical_view
+from nbbn.engine.cuda.launching import launch
+from nbbn.engine.cuda.schedule import Schedule, Thresholds, choose
+from nbbn.kernels.cuda import steps
+from nbbn.kernels.cuda.blocks import Grid, Variant
+
+_NOTHING = (0,) * 5  # the view of an array that is not there
+_ALIGNMENT = 16
+# The launches of a step: the one that does everything, where a block has its channels for itself, and those that take
+# turns elsewhere.
+_LAUNCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "reduce": ((), ("reduce",)),
+    "apply": ((), ("normalize",)),
+    "reduce_gradient": ((), ("sum_gradient",)),
+    "apply_gradient": ((), ("spread_gradient", "input_gradient")),
+    "train": (("train",), ("train_reduce", "normalize")),
+    "infer": ((), ("infer",)),
+    "backward": (("backward",), ("backward_reduce", "input_gradient")),
+    "frozen_backward": (("backward",), ("backward_reduce", "input_gradient")),
+}
+_WHOLE = ("train", "backward")  # launches in which a block has its channels for itself
+_APPLYING = ("infer", "normalize", "input_gradient")
+# Compute capabilities with half as much float64 as float32, or more: there, sums in float64 cost nothing beside memory.
+_FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+
+Array = DeviceArray
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one step runs on arrays of one shape, dtype and memory layout."""
+
+    shape: Sizes
+    strides: dict[str, Sizes]
+    copied: Copied | None
+    schedule: Schedule
+    variant: Variant
+
+    def __str__(self) -> str:
+        s, v, (r0, k0, r1, k1) = self.schedule, self.variant, self.schedule.place(self.shape)
+        loops = "statistics side by side" if s.rows else "values side by side"
+        reduction = "by the block that applies" if s.one_launch else f"{s.chunks} chunks of each statistic"
+        copied = "" if self.copied is None else f" (copied in the order of dimensions {self.copied.order})"
+        sums = "float64" if v.sums == np.float64 else "float32, then float64"
+        return "\n".join(
+            (
+                f"dtype         {v.dtype.name}; statistics {v.statistic.name}, sums in {sums}",
+                f"view          R0={r0} K0={k0} R1={r1} K1={k1}{copied}",
+                f"schedule      {loops}; {v.width} elements in one access; blocks of {s.block[0]}x{s.block[1]} threads",
+                f"reduction     {reduction}",
+            )
+        )
+
+
+class CudaEngine(Engine):
+    """The state may be updated in its place: a stream is then the order of the training calls, and a captured graph of
+    one is a training call each time that it runs.
+
+    Raises: RuntimeError where there is no GPU; ValueError for a forced choice that a GPU does not have.
+    """
+
+    def __init__(self, options: Options, force: Force) -> None:
+        availability.require("an array on a GPU")
+        for choice in ("parallel", "schedule"):
+            if getattr(force, choice) is not None:
+                raise ValueError(f"{choice} cannot be forced on a GPU; received {getattr(force, choice)!r}")
+        super().__init__(options, force)
+        thresholds = dict(force.thresholds)
+        self._sums = thresholds.pop("sums", None)  # the dtype of the sums of a few elements
+        self._thresholds = Thresholds(**thresholds)
+        self._hyper: dict[Any, Array] = {}
+
+    def _key(self, step: Step) -> tuple[Any, ...]:
+        there = [(name, a) for name, a in step.views.items() if a is not None]
+        return step.x.dtype, step.x.device, *[(n, a.strides, a.address % _ALIGNMENT) for n, a in there]
+
+    def _new_plan(self, step: Step, in_place: bool) -> Plan:
+        there: dict[str, Array] = {name: a for name, a in step.views.items() if a is not None}
+        x, (view, strides, copied) = step.x, canonical_view(step.lay, there)
+        places = [(a.address, strides[name], a.itemsize) for name, a in there.items()]
+        one = self.force.one_pass if step.name in ("train", "backward", "frozen_backward") else False
+        schedule = choose(view, step.lay.groups, x.itemsize, places, self._thresholds, one)
+        variant = Variant(
+            dtype=x.dtype,
+            rows=schedule.rows,
+            short=schedule.swapped and not schedule.rows,
+            width=schedule.width,
+            sums=self._dtype_of_sums(x),
+            threads=self._thresholds.threads,
+            weights="weights" in there,
+            adjustment="a" in there,
+            residual="residual" in there,
+            relu=self.relu is not None,
+            renorm=self.options.renorm,
+            cumulative=self.cumulative is not None,
+            dz="dz" in there,
+            frozen=step.name == "frozen_backward",
+        )
+        placed = {name: schedule.place(s) for name, s in strides.items()}
+        return Plan(schedule.place(view), placed, copied, schedule, variant)
+
+    def _dtype_of_sums(self, x: Array) -> np.dtype:
+        if self._sums is not None:
+            found: np.dtype = np.dtype(self._sums)
+            return found
+        return np.dtype(np.float64 if x.itemsize == 8 or _has_fast_float64(x.device) else np.float32)
+
+    def _launch(self, plan: Plan, step: Step) -> None:
+        x, lay, schedule = step.x, step.lay, plan.schedule
+        views = {n: _NOTHING if a is None else (a.address, *plan.strides[n]) for n, a in step.views.items()}
+        addresses, stream = self._addresses(x, step.numbers), x.library.stream(x.device)
+        scratch = None
+        if step.name != "infer":
+            scratch = _scratch(x, plan, lay, addresses)
+            addresses["counters"] = _counters(x.library, x.device, stream, schedule.families)
+        memory = tuple(addresses.values())
+        for name in _LAUNCHES[step.name][not schedule.one_launch]:
+            grid = schedule.apply if name in _APPLYING else schedule.reduce
+            blocks = schedule.families if name in _WHOLE else schedule.blocks(plan.shape, grid)
+            if name == "spread_gradient":
+                self._launch_over_channels(name, plan.variant, x, memory, lay.channels, lay.statistics, stream)
+                continue
+            arguments: list[Any] = [views.get(v, _NOTHING) for v in steps.VIEWS[name]]
+            arguments += [plan.shape, grid, memory, lay.channels, self.options.epsilon]
+            launch(name, plan.variant, x.device, stream, blocks, schedule.block, arguments)
+        x.library.finish(x.device)
+        del scratch  # not before the launches are queued
+
+    def _run_middle(self, name: str, numbers: dict[str, Any], adjusted: bool) -> None:
+        like, statistics = numbers["params"], numbers["saved"].shape[1]
+        variant = Variant(
+            dtype=like.dtype,
+            rows=True,
+            width=1,
+            sums=like.dtype,
+            threads=self._thresholds.threads,
+            adjustment=adjusted,
+            renorm=self.options.renorm,
+            cumulative=self.cumulative is not None,
+        )
+        memory, stream = tuple(self._addresses(like, numbers).values()), like.library.stream(like.device)
+        self._launch_over_channels(name, variant, like, memory, like.shape[1], statistics, stream)
+        like.library.finish(like.device)
+
+    def _launch_over_channels(
+        self, name: str, variant: Variant, like: Array, memory: Sizes, channels: int, statistics: int, stream: int
+    ) -> None:
+        """A launch with one thread per channel; none without any channel, as a grid has a block at least."""
+        if channels == 0:
+            return
+        threads = self._thresholds.threads
+        shape, grid, blocks = (1, 1, 1, statistics), Grid(1, 1, threads, 1), -(-channels // threads)
+        arguments = [shape, grid, memory, channels, self.options.epsilon]
+        launch(name, variant, like.device, stream, blocks, (threads, 1), arguments)
+
+    def _addresses(self, like: Array, numbers: dict[str, Any]) -> dict[str, int]:
+        """Of the small arrays, by their names in steps.MEMORY; 0 for what is not there."""
+        addresses = dict.fromkeys(steps.MEMORY, 0)
+        for name, array in numbers.items():
+            addresses[name] = (self._hyper_on(like, array) if name == "hyper" else array).address
+        if not addresses["moments"]:
+            addresses["moments"] = addresses["saved"]  # which begins with them
+        return addresses
+
+    def _hyper_on(self, like: Array, hyper: np.ndarray) -> Array:
+        """The numbers that the middle stage reads, copied to the device when they are new."""
+        key = like.library, like.device, hyper.tobytes()
+        found = self._hyper.get(key)
+        if found is None:
+            if len(self._hyper) >= self.force.max_plans:
+                self._hyper.clear()
+            found = self._hyper[key] = wrap(like.library.from_host(hyper, like.device), like.library)
+        return found
+
+
+def _scratch(x: Array, plan: Plan, lay: Layout, addresses: dict[str, int]) -> Any:
+    """Memory for what the launches of a step tell each other; its places are written to `addresses`."""
+    sizes = {"partial": 4 * plan.schedule.chunks * lay.statistics * 8, "shifts": lay.statistics * 8}
+    if not addresses["coefficients"]:
+        sizes["coefficients"] = 5 * lay.statistics * 8
+    total = sum(-(-n // _ALIGNMENT) * _ALIGNMENT for n in sizes.values())
+    memory = device_place(x.library, x.device).empty((total,), np.dtype(np.uint8))
+    address = memory.address
+    for name, size in sizes.items():
+        addresses[name] = address
+        address += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return memory
+
+
+_STREAMS = 64  # that have counters from the start
+_all_counters: dict[Any, list[Array]] = {}
+_places: dict[Any, int] = {}
+_counting = threading.Lock()
+
+
+def _counters(library: Library, device: int, stream: int, count: int) -> int:
+    """The address of zeros for the blocks of a stream's kernels to count themselves, which leave zeros behind.
+
+    A device's first call makes them for many streams: a graph is captured in a stream of its own, and meanwhile no
+    memory can be had. They are never given back, as a kernel may still be running.
+    """
+    with _counting:
+        place = _places.setdefault((device, stream), len(_places))
+        arrays = _all_counters.setdefault((library, device), [])
+        size = arrays[-1].shape[1] if arrays else 0
+        if size < count or arrays[-1].shape[0] <= place:
+            shape = max(_STREAMS, 2 * place), max(4096, size, 2 * count)
+            arrays.append(wrap(library.from_host(np.zeros(shape, np.int32), device), library))
+        return arrays[-1].address + place * arrays[-1].strides[0]
+
+
+def _has_fast_float64(device: int) -> bool:
+    from numba import cuda
+
+    from nbbn.kernels.cuda.target import SIMULATED
+
+    return SIMULATED or cuda.gpus[device].compute_capability in _FAST_FLOAT64

@@ -1,0 +1,138 @@
+"""How a step runs on a GPU: the one place where sizes decide. Nothing depends on the device, so bits do not either."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nbbn.core.layout import Sizes
+from nbbn.kernels.cuda.blocks import Grid
+from nbbn.kernels.cuda.memory import VECTOR_BYTES
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What sizes are compared with.
+
+    threads: of a block. columns: threads of a block side by side in rows: a warp reads one piece of a row.
+    blocks: that reduce, about: several for each multiprocessor of the largest GPUs.
+    max_chunks: whose sums one thread per statistic adds up.
+    vectors: that a reducing thread reads, at least: its share of the block's tree is then small.
+    applied: elements that a thread writes, about: fewer would repeat the look-up of coefficients too often.
+    one_launch: elements of a family, at most, that one block reduces and then writes.
+    """
+
+    threads: int = 256
+    columns: int = 32
+    blocks: int = 1024
+    max_chunks: int = 256
+    vectors: int = 16
+    applied: int = 16
+    one_launch: int = 1 << 16
+
+
+Place = tuple[int, Sizes, int]  # of an array: its address, canonical strides in bytes, itemsize
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a step runs.
+
+    rows: whether statistics lie side by side. swapped: whether the kernels get R0 and R1 in each other's place: a
+    thread is quicker along r1, of which it reads several values before it waits, so that is the longer one of rows, and
+    not a plane that the threads of a block read at once. width: elements of one access. block: its threads (x, y).
+    reduce, apply: what the kernels of both are told about their loops: the steps of r0, r1 and k1 of a task, and how
+    many families of tiles share their channels. chunks: of a statistic. one_launch: a block has a family for itself.
+    """
+
+    rows: bool
+    swapped: bool
+    width: int
+    block: tuple[int, int]
+    reduce: Grid
+    apply: Grid
+    chunks: int
+    one_launch: bool
+
+    def place(self, sizes: Sizes) -> Sizes:
+        """A canonical shape, or strides, as the kernels get them."""
+        return (sizes[2], sizes[1], sizes[0], sizes[3]) if self.swapped else sizes
+
+    def blocks(self, shape: Sizes, grid: Grid) -> int:
+        r0, k0, r1, k1 = shape
+        found: int = -(-r0 // grid.r0_step) * -(-r1 // grid.r1_step) * k0 * -(-k1 // grid.k1_step)
+        return found
+
+    @property
+    def families(self) -> int:
+        return int(self.reduce.families)
+
+
+def choose(
+    view: Sizes,
+    groups: int,
+    itemsize: int,
+    places: Iterable[Place],
+    thresholds: Thresholds,
+    one_launch: bool | None = None,
+) -> Schedule:
+    """The schedule for a canonical view.
+
+    Args:
+        groups: of a virtual batch.
+        itemsize: of an element. places: of all arrays.
+        one_launch: a choice made by hand; None leaves it to the thresholds.
+    """
+    t, (r0, k0, r1, k1) = thresholds, view
+    rows = k1 > 1
+    width = _width(view, itemsize, places)
+    across = min(t.columns, t.threads) if rows else t.threads
+    x = min(across, _power_of_two(-(-(k1 if rows else r1) // width)))
+    block = (x, t.threads // x)
+    columns = min(k1, x * width) if rows else 1
+    tiles = k0 * -(-k1 // columns)
+    channels = k0 * k1 // groups
+    aligned = groups == 1 or channels % k1 == 0 or (k0 == 1 and channels % columns == 0)
+    families = tiles // groups if aligned else 1
+    values = r0 * r1
+    swapped = r1 < r0 if rows else r0 > 1 and r1 <= x * width
+    short = swapped and not rows
+    if swapped:
+        r0, r1 = r1, r0
+    per_block = (block[1] if rows else x * width * block[1]) * t.vectors
+    chunks = max(1, min(t.blocks // tiles, t.max_chunks, values // per_block))
+    possible = aligned and values * columns * groups <= t.one_launch
+    one = possible if one_launch is None else one_launch and aligned
+    unit = block[1] if rows or short else x * width
+    reduce = (r0, r1) if one else _cut(r0, r1, chunks, unit, short)
+    apply_chunks = values * columns // (t.threads * t.applied)
+    apply = reduce if one else _cut(r0, r1, max(1, apply_chunks), unit, short)
+    found = -(-r0 // reduce[0]) * -(-r1 // reduce[1])
+    grids = Grid(*reduce, columns, families), Grid(*apply, columns, families)
+    return Schedule(rows, swapped, width, block, *grids, found, one)
+
+
+def _width(view: Sizes, itemsize: int, places: Iterable[Place]) -> int:
+    """The most elements of one access that divide the innermost dimension, with every array's pieces in place."""
+    inner = 3 if view[3] > 1 else 2
+    width = math.gcd(VECTOR_BYTES // itemsize, view[inner])
+    for address, strides, size in places:
+        if strides[inner] != size:
+            return 1
+        while any(n % (width * size) for i, n in enumerate((*strides, address)) if i != inner):
+            width //= 2
+    return width
+
+
+def _cut(r0: int, r1: int, chunks: int, unit: int, whole: bool) -> tuple[int, int]:
+    """The steps of r0 and r1 for about so many chunks; whole: of all r0."""
+    if whole:
+        return r0, -(-r1 // (min(chunks, r1) * unit)) * unit
+    length = -(-r0 * r1 // chunks)
+    if length >= r1:
+        return -(-length // r1), r1
+    pieces = max(1, r1 // length)
+    return 1, -(-r1 // (pieces * unit)) * unit
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

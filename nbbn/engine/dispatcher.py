@@ -1,0 +1,280 @@
+"""Mode x target x dtype x layout x size -> which engine runs, in which form, with which numbers.
+
+The Dispatcher turns options into the numbers that the middle stage reads: this is where Bessel's choice and the clips
+of batch renormalization enter. It runs a step in the engine's fast form, or, where an Exchange stands between reduce
+and finish, stage by stage.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from nbbn.arrays import Array, place_of
+from nbbn.core import dtypes
+from nbbn.core.layout import Layout, Sizes, layout, resolve_axis
+from nbbn.core.options import UNCLIPPED, Options
+from nbbn.engine.base import NOTHING, Batch, Engine, Force, Operands, Step
+from nbbn.engine.cpu.bound import BoundStep
+from nbbn.engine.cpu.engine import CpuEngine
+from nbbn.kernels import channel
+
+_FLOAT64 = np.dtype(np.float64)
+
+
+class Exchange(Protocol):
+    """What stands between reduce and finish: other processes, other parts of a batch.
+
+    Both methods get and return float64 Arrays that lie where the input does, and are called in every training step,
+    also for an empty input.
+    """
+
+    def merge(self, moments: Array) -> Array:
+        """The moments (3, G * C) [count, mean, m2] of all that take part, from those of this input."""
+
+    def add(self, sums: Array) -> Array:
+        """The sums of the gradient (2 or 4, G * C) of all that take part, from those of this input."""
+
+
+class Dispatcher:
+    """Runs the steps of batch normalization for one set of options, on NumPy arrays and on arrays of a GPU.
+
+    Parameters, state and saved are as in Engine. operands: see Operands. An empty input changes no state.
+
+    Args:
+        force: choices made by hand. exchange: merges the statistics of several inputs into one.
+    """
+
+    def __init__(self, options: Options, force: Force | None = None, exchange: Exchange | None = None) -> None:
+        self.options = options
+        self.force = force or Force()
+        self.exchange = exchange
+        self._engines: dict[str, Engine] = {}
+        self._axis: dict[int, Sizes] = {}
+        self._hyper: dict[tuple[int, np.dtype], np.ndarray] = {}
+        self.bound: dict[tuple[Any, ...], BoundStep] = {}  # see bind()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Dispatcher, (self.options, self.force, self.exchange)
+
+    # -- what the options mean for an input ----------------------------------------------------------------------------
+
+    def axis(self, rank: int) -> Sizes:
+        """The kept axes of an input of this rank, ascending and not negative."""
+        if rank not in self._axis:
+            self._axis[rank] = resolve_axis(self.options.resolved_axis(), rank)
+        return self._axis[rank]
+
+    def layout(self, shape: Sizes, training: bool) -> Layout:
+        """Raises: ValueError if a virtual batch cannot divide the batch of a training call."""
+        size = self.options.virtual_batch_size
+        if size is None or not training:
+            return layout(shape, self.axis(len(shape)))
+        if shape[0] % size != 0:
+            raise ValueError(
+                f"virtual_batch_size={size} must divide the batch in training; received a batch of {shape[0]} samples"
+            )
+        return layout(shape, self.axis(len(shape)), size)
+
+    def _hyper_of(self, rank: int, dtype: np.dtype, clips: Mapping[str, float] | None = None) -> np.ndarray:
+        """The numbers that the middle stage reads. clips: those of this step; None asks the options."""
+        if clips is not None:
+            return self._new_hyper(rank, dtype, clips)
+        found = self._hyper.get((rank, dtype))
+        if found is None:
+            found = self._new_hyper(rank, dtype, self.options.clip_values())
+            if self.options.is_constant:
+                self._hyper[rank, dtype] = found
+        return found
+
+    def _new_hyper(self, rank: int, dtype: np.dtype, clips: Mapping[str, float]) -> np.ndarray:
+        o, values = self.options, np.empty(7)
+        values[channel.EPSILON] = o.epsilon
+        values[channel.MOMENTUM] = 0.0 if o.momentum is None else o.momentum  # the state has the counts
+        values[channel.BESSEL] = o.bessel(rank, dtype)
+        values[channel.RENORM_MOMENTUM] = o.renorm_momentum
+        values[channel.RMIN], values[channel.RMAX], values[channel.DMAX] = clips["rmin"], clips["rmax"], clips["dmax"]
+        return values
+
+    def engine(self, array: Array) -> Engine:
+        """The engine for an Array. Raises: RuntimeError where there is no GPU for one of a GPU."""
+        kind = "cpu" if isinstance(array, np.ndarray) else "cuda"
+        found = self._engines.get(kind)
+        if found is None:
+            found = self._engines[kind] = self._new_engine(kind)
+        return found
+
+    def use(self, engine: CpuEngine) -> None:
+        """Let another engine run what is on the host."""
+        self._engines["cpu"] = engine
+
+    def _new_engine(self, kind: str) -> Engine:
+        if kind == "cpu":
+            return CpuEngine(self.options, self.force)
+        from nbbn.engine.cuda.engine import CudaEngine
+
+        return CudaEngine(self.options, self.force)
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        x: Array,
+        params: Array,
+        state: Array,
+        operands: Operands = NOTHING,
+        *,
+        clips: Mapping[str, float] | None = None,
+        out: Array | None = None,
+        in_place: bool = False,
+    ) -> tuple[Array, Array, Array]:
+        """Normalize with the statistics of `x`: the output, the new state and saved.
+
+        clips: rmin, rmax and dmax of this step; None asks the options. in_place: write the new state over the old one,
+        if that has the statistics' dtype.
+        """
+        batch, engine = Batch(self.layout(x.shape, training=True), x, operands, out), self.engine(x)
+        own, own_state = _in_dtype_of(x, params), _in_dtype_of(x, state)
+        hyper, target = self._hyper_of(x.ndim, x.dtype, clips), state if in_place and own_state is state else None
+        if self.exchange is None and x.size == 0:
+            saved = np.zeros((channel.SAVED_ROWS, batch.lay.statistics))
+            saved[channel.RSTD] = 1
+            return batch.result(), state, batch.place.from_host(saved)
+        if self.exchange is None:
+            return engine.train(batch, own, own_state, hyper, target)
+        # An empty input has no values, but shares the statistics.
+        moments = engine.reduce(batch) if x.size else batch.zeros(channel.MOMENT_ROWS)
+        moments = _exchanged(self.exchange.merge(moments), moments)
+        new_state, saved, coefficients = engine.finish(moments, own, own_state, hyper, operands.adjusted)
+        y = engine.apply(batch, coefficients) if x.size else batch.result()
+        if target is not None:
+            batch.place.write(target, new_state, target.shape, (0, 1))
+            new_state = target
+        return y, new_state, saved
+
+    def infer(
+        self, x: Array, params: Array, state: Array, *, residual: Array | None = None, out: Array | None = None
+    ) -> Array:
+        """Normalize with the moving statistics."""
+        batch = Batch(self.layout(x.shape, training=False), x, Operands(residual), out)
+        if x.size == 0:
+            return batch.result()
+        return self.engine(x).infer(batch, _in_dtype_of(x, params), _in_dtype_of(x, state), self._epsilon())
+
+    def freeze(self, params: Array, state: Array, dtype: np.dtype | None = None) -> Array:
+        """What a gradient needs after inference of an input of `dtype`, by default that of the parameters: saved."""
+        own = params.dtype if dtype is None else dtypes.statistic(dtype)
+        return self.engine(params).freeze(_cast(params, own), _cast(state, own), self._epsilon())
+
+    def _epsilon(self) -> np.ndarray:
+        """The numbers that inference reads: no clips, which callables need not give outside training."""
+        found = self._hyper.get((0, _FLOAT64))
+        if found is None:
+            found = self._hyper[0, _FLOAT64] = self._new_hyper(0, _FLOAT64, UNCLIPPED)
+        return found
+
+    def backward(
+        self,
+        dy: Array,
+        x: Array,
+        saved: Array,
+        operands: Operands = NOTHING,
+        *,
+        training: bool,
+        out: Array | None = None,
+        wants_dz: bool = False,
+    ) -> tuple[Array, Array, Array | None]:
+        """The gradients of x, of gamma and beta as one (2, C) array, and, if it is wanted, dz: that of what the
+        activation gets. Without an activation dz is dy. With an exchange the gradients of gamma and beta are those of
+        this input alone, as an optimizer expects that adds them up."""
+        batch, engine = Batch(self.layout(x.shape, training), x, operands, out), self.engine(x)
+        exchange = self.exchange if training else None
+        dz: Array | None = None
+        if x.size == 0:
+            if exchange is not None:
+                exchange.add(batch.zeros(channel.gradient_rows(operands.adjusted)))
+            dx, dparams = batch.result(), batch.zeros(2, dtypes.statistic(x.dtype))
+        elif exchange is None:
+            dx, dparams, dz = engine.backward(batch, dy, saved, training, wants_dz)
+        else:
+            sums, dparams = engine.reduce_gradient(batch, dy, saved)
+            sums = _exchanged(exchange.add(sums), sums)
+            dx, dz = engine.apply_gradient(batch, dy, saved, sums, wants_dz)
+        return dx, dparams, dy if wants_dz and dz is None else dz
+
+    def reduce(self, x: Array, weights: Array | None = None, *, training: bool = True) -> Array:
+        """The moments of `x`; training=False ignores a virtual batch. `x` is not empty."""
+        return self.engine(x).reduce(Batch(self.layout(x.shape, training), x, Operands(weights=weights)))
+
+    def finish(
+        self,
+        moments: Array,
+        params: Array,
+        state: Array,
+        *,
+        rank: int,
+        dtype: np.dtype,
+        adjusted: bool = False,
+        clips: Mapping[str, float] | None = None,
+    ) -> tuple[Array, Array, Array]:
+        """The new state, saved and the coefficients of the output, of moments, or of saved, which begins with them.
+
+        rank, dtype: of the input, which decide about Bessel's correction. clips: as of train().
+        """
+        hyper = self._hyper_of(rank, dtype, clips)
+        return self.engine(params).finish(moments, params, state, hyper, adjusted)
+
+    # -- the short way -------------------------------------------------------------------------------------------------
+
+    def bind(self, name: str, x: Array, residual: bool, owner: Any) -> None:
+        """Keep a step for inputs like `x`, beside which there is nothing but C-contiguous arrays of the same shape and
+        dtype, if the geometry of the input decides all about it.
+
+        residual: whether there is one. owner: whose parameters and state the step will get.
+        """
+        if not isinstance(x, np.ndarray) or not (x.size and x.flags.c_contiguous and self.options.is_constant):
+            return
+        if self.exchange is not None or dtypes.statistic(x.dtype) != owner.params.dtype:
+            return
+        key = name, residual, x.shape, x.strides, x.dtype
+        known, engine = self.bound.get(key), self.engine(x)
+        if known is not None and known.fits(owner, x, None, None):
+            return
+        assert isinstance(engine, CpuEngine)
+        found = engine.bind(self._plain_step(name, x, residual), owner)
+        if found is not None:
+            if len(self.bound) >= self.force.max_plans:
+                self.bound.clear()
+            self.bound[key] = found
+
+    def _plain_step(self, name: str, x: Array, residual: bool = False) -> Step:
+        """A step beside whose input there is a residual at most; all arrays are like the input."""
+        operands = Operands(x if residual else None)._asdict()
+        views: dict[str, Array | None] = {"x": x, "residual": operands["residual"], "y": x}
+        if name == "train":
+            views = {"x": x, **operands, "y": x}
+        elif name == "backward":
+            relu = self.options.activation is not None
+            views = {"x": x, "dy": x, **operands, "dx": x, "dz": x if residual and relu else None}
+        hyper = self._hyper_of(x.ndim, x.dtype) if name == "train" else self._epsilon()
+        return Step(name, self.layout(x.shape, name != "infer"), views, {"hyper": hyper})
+
+    def explain(self, x: Array, training: bool) -> Any:
+        """How a call on `x` would run: a plan, to be printed."""
+        return self.engine(x).plan(self._plain_step("train" if training else "infer", x))
+
+
+def _exchanged(found: Array, given: Array) -> Array:
+    """What an exchange has made of an Array, as kernels take it. Raises: ValueError for another shape."""
+    if found.shape != given.shape:
+        raise ValueError(f"exchange must return the shape {given.shape} that it got; received {found.shape}")
+    return np.ascontiguousarray(found, np.float64) if isinstance(found, np.ndarray) else found
+
+
+def _in_dtype_of(x: Array, numbers: Array) -> Array:
+    """Parameters or a state in the statistics' dtype of an input; themselves where they have it."""
+    return _cast(numbers, dtypes.statistic(x.dtype))
+
+
+def _cast(array: Array, dtype: np.dtype) -> Array:
+    return array if array.dtype == dtype else place_of(array).astype(array, dtype)

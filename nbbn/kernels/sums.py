@@ -1,0 +1,27 @@
+"""What one element adds to the sums of its statistic. The caller chooses the precision of the values."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+
+def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
+    """The functions, for the target whose decorator `compiled` is. None stands for an operand that is not there."""
+
+    @compiled
+    def moment_terms(x, origin, weight):
+        """To sum w (x - origin), sum w (x - origin)^2 and sum w."""
+        centered = x - origin
+        if weight is None:
+            return centered, centered * centered, type(centered)(1)
+        centered = centered if weight > 0 else type(centered)(0)  # what does not count may be NaN
+        return weight * centered, weight * centered * centered, weight
+
+    @compiled
+    def gradient_terms(g, x, mean, a, b):
+        """To sum g a, sum g a (x - mean), sum g and sum g b; the last two only where there are a and b."""
+        if a is None:
+            return g, g * (x - mean), type(g)(0), type(g)(0)
+        return g * a, g * a * (x - mean), g, g * b
+
+    return SimpleNamespace(moment_terms=moment_terms, gradient_terms=gradient_terms)

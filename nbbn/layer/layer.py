@@ -1,0 +1,131 @@
+"""The layer: what it was asked for, and how it is called."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from nbbn import constraints, initializers, regularizers
+from nbbn.core import dtypes
+from nbbn.core.options import Options
+from nbbn.engine.dispatcher import Dispatcher
+from nbbn.layer.weights import Weighted
+
+_named = itertools.count()
+
+
+class BatchNormalization(Weighted):
+    """Batch normalization with every option of TensorFlow 1 and 2, on NumPy arrays.
+
+        y = (x - mean) / sqrt(variance + epsilon) * gamma + beta
+
+    In training the mean and (biased) variance are those of the batch, and moving averages of them are kept; in
+    inference they are the moving averages.
+
+    Args:
+        axis: int or list of ints: the feature axes, which keep statistics of their own; all others are reduced.
+        momentum: weight of the OLD value in the moving averages, 0 to 1 (PyTorch's momentum is the weight of the new
+            value). None averages all training calls with equal weight.
+        epsilon: added to the variance.
+        center, scale: whether there is a beta, a gamma.
+        beta_initializer, gamma_initializer, moving_mean_initializer, moving_variance_initializer: Keras name,
+            config, object or callable f(shape, dtype).
+        beta_regularizer, gamma_regularizer: Keras name, config, object or callable; see `losses`.
+        beta_constraint, gamma_constraint: likewise; applied by apply_constraints(), after an optimizer's step.
+        renorm: batch renormalization (Ioffe, 2017).
+        renorm_clipping: dict with any of "rmax", "rmin", "dmax": numbers, or callables without arguments read at
+            each step.
+        renorm_momentum: weight of the old value in the statistics that renorm normalizes with.
+        fused: True demands that TensorFlow's fused kernel could do this call (ValueError otherwise), False that it
+            is not; this decides about Bessel's correction only. None: whatever is possible.
+        trainable: a layer that is not trainable normalizes with its moving statistics, also in training.
+        virtual_batch_size: ghost batches: sample n is normalized with the samples of its group, n mod (N /
+            virtual_batch_size).
+        adjustment: callable of the input's shape that returns (a, b); in training x_hat becomes x_hat * a + b.
+        name: a unique one is made if it is None.
+        dtype: "float16", "bfloat16", "float32" or "float64": inputs are cast to it. None follows the input.
+            Parameters and statistics are float32 for 16-bit dtypes.
+        bessel_correction: whether the moving variance is the unbiased one. None does what TensorFlow does for this
+            input: yes where its fused kernel runs (rank 4 or 5, one channel axis, not float64, none of the options
+            above), else no.
+        activation: "relu" makes the output max(y, 0), after a `residual` of the call is added; None is none. Neither
+            costs another pass over memory.
+
+    The attributes gamma, beta, moving_mean, moving_variance and with renorm moving_stddev, renorm_mean,
+    renorm_stddev are arrays in TensorFlow's shapes: (C,) for one axis, else the input's rank with 1 in every reduced
+    dimension, and with virtual batches one more 1 at index 1. gamma and beta may be changed in place; a training
+    call replaces the moving statistics by new arrays, all at once, so that another thread never sees a mix.
+
+    Raises: TypeError, ValueError for arguments that are not possible; the message names the argument and its value.
+    """
+
+    _STRICT_FUSED = True
+
+    def __init__(
+        self,
+        axis: int | Sequence[int] = -1,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        moving_mean_initializer: Any = "zeros",
+        moving_variance_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        renorm: bool = False,
+        renorm_clipping: Mapping[str, float | Callable[[], float]] | None = None,
+        renorm_momentum: float = 0.99,
+        fused: bool | None = None,
+        trainable: bool = True,
+        virtual_batch_size: int | None = None,
+        adjustment: Callable[[tuple[int, ...]], tuple[Any, Any]] | None = None,
+        name: str | None = None,
+        *,
+        dtype: Any = None,
+        bessel_correction: bool | None = None,
+        activation: str | None = None,
+    ) -> None:
+        options = Options(
+            axis=axis,  # type: ignore[arg-type]  # Options takes any sequence and stores a tuple
+            momentum=momentum,
+            epsilon=epsilon,
+            renorm=bool(renorm),
+            renorm_clipping=renorm_clipping,
+            renorm_momentum=renorm_momentum,
+            fused=fused,
+            virtual_batch_size=virtual_batch_size,
+            adjustment=adjustment,
+            bessel_correction=bessel_correction,
+            activation=activation,
+            dtype=None if dtype is None else dtypes.resolve(dtype),
+            strict_fused=self._STRICT_FUSED,
+        )
+        self._dispatcher = Dispatcher(options)
+        self.axis: int | list[int] = list(options.axis) if isinstance(options.axis, tuple) else options.axis
+        self.center, self.scale = bool(center), bool(scale)
+        self.beta_initializer = initializers.get(beta_initializer)
+        self.gamma_initializer = initializers.get(gamma_initializer)
+        self.moving_mean_initializer = initializers.get(moving_mean_initializer)
+        self.moving_variance_initializer = initializers.get(moving_variance_initializer)
+        self.beta_regularizer = regularizers.get(beta_regularizer)
+        self.gamma_regularizer = regularizers.get(gamma_regularizer)
+        self.beta_constraint = constraints.get(beta_constraint)
+        self.gamma_constraint = constraints.get(gamma_constraint)
+        self.trainable = trainable
+        self.name = self._unique_name() if name is None else str(name)
+        super().__init__()
+
+    def _unique_name(self) -> str:
+        n = next(_named)
+        return f"batch_normalization_{n}" if n else "batch_normalization"
+
+    def __repr__(self) -> str:
+        v = self._variables
+        shape = f", parameters {v.shapes.params} {v.shapes.dtype.name}" if v else ""
+        return f"<{type(self).__name__} {self.name}: axis={self.axis}{shape}>"
+
+    def compute_output_shape(self, input_shape: Iterable[int | None]) -> tuple[int | None, ...]:
+        return tuple(input_shape)

@@ -1,0 +1,194 @@
+"""A layer's weights: where they are, getting and setting them, and what is computed from them alone."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from nbbn import constraints, initializers, regularizers
+from nbbn.arrays import HOST
+from nbbn.call.gradients import Gradients
+from nbbn.layer import folding
+from nbbn.layer.config import Configured
+from nbbn.state.shapes import Shapes, derive_shapes
+from nbbn.state.variables import PARAMETERS, STATISTICS, Variables
+
+
+def _variable(name: str) -> property:
+    """The attribute of a layer for one of its variables; None where it has no such variable."""
+
+    def get(self: "Weighted") -> Any:
+        v = self._variables
+        return None if v is None or name not in v.names else v[name]
+
+    def assign(self: "Weighted", value: Any) -> None:
+        v = self._built_variables(f"setting {name}")
+        if name not in v.names:
+            raise AttributeError(f"{self.name} has no {name}")
+        v.assign({name: v.check(name, value)})
+
+    return property(get, assign)
+
+
+class Weighted(Configured):
+    """A layer with variables, on the host or on a GPU. Nothing of CUDA is imported before a call needs it."""
+
+    @property
+    def built(self) -> bool:
+        return self._variables is not None
+
+    def build(self, input_shape: Iterable[int | None]) -> None:
+        """Create the weights for inputs of this shape; None stands for an unknown dimension. Does nothing when built.
+
+        Raises: ValueError if an axis is out of range, occurs twice, or its dimension is unknown.
+        """
+        if self._variables is None:
+            dtype = self.options.dtype or np.dtype(np.float32)
+            shapes = derive_shapes(self.options, tuple(input_shape), dtype)
+            with self._building:
+                if self._variables is None:
+                    self._variables = self._make_variables(shapes)
+
+    def _make_variables(self, shapes: Shapes) -> Variables:
+        """Variables with their initial values, on the host."""
+
+        def initial(name: str) -> np.ndarray:
+            return initializers.initialize(getattr(self, f"{name}_initializer"), shapes.params, shapes.dtype)
+
+        values = {"gamma": initial("gamma")} if self.scale else {}
+        if self.center:
+            values["beta"] = initial("beta")
+        mean, variance = initial("moving_mean"), initial("moving_variance")
+        values |= {"moving_mean": mean, "moving_variance": variance}
+        if self.options.renorm:
+            sigma = np.sqrt(variance)
+            values |= {"moving_stddev": sigma, "renorm_mean": mean, "renorm_stddev": sigma}
+        return Variables(shapes, values, cumulative=self.options.momentum is None)
+
+    # -- where they are ------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> str:
+        """Where the variables are: "cpu", or "cuda:0" and so on. Before a layer is built its first input decides."""
+        return HOST.name if self._variables is None else self._variables.place.name
+
+    def to(self, device: str) -> Self:
+        """Move the variables of a built layer, by way of the host: "cpu", "cuda" or "cuda:1". Returns the layer.
+
+        On a GPU the weights are Numba's device arrays, or, where the layer was built by a call, arrays of its input's
+        library.
+
+        Raises: ValueError for another device, or if the layer is not built; RuntimeError if there is no such GPU, with
+        what is missing.
+        """
+        found = re.fullmatch(r"cpu|cuda(?::(\d+))?", device) if isinstance(device, str) else None
+        if found is None:
+            raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N'; received {device!r}")
+        if device == "cpu":
+            self._variables = self._built_variables(f"to({device!r})").on_host()
+            return self
+        from nbbn.arrays import availability, gpu
+
+        number = int(found[1] or 0)
+        availability.require(f"to({device!r})", number)
+        place = gpu.device_place(gpu.load("numba_cuda"), number)
+        self._variables = self._built_variables(f"to({device!r})").moved(place)
+        return self
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    gamma = _variable("gamma")
+    beta = _variable("beta")
+    moving_mean = _variable("moving_mean")
+    moving_variance = _variable("moving_variance")
+    moving_stddev = _variable("moving_stddev")
+    renorm_mean = _variable("renorm_mean")
+    renorm_stddev = _variable("renorm_stddev")
+
+    def _weights(self, names: Iterable[str]) -> list[Any]:
+        v = self._variables
+        return [] if v is None else [v[n] for n in v.names if n in names]
+
+    @property
+    def weights(self) -> list[Any]:
+        """gamma, beta, moving_mean, moving_variance, with renorm moving_stddev, renorm_mean, renorm_stddev, as far
+        as they exist; the order and the shapes are TensorFlow's."""
+        return self._weights((*PARAMETERS, *STATISTICS))
+
+    @property
+    def trainable_weights(self) -> list[Any]:
+        return self._weights(PARAMETERS if self.trainable else ())
+
+    @property
+    def non_trainable_weights(self) -> list[Any]:
+        return self._weights(STATISTICS if self.trainable else (*PARAMETERS, *STATISTICS))
+
+    variables = weights
+    trainable_variables = trainable_weights
+    non_trainable_variables = non_trainable_weights
+
+    def get_weights(self) -> list[Any]:
+        """Copies of the weights, as NumPy arrays."""
+        if self._variables is None:
+            return []
+        host = self._variables.on_host()
+        return [host[n].copy() for n in host.names]
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set all weights, in the order and shapes of get_weights(). Raises: ValueError if they do not fit."""
+        variables = self._built_variables("set_weights()")
+        names = variables.names
+        if len(weights) != len(names):
+            raise ValueError(f"set_weights() takes {len(names)} arrays ({', '.join(names)}); received {len(weights)}")
+        variables.assign({n: variables.check(n, w) for n, w in zip(names, weights, strict=True)})
+
+    def count_params(self) -> int:
+        """The number of values in all weights. Raises: ValueError if the layer is not built."""
+        variables = self._built_variables("count_params()")
+        return len(variables.names) * math.prod(variables.shapes.params)
+
+    def fold(self, dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """scale and shift of inference, y = x * scale + shift before any activation: see nbbn.folding."""
+        return folding.scale_and_shift(self, dtype)
+
+    # -- losses, updates, constraints ----------------------------------------------------------------------------------
+
+    def _regularized(self) -> list[tuple[Any, str, np.ndarray]]:
+        pairs = [(getattr(self, f"{n}_regularizer"), n) for n in PARAMETERS]
+        return [(r, n, w) for r, n in pairs if r is not None and (w := self._on_host(n)) is not None]
+
+    def _on_host(self, name: str) -> np.ndarray | None:
+        """A weight as a NumPy array; None where there is none."""
+        variables = self._variables
+        return None if variables is None or name not in variables.names else variables.on_host()[name]
+
+    @property
+    def losses(self) -> list[float]:
+        """The regularization losses, one per regularized weight; they depend on no input."""
+        return [regularizers.loss(r, w) for r, _, w in self._regularized()]
+
+    def get_losses_for(self, inputs: Any = None) -> list[float]:
+        """The losses that depend on `inputs`; None asks for those that depend on none."""
+        return self.losses if inputs is None else []
+
+    def regularization_gradients(self) -> Gradients:
+        """The gradients of the sum of `losses` with respect to gamma and beta."""
+        found = {n: regularizers.gradient(r, w) for r, n, w in self._regularized()}
+        return Gradients(gamma=found.get("gamma"), beta=found.get("beta"))
+
+    def apply_constraints(self) -> None:
+        """Project gamma and beta onto their constraints: call it after an optimizer's step."""
+        for name in PARAMETERS:
+            constraint, weight = getattr(self, f"{name}_constraint"), self._on_host(name)
+            if constraint is not None and weight is not None:
+                setattr(self, name, constraints.project(constraint, weight))
+
+    @property
+    def updates(self) -> list[Any]:
+        """Updates that wait to be run: none here, a training call applies its own (the V1 layers record theirs)."""
+        return []
+
+    def get_updates_for(self, inputs: Any) -> list[Any]:
+        return []

@@ -1,0 +1,110 @@
+"""The arrays that a layer owns, where they lie, and how they change while other threads read them.
+
+On the host, gamma and beta are changed in place, by whoever trains; the statistics are replaced all at once by one
+assignment: a reader takes the reference and has a consistent set, without a lock. On a GPU everything is changed in
+its place: there, a stream is the order of the calls, and a captured graph can be run again.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from nbbn.arrays import HOST, Array, Place, as_numpy, check_real
+from nbbn.runtime import StateLock
+from nbbn.state.shapes import Shapes
+
+PARAMETERS = ("gamma", "beta")
+STATISTICS = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
+# For cumulative averages: how many batches are in each channel's mean and variance.
+COUNTS = ("seen_mean", "seen_variance")
+# What an update of the mean, or of the variance, is about.
+PARTS = {
+    "mean": ("moving_mean", "renorm_mean", "seen_mean"),
+    "variance": ("moving_variance", "moving_stddev", "renorm_stddev", "seen_variance"),
+}
+
+
+class Variables:
+    """Parameters (2, C) [gamma, beta] and the state, whose rows are STATISTICS, two or with renorm five, and COUNTS.
+
+    names: those that exist for the user, in TensorFlow's order; gamma is all ones, beta all zeros where they do not.
+    rows: those of the state.
+    """
+
+    def __init__(self, shapes: Shapes, values: Mapping[str, np.ndarray], cumulative: bool = False) -> None:
+        self.shapes, self.dtype = shapes, shapes.dtype
+        self.place: Place = HOST
+        self.names = tuple(n for n in (*PARAMETERS, *STATISTICS) if n in values)
+        channels = int(np.prod(shapes.params))
+        absent = {"gamma": np.ones(channels, shapes.dtype), "beta": np.zeros(channels, shapes.dtype)}
+        self.params: Array = np.stack([values.get(n, absent[n]).ravel() for n in PARAMETERS])
+        self.rows = tuple(n for n in STATISTICS if n in values) + (COUNTS if cumulative else ())
+        self.state: Array = np.stack([values.get(n, np.zeros(channels, shapes.dtype)).ravel() for n in self.rows])
+        self.lock = StateLock()
+
+    def __getitem__(self, name: str) -> Any:
+        """The variable in TensorFlow's shape: an array of the place's library, a view where it has views."""
+        whole, names = (self.params, PARAMETERS) if name in PARAMETERS else (self.state, self.rows)
+        return self.place.row(whole, names.index(name), self.shapes.params)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "params": self.place.to_host(self.params), "state": self.place.to_host(self.state)}
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        self.__dict__.update(attributes)
+        self.params, self.state = self.place.from_host(self.params), self.place.from_host(self.state)
+
+    def moved(self, place: Place) -> Self:
+        """These variables in another place, by way of the host. They share the lock."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy.place = place
+        # What a library brings to the host can be read-only, or its own.
+        copy.params, copy.state = (place.from_host(np.array(self.place.to_host(a))) for a in (self.params, self.state))
+        return copy
+
+    def on_host(self) -> Self:
+        """These variables, or a copy, as NumPy arrays."""
+        return self if self.place is HOST else self.moved(HOST)
+
+    def check(self, name: str, value: Any) -> np.ndarray:
+        """A copy of `value` in the variables' dtype, on the host. Raises: ValueError, TypeError if it does not fit."""
+        array = as_numpy(value)
+        if array.shape != self.shapes.params:
+            raise ValueError(f"{name} must have shape {self.shapes.params}; received {array.shape}")
+        check_real(array, name)
+        return array.astype(self.dtype)
+
+    def assign(self, values: Mapping[str, np.ndarray]) -> None:
+        """Set variables from checked arrays; the statistics among them change together."""
+        with self.lock:
+            host = self.on_host()
+            state = np.array(host.state)
+            for name, value in values.items():
+                if name in PARAMETERS:
+                    host.params[PARAMETERS.index(name)] = value.ravel()
+                else:
+                    state[self.rows.index(name)] = value.ravel()
+            if host is not self and set(values) & set(PARAMETERS):
+                self._write(self.params, self.place.from_host(host.params))
+            if set(values) & set(STATISTICS):
+                self.keep(self.place.from_host(state))
+
+    def keep(self, state: Array) -> None:
+        """Make this state the layer's. The caller holds the lock."""
+        if self.place is HOST:
+            self.state = state if state.dtype is self.dtype else state.astype(self.dtype)
+        elif state is not self.state:
+            self._write(self.state, self.place.astype(state, self.dtype))
+
+    def keep_part(self, state: Array, part: str) -> None:
+        """Make the rows of one of PARTS of this state the layer's. The caller holds the lock."""
+        old, new = np.array(self.place.to_host(self.state)), self.place.to_host(state)
+        for row, name in enumerate(self.rows):
+            if name in PARTS[part]:
+                old[row] = new[row]
+        self.keep(self.place.from_host(old))
+
+    def _write(self, target: Array, value: Array) -> None:
+        self.place.write(target, value, target.shape, (0, 1))
