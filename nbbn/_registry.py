@@ -100,7 +100,8 @@ class Registry:
         optional: bool = False,
     ) -> None:
         self._kind, self._optional = kind, optional
-        classes = {name: value for name, value in namespace.items() if _is_public(name, value, base)}
+        public = {name: c for name, c in namespace.items() if isinstance(c, type) and not name.startswith("_")}
+        classes = {name: c for name, c in public.items() if issubclass(c, base) and not inspect.isabstract(c)}
         self._makers: dict[str, object] = {**classes, **aliases}
 
     def get(self, identifier: object) -> Any:
@@ -160,8 +161,3 @@ class Registry:
         maker: Any = self._makers[name]
         made: Callable[..., Any] = maker.from_config(config) if hasattr(maker, "from_config") else maker(**config)
         return made
-
-
-def _is_public(name: str, value: object, base: type) -> bool:
-    concrete = isinstance(value, type) and issubclass(value, base) and not inspect.isabstract(value)
-    return concrete and not name.startswith("_")

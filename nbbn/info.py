@@ -49,12 +49,8 @@ def _value_or_error(fact: Callable[[], str | list[str]]) -> list[str]:
     try:
         value = fact()
     except Exception as error:  # what is broken is what the reader wants to see, and the other facts as well
-        return [f"error: {_first_line(error)}"]
+        return [f"error: {next(iter(str(error).strip().splitlines()), repr(error))}"]
     return [value] if isinstance(value, str) else value
-
-
-def _first_line(message: object) -> str:
-    return next(iter(str(message).strip().splitlines()), repr(message))
 
 
 def ml_dtypes() -> str:

@@ -147,10 +147,6 @@ class VarianceScaling(RandomInitializer):
         `output_axes` are Keras 3's and absent from the config when None, so that TensorFlow's Keras reads it.
     """
 
-    scale: float
-    mode: str
-    distribution: str
-
     def __init__(
         self,
         scale: float = 1.0,
@@ -190,6 +186,8 @@ class VarianceScaling(RandomInitializer):
 
 
 class _NamedScaling(VarianceScaling):
+    """VarianceScaling with the scale, mode and distribution that are the class's."""
+
     def __init__(
         self,
         seed: int | None = None,
@@ -200,38 +198,26 @@ class _NamedScaling(VarianceScaling):
 
 
 class GlorotNormal(_NamedScaling):
-    """VarianceScaling(1, "fan_avg", "truncated_normal")."""
-
     scale, mode, distribution = 1.0, "fan_avg", "truncated_normal"
 
 
 class GlorotUniform(_NamedScaling):
-    """VarianceScaling(1, "fan_avg", "uniform")."""
-
     scale, mode, distribution = 1.0, "fan_avg", "uniform"
 
 
 class HeNormal(_NamedScaling):
-    """VarianceScaling(2, "fan_in", "truncated_normal")."""
-
     scale, mode, distribution = 2.0, "fan_in", "truncated_normal"
 
 
 class HeUniform(_NamedScaling):
-    """VarianceScaling(2, "fan_in", "uniform")."""
-
     scale, mode, distribution = 2.0, "fan_in", "uniform"
 
 
 class LecunNormal(_NamedScaling):
-    """VarianceScaling(1, "fan_in", "truncated_normal")."""
-
     scale, mode, distribution = 1.0, "fan_in", "truncated_normal"
 
 
 class LecunUniform(_NamedScaling):
-    """VarianceScaling(1, "fan_in", "uniform")."""
-
     scale, mode, distribution = 1.0, "fan_in", "uniform"
 
 
@@ -322,10 +308,6 @@ he_uniform = HeUniform
 lecun_normal = LecunNormal
 lecun_uniform = LecunUniform
 
-_REGISTRY = Registry(
-    "initializer",
-    Initializer,
-    vars(),
-    {"zero": Zeros, "one": Ones, "normal": RandomNormal, "uniform": RandomUniform},
-)
+_ALIASES = {"zero": Zeros, "one": Ones, "normal": RandomNormal, "uniform": RandomUniform}
+_REGISTRY = Registry("initializer", Initializer, vars(), _ALIASES)
 get, serialize = _REGISTRY.get, _REGISTRY.serialize

@@ -90,17 +90,6 @@ def weighted_moments(
     return _moments(x, weights, _axes(axes, x.ndim), keepdims)
 
 
-def _common_channels(x: Array, operands: Sequence[Any]) -> tuple[Array, Sizes, list[Array]]:
-    """x broadcast with the operands, the dimensions along which any operand varies, and the operands as (C,)."""
-    arrays = [np.asarray(o) for o in operands]
-    shape = np.broadcast_shapes(x.shape, *(a.shape for a in arrays))
-    x = np.broadcast_to(x, shape)
-    padded = [a.reshape((1,) * (x.ndim - a.ndim) + a.shape) for a in arrays]
-    kept = tuple(i for i in range(x.ndim) if any(a.shape[i] != 1 for a in padded))
-    target = tuple(s if i in kept else 1 for i, s in enumerate(shape))
-    return x, kept, [np.broadcast_to(a, target).ravel() for a in padded]
-
-
 def batch_normalization(
     x: Any, mean: Any, variance: Any, offset: Any, scale: Any, variance_epsilon: float, name: str | None = None
 ) -> Array:
@@ -110,14 +99,15 @@ def batch_normalization(
         x: float array. mean, variance: arrays that broadcast with x. offset, scale: likewise, or None.
     """
     x = _as_input(x)
-    operands = [mean, variance, 1.0 if scale is None else scale, 0.0 if offset is None else offset]
-    x, kept, (mean, variance, scale, offset) = _common_channels(x, operands)
-    dtype = dtypes.statistic(x.dtype)
-    shape = x.shape
-    x, kept = _with_channels(x, kept)
-    dispatcher = _dispatcher(kept, variance_epsilon)
-    params, state = np.stack([scale, offset]).astype(dtype), np.stack([mean, variance]).astype(dtype)
-    y: Array = dispatcher.infer(x, params, state).reshape(shape)
+    operands = [1.0 if scale is None else scale, 0.0 if offset is None else offset, mean, variance]
+    arrays = [np.asarray(o) for o in operands]
+    shape = np.broadcast_shapes(x.shape, *(a.shape for a in arrays))
+    padded = [a.reshape((1,) * (len(shape) - a.ndim) + a.shape) for a in arrays]
+    kept = tuple(i for i in range(len(shape)) if any(a.shape[i] != 1 for a in padded))  # where an operand varies
+    target = tuple(s if i in kept else 1 for i, s in enumerate(shape))
+    numbers = np.stack([np.broadcast_to(a, target).ravel() for a in padded]).astype(dtypes.statistic(x.dtype))
+    x, kept = _with_channels(np.broadcast_to(x, shape), kept)
+    y: Array = _dispatcher(kept, variance_epsilon).infer(x, numbers[:2], numbers[2:]).reshape(shape)
     return y
 
 

@@ -247,7 +247,7 @@ def test_force(loops, parallel, one_pass):
     force = Force(loops, parallel, one_pass, {"threads": 2})
     plan = plan_of(zeros((8, 3, 5, 4)), "train", force, axis=1)
     found = plan.schedule
-    assert (found.loops, plan.parallel, found.one_pass) == (loops, parallel, one_pass and loops == "planes")
+    assert (found.loops, found.parallel, found.one_pass) == (loops, parallel, one_pass and loops == "planes")
 
 
 def test_force_planes_where_there_are_none():

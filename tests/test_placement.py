@@ -1,9 +1,13 @@
 """Asking for a GPU where there is none; with one, tests/test_layer_cuda.py."""
 
+import inspect
+
 import numpy as np
 import pytest
 
 import nbbn
+from nbbn.arrays import HOST
+from nbbn.arrays.gpu import DevicePlace
 from tests.helpers.processes import check
 
 # In a process of its own, that sees no GPU whatever machine this is.
@@ -77,3 +81,21 @@ def test_numba_cuda_is_not_imported_for_the_host():
         "import sys, numpy as np, nbbn\nlayer = nbbn.BatchNormalization()\nlayer([[1.0, 2.0]])\nlayer(np.ones((1, 2)))"
     )
     check(code + "\nassert not [m for m in sys.modules if m.startswith('nbbn.kernels.cuda')]")
+
+
+def public(kind):
+    return {n: v for n, v in inspect.getmembers(kind) if not n.startswith("_")}
+
+
+def test_every_place_has_the_same_face():
+    """What calls, layers and engines ask of the place of an array they ask of every place, in the same words."""
+    here, there = public(type(HOST)), public(DevicePlace)
+    assert here.keys() == there.keys() - {"library", "device"}  # which one it is
+    methods = [n for n, v in there.items() if inspect.isfunction(v)]
+    assert len(methods) > 10
+    for name in methods:
+        ours, others = inspect.signature(getattr(HOST, name)), inspect.signature(getattr(DevicePlace(None, 0), name))
+        if name != "empty_like":  # that of the host is the one that users have, nbbn.buffers.empty_like(x)
+            assert ours.parameters.keys() == others.parameters.keys(), name
+        kinds = [[(p.kind, p.default) for p in found.parameters.values()] for found in (ours, others)]
+        assert kinds[0] == kinds[1], name

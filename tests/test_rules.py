@@ -47,6 +47,10 @@ VALUES = [
     (rules.moving_average, (2.0, NAN, 0.5), NAN),
     (rules.stddev, (3.75, 0.25), 2.0),
     (rules.stddev, (0.0, 0.0), 0.0),
+    # y = (x - rounded_mean) * scale + shift: what the rounding of the mean has lost is in the shift
+    (rules.output_terms, (5.25, 5.25, 0.5, 1.0, 0.0, 2.0), (1.0, 0.0)),
+    (rules.output_terms, (5.25, 5.0, 0.5, 2.0, 3.0, 4.0), (4.0, 11.0)),
+    (rules.output_terms, (NAN, 5.0, 0.5, 2.0, 3.0, 4.0), (4.0, NAN)),
     (rules.inference_scale, (3.0, 3.75, 0.25), 1.5),
     (rules.stddev, (NAN, 0.25), NAN),
     (rules.clip, (2.0, 1.0, 3.0), 2.0),

@@ -79,6 +79,5 @@ class DeviceArray:
 
 def wrap(array: Any, library: Library) -> DeviceArray:
     address, shape, strides, dtype, device = library.describe(array)
-    return DeviceArray(
-        array, library, address, shape, strides or contiguous_strides(shape, dtype.itemsize), dtype, device
-    )
+    strides = strides or contiguous_strides(shape, dtype.itemsize)
+    return DeviceArray(array, library, address, shape, strides, dtype, device)

@@ -16,14 +16,11 @@ from nbbn.core.layout import Sizes
 
 @dataclass(frozen=True)
 class DevicePlace:
-    """One GPU, and the library whose arrays are made there. Its methods are those of Host, where they are described.
-
-    What changes stays where it is: a stream is the order of the calls, and a captured graph can be run again.
-    """
+    """One GPU, and the library whose arrays are made there. Its methods are those of Host, where they are described."""
 
     library: Library
     device: int
-    in_place = True
+    in_place = True  # why: nbbn/state/variables.py
 
     @property
     def name(self) -> str:
@@ -148,9 +145,7 @@ def find_library(value: Any) -> Library | None:
     device = getattr(value, "__dlpack_device__", None)
     if device is not None and device()[0] == _CUDA:
         return load("interface")
-    if getattr(value, "__cuda_array_interface__", None) is not None:
-        return load("interface")
-    return None
+    return None if getattr(value, "__cuda_array_interface__", None) is None else load("interface")
 
 
 @lru_cache(maxsize=256)

@@ -26,13 +26,8 @@ def describe(array: Any) -> tuple[int, Sizes, Sizes, np.dtype, int]:
     if SIMULATED:
         host = array._ary
         return host.__array_interface__["data"][0], host.shape, host.strides, host.dtype, 0
-    return (
-        array.device_ctypes_pointer.value or 0,
-        array.shape,
-        array.strides,
-        array.dtype,
-        array.gpu_data.context.device.id,
-    )
+    address, device = array.device_ctypes_pointer.value or 0, array.gpu_data.context.device.id
+    return address, array.shape, array.strides, array.dtype, device
 
 
 def empty(shape: Sizes, dtype: np.dtype, device: int) -> Any:

@@ -23,7 +23,7 @@ NO_LOCK = contextlib.nullcontext()
 class Normalizer:
     """What can be called: options, and variables that the first input makes where it lies.
 
-    A class that overrides _uses_batch() or _update() is asked in every call, however quick that is.
+    A class that overrides _uses_batch() or _update() is asked in every call, also in one that takes a bound step.
     """
 
     name: str
@@ -122,8 +122,8 @@ class Normalizer:
     ) -> tuple[Any, Record | None]:
         """The output, an array of the input's library, and its record if it is to be kept.
 
-        A call to which nothing but an output is given takes the step that an earlier one like it has left behind. It
-        stands for the checks and choices in _prepare(), and for nothing else.
+        A call with nothing but an output and a residual beside its input takes the step that an earlier one like it
+        has left behind. It stands for the checks and choices in _prepare(), and for nothing else.
         """
         batch: bool = training is not None and self._uses_batch(training)
         variables: Any = self._variables  # None only before _prepare()
@@ -160,7 +160,8 @@ class Normalizer:
                 saved = self._dispatcher.freeze(params, state, x.dtype)
         record = Record(x, saved, batch, operands, dtype, variables) if keep else None
         if general:
-            if mask is None and all(a is None or _is_dense(a) for a in (out, residual)):
+            beside = [a for a in (out, residual) if a is not None]
+            if mask is None and all(isinstance(a, np.ndarray) and a.flags.c_contiguous for a in beside):
                 name, added = "train" if batch else "infer", residual is not None
                 self._dispatcher.bind(name, x, added, variables)
             y = place_of(y).give(y)
@@ -187,23 +188,17 @@ class Normalizer:
         if keep:
             message = "out must not share memory with inputs or residual in vjp(), because the gradient needs them"
             refuse_overlap(target, [x, added], message)
-        operands, clips = NOTHING if added is None else Operands(residual=added), None
+        operands, clips, dtype = NOTHING if added is None else Operands(added), None, dtypes.statistic(x.dtype)
         if batch:
             self._dispatcher.layout(x.shape, training=True)  # raises where a virtual batch does not fit
-            operands = self._add_operands(x, mask, shapes, operands)
+            if self.options.adjustment is not None:
+                a, b = as_adjustment(self.options.adjustment, x, dtype)
+                operands = operands._replace(a=a, b=b)
+            if mask is not None:
+                operands = operands._replace(weights=as_weights(mask, x, tuple(shapes.features), dtype))
             if not self.options.is_constant:
                 clips = self.options.clip_values()  # callables are asked once, and raise before anything changes
         return x, target, operands, given, clips, self._variables_for(x, shapes)
-
-    def _add_operands(self, x: Array, mask: Any, shapes: Shapes, operands: Operands) -> Operands:
-        """With those that count in training only."""
-        dtype = dtypes.statistic(x.dtype)
-        if self.options.adjustment is not None:
-            a, b = as_adjustment(self.options.adjustment, x, dtype)
-            operands = operands._replace(a=a, b=b)
-        if mask is not None:
-            operands = operands._replace(weights=as_weights(mask, x, tuple(shapes.features), dtype))
-        return operands
 
     def _variables_for(self, x: Array, shapes: Shapes) -> Variables:
         """Those for an input, which builds the layer where it lies. Raises: ValueError if they are elsewhere."""
@@ -220,7 +215,3 @@ class Normalizer:
                 f"on {there}: call to({place.name!r}) first"
             )
         return variables
-
-
-def _is_dense(array: Array) -> bool:
-    return isinstance(array, np.ndarray) and array.flags.c_contiguous

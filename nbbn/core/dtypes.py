@@ -49,8 +49,6 @@ def as_float_array(value: Any, argument: str) -> np.ndarray:
             f"{argument} must be a plain array; received a masked array (pass its data, and mask=~array.mask)"
         )
     array = np.asarray(value)
-    if _is_accepted(array.dtype) and array.flags.aligned:
-        return array
     if array.dtype.name not in NAMES:
         raise TypeError(f"{argument} must have a dtype of {', '.join(NAMES)}; received {array.dtype.name}")
     return np.require(array, dtype=array.dtype.newbyteorder("="), requirements="A")

@@ -39,11 +39,10 @@ class Options:
     def __post_init__(self) -> None:
         object.__setattr__(self, "axis", parse_axis(self.axis))
         self._check()
-        for name in ("momentum", "epsilon", "renorm_momentum"):
+        kinds = {"momentum": float, "epsilon": float, "renorm_momentum": float, "virtual_batch_size": int}
+        for name, kind in (kinds | {"fused": bool, "bessel_correction": bool}).items():
             value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else float(value))
-        if self.virtual_batch_size is not None:
-            object.__setattr__(self, "virtual_batch_size", int(self.virtual_batch_size))
+            object.__setattr__(self, name, None if value is None else kind(value))
 
     def _check(self) -> None:
         if self.momentum is not None:
@@ -56,7 +55,6 @@ class Options:
             value = getattr(self, name)
             if value is not None and not isinstance(value, (bool, np.bool_)):
                 raise TypeError(f"{name} must be True, False or None; received {value!r}")
-            object.__setattr__(self, name, None if value is None else bool(value))
         self._check_virtual_batch()
         self._check_clipping()
         if self.activation not in (None, "relu"):
@@ -65,8 +63,7 @@ class Options:
             raise TypeError(f"adjustment must be a callable of the input's shape; received {self.adjustment!r}")
         if self.renorm and self.bessel_correction:
             raise ValueError("bessel_correction=True is not possible with renorm=True: it has no unbiased statistics")
-        if self.fused and self.strict_fused:
-            self.check_fused()
+        self.check_fused()
 
     def _check_virtual_batch(self) -> None:
         size = self.virtual_batch_size

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from nbbn.core import dtypes
-from nbbn.core.layout import Sizes
 from nbbn.engine.base import Step
 from nbbn.engine.cpu.engine import CpuEngine
 from nbbn.engine.cpu.plan import Plan
@@ -37,8 +36,9 @@ def kernels(
     nbbn.warmup().
     """
     dtype = layer.options.dtype or dtypes.resolve(dtype)
-    sizes = _sizes(shape)
-    x, dy, other = (np.empty(sizes, dtype) for _ in range(3))  # address space: nobody reads or writes them
+    if not isinstance(shape, Sequence) or not all(isinstance(n, (int, np.integer)) and n > 0 for n in shape):
+        raise ValueError(f"a shape must be a tuple of positive integers; received {shape!r}")
+    x, dy, other = (np.empty(shape, dtype) for _ in range(3))  # address space: nobody reads or writes them
     original = layer._dispatcher
     twin, notes = copy.copy(layer), _Notes(original)
     twin._dispatcher = Dispatcher(original.options, original.force)
@@ -73,10 +73,10 @@ class _Notes(CpuEngine):
         self.last: Sequence[str] = ()  # the steps after which _Known is raised
 
     def bind(self, step: Step, owner: Any) -> None:
-        """Nothing has run."""
+        """Bind nothing: the step has not run."""
 
     def _launch(self, plan: Plan, step: Step) -> None:
-        twins = (False, True) if plan.parallel else (False,)  # the serial one runs where the pool is taken
+        twins = (False, True) if plan.schedule.parallel else (False,)  # the serial one runs where the pool is taken
         self.kernels |= {plan.variant(parallel): parallel for parallel in twins}
         if step.name in self.last:
             raise _Known
@@ -84,9 +84,3 @@ class _Notes(CpuEngine):
     def _run_middle(self, name: str, numbers: dict[str, Any], adjusted: bool) -> None:
         variant, _ = self.middle(name, numbers, adjusted)
         self.kernels[variant] = False
-
-
-def _sizes(shape: Any) -> Sizes:
-    if not isinstance(shape, Sequence) or not all(isinstance(n, (int, np.integer)) and n > 0 for n in shape):
-        raise ValueError(f"a shape must be a tuple of positive integers; received {shape!r}")
-    return tuple(int(n) for n in shape)

@@ -144,17 +144,14 @@ def run(
     except (ImportError, MemoryError, TypeError, ValueError) as error:
         print(f"python -m nbbn warmup: {error}", file=sys.stderr)
         return 2
-    cached = sum(_was_cached(kernel) for kernel in _with_progress(list(found)))
+    # This process had those kernels from the cache that Numba's dispatcher counts as hits.
+    made: list[Any] = [compiled(*kernel) for kernel in _with_progress(list(found))]
+    cached = sum(bool(kernel.stats.cache_hits) for kernel in made)
     if len(list(folder.glob("*.kernel"))) < len(found):
         print(f"kernels could not be written to {folder}: is the disk full?", file=sys.stderr)
         return 1
     print(f"kernels: {len(found)}, already cached: {cached}, seconds: {perf_counter() - start:.1f}, folder: {folder}")
     return 0
-
-
-def _was_cached(kernel: Kernel) -> bool:
-    """Whether this process, which now has the kernel, had it from the cache."""
-    return bool(compiled(*kernel).stats.cache_hits)  # type: ignore[attr-defined]  # Numba's dispatcher, for a caller
 
 
 def _with_progress(found: list[Kernel]) -> Iterator[Kernel]:

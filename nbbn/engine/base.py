@@ -1,8 +1,8 @@
 """What an engine is: the stages of batch normalization on arrays of one kind, each for itself and in one call.
 
 An engine gets Arrays that have been checked, and numbers. It allocates results, finds the canonical view that the
-arrays of a step share, and has a plan for each geometry. What it is for CPUs and for GPUs is in engine/cpu and
-engine/cuda, which do not know each other.
+arrays of a step share, and has a plan for each geometry. The two kinds of engines, engine/cpu and engine/cuda, do not
+know each other.
 """
 
 from abc import ABC, abstractmethod
@@ -77,11 +77,6 @@ class Batch(NamedTuple):
     def result(self) -> Array:
         """The array for the result."""
         return self.place.empty_like(self.x) if self.out is None else self.out
-
-    def zeros(self, rows: int, dtype: np.dtype | None = None) -> Array:
-        """rows times one number per statistic, or, with a dtype, per channel."""
-        columns = self.lay.statistics if dtype is None else self.lay.channels
-        return self.place.from_host(np.zeros((rows, columns), dtype or np.float64))
 
 
 class Step(NamedTuple):
@@ -230,7 +225,9 @@ class Engine(ABC):
             out: Any = views[name]
             inputs = [a for n, a in views.items() if a is not None and n not in _RESULTS and place.overlap(out, a)]
             in_place = bool(inputs)
-            if not all(_same_elements(out, a) for a in inputs):  # it has parts of an input in other places
+            same = (place.address(out), out.strides, out.dtype)
+            # It may have parts of an input in other places.
+            if any((place.address(a), a.strides, a.dtype) != same for a in inputs):
                 beside = place.empty_like(out)
                 self._run(step._replace(views=views | {name: beside}, out=False))
                 place.write(out, beside, step.x.shape, tuple(range(step.x.ndim)))
@@ -267,7 +264,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _new_plan(self, step: Step, in_place: bool) -> Any:
-        """How the step runs. The plan's `copied` says if it cannot but on copies."""
+        """How the step runs. Its attribute `copied` is not None if that needs copies."""
 
     @abstractmethod
     def _launch(self, plan: Any, step: Step) -> None:
@@ -295,9 +292,3 @@ def canonical_view(lay: Layout, arrays: Mapping[str, Array]) -> tuple[Sizes, dic
         found = collapse(sizes, kept, [contiguous_strides(sizes, a.itemsize) for a in arrays.values()])
     assert found is not None  # copy_order() chooses an order that has a view
     return found[0], dict(zip(arrays, found[1], strict=True)), copied
-
-
-def _same_elements(a: Array, b: Array) -> bool:
-    """Whether two arrays of one shape are the same elements."""
-    place = place_of(a)
-    return place.address(a) == place.address(b) and a.strides == b.strides and a.dtype == b.dtype

@@ -6,6 +6,7 @@ and finish, stage by stage.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,8 +19,6 @@ from nbbn.engine.base import NOTHING, Batch, Engine, Force, Operands, Step
 from nbbn.engine.cpu.bound import BoundStep
 from nbbn.engine.cpu.engine import CpuEngine
 from nbbn.kernels import channel
-
-_FLOAT64 = np.dtype(np.float64)
 
 
 class Exchange(Protocol):
@@ -67,10 +66,8 @@ class Dispatcher:
 
     def layout(self, shape: Sizes, training: bool) -> Layout:
         """Raises: ValueError if a virtual batch cannot divide the batch of a training call."""
-        size = self.options.virtual_batch_size
-        if size is None or not training:
-            return layout(shape, self.axis(len(shape)))
-        if shape[0] % size != 0:
+        size = self.options.virtual_batch_size if training else None
+        if size is not None and shape[0] % size != 0:
             raise ValueError(
                 f"virtual_batch_size={size} must divide the batch in training; received a batch of {shape[0]} samples"
             )
@@ -101,19 +98,19 @@ class Dispatcher:
         kind = "cpu" if isinstance(array, np.ndarray) else "cuda"
         found = self._engines.get(kind)
         if found is None:
-            found = self._engines[kind] = self._new_engine(kind)
+            if kind == "cpu":
+                found = CpuEngine(self.options, self.force)
+            else:
+                from nbbn.engine.cuda.engine import CudaEngine
+
+                found = CudaEngine(self.options, self.force)
+            self._engines[kind] = found
         return found
 
     def use(self, engine: CpuEngine) -> None:
         """Let another engine run what is on the host."""
         self._engines["cpu"] = engine
-
-    def _new_engine(self, kind: str) -> Engine:
-        if kind == "cpu":
-            return CpuEngine(self.options, self.force)
-        from nbbn.engine.cuda.engine import CudaEngine
-
-        return CudaEngine(self.options, self.force)
+        self.bound.clear()  # the steps of the engine before
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -134,21 +131,23 @@ class Dispatcher:
         if that has the statistics' dtype.
         """
         batch, engine = Batch(self.layout(x.shape, training=True), x, operands, out), self.engine(x)
-        own, own_state = _in_dtype_of(x, params), _in_dtype_of(x, state)
+        place, dtype = batch.place, dtypes.statistic(x.dtype)
+        own, own_state = place.astype(params, dtype), place.astype(state, dtype)
         hyper, target = self._hyper_of(x.ndim, x.dtype, clips), state if in_place and own_state is state else None
         if self.exchange is None and x.size == 0:
             saved = np.zeros((channel.SAVED_ROWS, batch.lay.statistics))
             saved[channel.RSTD] = 1
-            return batch.result(), state, batch.place.from_host(saved)
+            return batch.result(), state, place.from_host(saved)
         if self.exchange is None:
             return engine.train(batch, own, own_state, hyper, target)
         # An empty input has no values, but shares the statistics.
-        moments = engine.reduce(batch) if x.size else batch.zeros(channel.MOMENT_ROWS)
+        nothing = np.zeros((channel.MOMENT_ROWS, batch.lay.statistics))
+        moments = engine.reduce(batch) if x.size else place.from_host(nothing)
         moments = _exchanged(self.exchange.merge(moments), moments)
         new_state, saved, coefficients = engine.finish(moments, own, own_state, hyper, operands.adjusted)
         y = engine.apply(batch, coefficients) if x.size else batch.result()
         if target is not None:
-            batch.place.write(target, new_state, target.shape, (0, 1))
+            place.write(target, new_state, target.shape, (0, 1))
             new_state = target
         return y, new_state, saved
 
@@ -159,19 +158,19 @@ class Dispatcher:
         batch = Batch(self.layout(x.shape, training=False), x, Operands(residual), out)
         if x.size == 0:
             return batch.result()
-        return self.engine(x).infer(batch, _in_dtype_of(x, params), _in_dtype_of(x, state), self._epsilon())
+        place, dtype = batch.place, dtypes.statistic(x.dtype)
+        own, own_state = place.astype(params, dtype), place.astype(state, dtype)
+        return self.engine(x).infer(batch, own, own_state, self._epsilon)
 
     def freeze(self, params: Array, state: Array, dtype: np.dtype | None = None) -> Array:
         """What a gradient needs after inference of an input of `dtype`, by default that of the parameters: saved."""
-        own = params.dtype if dtype is None else dtypes.statistic(dtype)
-        return self.engine(params).freeze(_cast(params, own), _cast(state, own), self._epsilon())
+        place, own = place_of(params), params.dtype if dtype is None else dtypes.statistic(dtype)
+        return self.engine(params).freeze(place.astype(params, own), place.astype(state, own), self._epsilon)
 
+    @cached_property
     def _epsilon(self) -> np.ndarray:
         """The numbers that inference reads: no clips, which callables need not give outside training."""
-        found = self._hyper.get((0, _FLOAT64))
-        if found is None:
-            found = self._hyper[0, _FLOAT64] = self._new_hyper(0, _FLOAT64, UNCLIPPED)
-        return found
+        return self._new_hyper(0, np.dtype(np.float64), UNCLIPPED)
 
     def backward(
         self,
@@ -192,8 +191,10 @@ class Dispatcher:
         dz: Array | None = None
         if x.size == 0:
             if exchange is not None:
-                exchange.add(batch.zeros(channel.gradient_rows(operands.adjusted)))
-            dx, dparams = batch.result(), batch.zeros(2, dtypes.statistic(x.dtype))
+                nothing = np.zeros((channel.gradient_rows(operands.adjusted), batch.lay.statistics))
+                exchange.add(batch.place.from_host(nothing))
+            dparams = batch.place.from_host(np.zeros((2, batch.lay.channels), dtypes.statistic(x.dtype)))
+            dx = batch.result()
         elif exchange is None:
             dx, dparams, dz = engine.backward(batch, dy, saved, training, wants_dz)
         else:
@@ -256,7 +257,7 @@ class Dispatcher:
         elif name == "backward":
             relu = self.options.activation is not None
             views = {"x": x, "dy": x, **operands, "dx": x, "dz": x if residual and relu else None}
-        hyper = self._hyper_of(x.ndim, x.dtype) if name == "train" else self._epsilon()
+        hyper = self._hyper_of(x.ndim, x.dtype) if name == "train" else self._epsilon
         return Step(name, self.layout(x.shape, name != "infer"), views, {"hyper": hyper})
 
     def explain(self, x: Array, training: bool) -> Any:
@@ -269,12 +270,3 @@ def _exchanged(found: Array, given: Array) -> Array:
     if found.shape != given.shape:
         raise ValueError(f"exchange must return the shape {given.shape} that it got; received {found.shape}")
     return np.ascontiguousarray(found, np.float64) if isinstance(found, np.ndarray) else found
-
-
-def _in_dtype_of(x: Array, numbers: Array) -> Array:
-    """Parameters or a state in the statistics' dtype of an input; themselves where they have it."""
-    return _cast(numbers, dtypes.statistic(x.dtype))
-
-
-def _cast(array: Array, dtype: np.dtype) -> Array:
-    return array if array.dtype == dtype else place_of(array).astype(array, dtype)

@@ -52,8 +52,7 @@ class Configured(Normalizer):
         Callables (adjustment, renorm_clipping values) cannot be serialized: they are left out with a warning.
         """
         o = self.options
-        config: dict[str, Any] = {"name": self.name, "trainable": self.trainable}
-        config |= {"dtype": None if o.dtype is None else o.dtype.name}
+        config: dict[str, Any] = {"name": self.name, "trainable": self.trainable, "dtype": self.dtype}
         config |= {"axis": list(self.axis) if isinstance(self.axis, list) else self.axis}
         config |= {"momentum": o.momentum, "epsilon": o.epsilon, "center": self.center, "scale": self.scale}
         config |= {k: initializers.serialize(getattr(self, k)) for k in _INITIALIZERS}

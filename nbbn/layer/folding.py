@@ -75,7 +75,10 @@ def fold_into(kernel: Any, bias: Any, layer: Normalizer, *, axis: int | Sequence
     axes = _output_axes(axis, weights.ndim)
     sizes = tuple(weights.shape[a] for a in axes)
     variables = _variables(layer, "fold_into()")
-    channels = _channels(variables, layer.options)
+    if len(variables.shapes.features) != 1:
+        several = list(layer.options.resolved_axis())
+        raise ValueError(f"layer must have one feature axis to be folded into a kernel; received axis={several}")
+    channels = math.prod(variables.shapes.params)
     if math.prod(sizes) != channels:
         raise ValueError(
             f"kernel must have the layer's {channels} channels in axis={axis!r}; received shape {weights.shape}"
@@ -105,13 +108,6 @@ def _terms(variables: Variables, epsilon: float) -> tuple[Array, Array, Array]:
     with np.errstate(divide="ignore", invalid="ignore"):  # the layer's output has the same infinity or NaN
         scale = gamma / np.sqrt(state[STATISTICS.index("moving_variance")] + epsilon)
     return state[STATISTICS.index("moving_mean")], scale, beta
-
-
-def _channels(variables: Variables, options: Options) -> int:
-    if len(variables.shapes.features) != 1:
-        axis = list(options.resolved_axis())
-        raise ValueError(f"layer must have one feature axis to be folded into a kernel; received axis={axis}")
-    return math.prod(variables.shapes.params)
 
 
 def _output_axes(axis: Any, rank: int) -> Sizes:

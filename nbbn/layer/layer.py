@@ -14,7 +14,7 @@ _named = itertools.count()
 
 
 class BatchNormalization(Weighted):
-    """Batch normalization with every option of TensorFlow 1 and 2, on NumPy arrays.
+    """Batch normalization with every option of TensorFlow 1 and 2, on NumPy arrays and on those of a GPU.
 
         y = (x - mean) / sqrt(variance + epsilon) * gamma + beta
 

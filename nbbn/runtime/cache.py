@@ -133,14 +133,8 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
         folder = cache_folder()
         if folder is None:
             return None
-        versions = (
-            _SOURCES,
-            numba.__version__,
-            llvmlite.__version__,
-            sys.implementation.cache_tag,
-            numba.config.BOUNDSCHECK,
-        )
-        key = repr((self._name, str(sig), codegen.magic_tuple(), versions))
+        versions = _SOURCES, numba.__version__, llvmlite.__version__, sys.implementation.cache_tag
+        key = repr((self._name, str(sig), codegen.magic_tuple(), versions, numba.config.BOUNDSCHECK))
         return folder / f"{hashlib.sha256(key.encode()).hexdigest()}.kernel", key
 
     def enable(self) -> None: ...

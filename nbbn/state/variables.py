@@ -94,7 +94,7 @@ class Variables:
     def keep(self, state: Array) -> None:
         """Make this state the layer's. The caller holds the lock."""
         if self.place is HOST:
-            self.state = state if state.dtype is self.dtype else state.astype(self.dtype)
+            self.state = np.ascontiguousarray(state, self.dtype)  # as kernels take it
         elif state is not self.state:
             self._write(self.state, self.place.astype(state, self.dtype))
 

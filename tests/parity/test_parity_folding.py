@@ -1,4 +1,4 @@
-"""nbbn.folding against the layers of TensorFlow, and against PyTorch's own fusion."""
+"""Folded layers against the layers of TensorFlow, and against PyTorch's own fusion."""
 
 from typing import Any
 

@@ -5,7 +5,6 @@ Variables and collections belong to the process, the stack of open scopes to the
 
 import enum
 import itertools
-import os
 import re
 import threading
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from nbbn.runtime import StateLock
 from nbbn.state.variables import Variables
 
 
@@ -87,7 +87,7 @@ class Scope:
 
 class Graph:
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = StateLock()
         self.variables: dict[str, Variables] = {}  # by the name of the scope that holds them
         self.collections: dict[str, list[Any]] = {}
         self.layer_names = Scope("", None)
@@ -103,14 +103,6 @@ class Graph:
 
 
 _graph = Graph()
-
-
-def _open_lock_in_child() -> None:
-    _graph.lock = threading.RLock()  # the thread that may have held it does not exist in a forked child
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_open_lock_in_child)
 
 
 def default_graph() -> Graph:

@@ -1,7 +1,6 @@
 """tf.compat.v1.layers: the layer that lives in a graph of named variables, and its functional form."""
 
 import inspect
-from contextlib import AbstractContextManager
 from typing import Any
 
 from nbbn.compat.v1.graph import (
@@ -72,7 +71,11 @@ class BatchNormalization(KerasBatchNormalization):
     def _make_variables(self, shapes: Shapes) -> Variables:
         graph = default_graph()
         wanted = super()._make_variables(shapes)
-        with graph.lock, self._open_scope() as scope:
+        name, reuse = self._scope_argument or self._base_name, self._reuse
+        # Layer objects of one name get scopes of their own, unless they reuse.
+        is_new = self._scope_argument is None and not reuse
+        opened = variable_scope(None, name) if is_new else variable_scope(name, reuse=reuse)
+        with graph.lock, opened as scope:
             self._scope = scope
             existing = graph.variables.get(scope.name)
             if existing is None:
@@ -83,12 +86,6 @@ class BatchNormalization(KerasBatchNormalization):
                 return wanted
             _check_reuse(scope, existing, wanted)
             return existing
-
-    def _open_scope(self) -> AbstractContextManager[Scope]:
-        """The scope of the variables: layer objects of one name get scopes of their own, unless they reuse."""
-        if self._scope_argument is None and not self._reuse:
-            return variable_scope(None, self._base_name)
-        return variable_scope(self._scope_argument or self._base_name, reuse=self._reuse)
 
     def _collect(self, scope: Scope, variables: Variables) -> None:
         regularizers = {"gamma": self.gamma_regularizer, "beta": self.beta_regularizer}
@@ -122,10 +119,9 @@ def _check_reuse(scope: Scope, existing: Variables, wanted: Variables) -> None:
         raise ValueError(
             f"the options need the variables {_listed(scope, wanted)}; those there are {_listed(scope, existing)}"
         )
-    for what in ("params", "dtype"):
+    for label, what in (("shape", "params"), ("dtype", "dtype")):
         has, needs = getattr(existing.shapes, what), getattr(wanted.shapes, what)
         if has != needs:
-            label = "shape" if what == "params" else "dtype"
             raise ValueError(f"variables of {scope.name} have {label} {has}; this input needs {label} {needs}")
 
 

@@ -37,7 +37,9 @@ class BoundStep:
     def __init__(self, plan: Plan, step: Step, owner: Any) -> None:
         self._shape, self._dtype, self._saved_shape = step.x.shape, plan.dtype, (SAVED_ROWS, step.lay.statistics)
         self._owner, self._state_shape = owner, owner.state.shape
-        self._viewed = _view_of(plan)
+        view, carrier = plan.schedule.shape, plan.carrier
+        as_it_is: Callable[[Array], Array] = methodcaller("reshape", view)
+        self._viewed = as_it_is if carrier is None else lambda array: array.view(carrier).reshape(view)
         self._empty = buffers.empty if step.x.nbytes >= buffers.SMALLEST else np.empty
         self._run = plan.bind(step.numbers, _GIVEN[step.name])
 
@@ -97,11 +99,3 @@ class BoundStep:
         added = None if residual is None else view(residual)
         self._run(None if dz is None else view(dz), added, view(x), view(dy), view(dx), saved, dparams)
         return dx
-
-
-def _view_of(plan: Plan) -> Callable[[Array], Array]:
-    """What makes of a C-contiguous array the view that the kernel takes."""
-    view, carrier = plan.schedule.shape, plan.carrier
-    if carrier is None:
-        return methodcaller("reshape", view)
-    return lambda array: array.view(carrier).reshape(view)

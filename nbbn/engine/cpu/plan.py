@@ -43,10 +43,6 @@ class Plan:
         self.carrier = None if carrier is self.dtype else carrier
         self.names = names_of(self.step)
 
-    @property
-    def parallel(self) -> bool:
-        return self.schedule.parallel
-
     def variant(self, parallel: bool) -> tuple[Any, ...]:
         """What compiled() is to be asked for."""
         types = dtypes.carrier(self.dtype), dtypes.statistic(self.dtype)
@@ -74,7 +70,7 @@ class Plan:
         if self.names[first:] != given:
             raise TypeError(f"{self.step} ends with the arguments {self.names[first:]}; received {given}")
         known = {**self.constants, **constants}
-        run = self._call if self.parallel else entry_point(self.kernel(False))
+        run = self._call if self.schedule.parallel else entry_point(self.kernel(False))
         return partial(run, *[known[name] for name in self.names[:first]])
 
     def _call(self, *arguments: Any) -> None:

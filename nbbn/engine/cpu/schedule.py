@@ -102,7 +102,8 @@ def choose(
     t, size, groups = thresholds, math.prod(view), max(1, groups)
     foldable = foldable and size >= t.folded_elements
     in_order = step == "infer" and contiguous and view[3] == 1 and loops is None
-    loops, shape, span, period = _in_order(view) if in_order else _rows_or_planes(view, foldable, loops, t)
+    flat = "flat", (1, 1, size), view[2], view[1]
+    loops, shape, span, period = flat if in_order else _rows_or_planes(view, foldable, loops, t)
     threads, cache = t.threads or thread_limit(), t.cache or last_level_cache()
     parallel = threads > 1 and (size >= t.parallel_elements if parallel is None else parallel)
     (r0_step, r1_step, k1_step), tiles = _cut(loops, shape, span, t)
@@ -116,10 +117,6 @@ def choose(
         store = STREAMED
     grid = Grid(r0_step, r1_step, k1_step, store, span, period)
     return Schedule(loops, shape, grid, possible and one_pass, parallel)
-
-
-def _in_order(view: Sizes) -> tuple[str, Sizes, int, int]:
-    return "flat", (1, 1, math.prod(view)), view[2], view[1]
 
 
 def _rows_or_planes(view: Sizes, foldable: bool, loops: str | None, t: Thresholds) -> tuple[str, Sizes, int, int]:

@@ -66,11 +66,7 @@ class Plan:
 
 
 class CudaEngine(Engine):
-    """The state may be updated in its place: a stream is then the order of the training calls, and a captured graph of
-    one is a training call each time that it runs.
-
-    Raises: RuntimeError where there is no GPU; ValueError for a forced choice that a GPU does not have.
-    """
+    """Raises: RuntimeError where there is no GPU; ValueError for a forced choice that a GPU does not have."""
 
     def __init__(self, options: Options, force: Force) -> None:
         availability.require("an array on a GPU")
@@ -93,12 +89,13 @@ class CudaEngine(Engine):
         places = [(a.address, strides[name], a.itemsize) for name, a in there.items()]
         one = self.force.one_pass if step.name in ("train", "backward", "frozen_backward") else False
         schedule = choose(view, step.lay.groups, x.itemsize, places, self._thresholds, one)
+        sums: Any = np.float64 if x.itemsize == 8 or _has_fast_float64(x.device) else np.float32
         variant = Variant(
             dtype=x.dtype,
             rows=schedule.rows,
             short=schedule.swapped and not schedule.rows,
             width=schedule.width,
-            sums=self._dtype_of_sums(x),
+            sums=np.dtype(sums if self._sums is None else self._sums),
             threads=self._thresholds.threads,
             weights="weights" in there,
             adjustment="a" in there,
@@ -111,12 +108,6 @@ class CudaEngine(Engine):
         )
         placed = {name: schedule.place(s) for name, s in strides.items()}
         return Plan(schedule.place(view), placed, copied, schedule, variant)
-
-    def _dtype_of_sums(self, x: Array) -> np.dtype:
-        if self._sums is not None:
-            found: np.dtype = np.dtype(self._sums)
-            return found
-        return np.dtype(np.float64 if x.itemsize == 8 or _has_fast_float64(x.device) else np.float32)
 
     def _launch(self, plan: Plan, step: Step) -> None:
         x, lay, schedule = step.x, step.lay, plan.schedule

@@ -2,7 +2,7 @@
 
 import ctypes
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -21,20 +21,14 @@ def launch(
         _simulated(step, variant)[(blocks,), block](*arguments)
         return
     from cuda.core import launch as start
+    from numba import cuda
 
     kernel, epsilon = _kernel(step, variant, device)
     flat: list[Any] = []
     for value in arguments[:-1]:
         flat.extend(value) if isinstance(value, tuple) else flat.append(value)
-    with _current(device):
+    with cuda.gpus[device] if len(cuda.gpus) > 1 else nullcontext():  # whose default stream is stream 0
         start(_stream(stream), _configuration(blocks, block), kernel, *flat, epsilon(arguments[-1]))
-
-
-def _current(device: int) -> AbstractContextManager[Any]:
-    """The default stream is that of the current device."""
-    from numba import cuda
-
-    return cuda.gpus[device] if len(cuda.gpus) > 1 else nullcontext()
 
 
 @lru_cache(maxsize=1024)

@@ -40,8 +40,7 @@ class Schedule:
     rows: whether statistics lie side by side. swapped: whether the kernels get R0 and R1 in each other's place: a
     thread is quicker along r1, of which it reads several values before it waits, so that is the longer one of rows, and
     not a plane that the threads of a block read at once. width: elements of one access. block: its threads (x, y).
-    reduce, apply: what the kernels of both are told about their loops: the steps of r0, r1 and k1 of a task, and how
-    many families of tiles share their channels. chunks: of a statistic. one_launch: a block has a family for itself.
+    reduce, apply: the Grid of each. chunks: of a statistic. one_launch: a block has a family of tiles for itself.
     """
 
     rows: bool

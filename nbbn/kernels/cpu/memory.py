@@ -26,8 +26,11 @@ _I64 = ir.IntType(64)
 _VECTOR = ir.VectorType(ir.IntType(8), LINE)
 
 
-def _block_of(dtype):
-    """The code that makes an array of BLOCK elements of a Numba dtype on the stack, and its type."""
+def _block(given, dtype):
+    """An intrinsic's answer: an array of BLOCK elements of a Numba dtype on the stack, not initialized, which lives as
+    long as the function that made it; None where None is given."""
+    if isinstance(given, types.NoneType):
+        return given(given), lambda context, builder, signature, args: args[0]
     result = types.Array(dtype, 1, "C")
 
     def emit(context, builder, signature, args):
@@ -46,26 +49,19 @@ def _block_of(dtype):
         )
         return array._getvalue()
 
-    return result, emit
+    return result(given), emit
 
 
 @intrinsic
 def local(typingctx, like):
-    """An array of BLOCK elements on the stack, not initialized, with the dtype of the array or of the NumPy dtype
-    `like`; None of None. It lives as long as the function that made it."""
-    if isinstance(like, types.NoneType):
-        return like(like), lambda context, builder, signature, args: args[0]
-    result, emit = _block_of(like.dtype)
-    return result(like), emit
+    """A block with the dtype of the array `like`; None of None."""
+    return _block(like, getattr(like, "dtype", None))
 
 
 @intrinsic
 def local_sums(typingctx, beside):
-    """The same in float64, for sums that there are if `beside` is there; None of None."""
-    if isinstance(beside, types.NoneType):
-        return beside(beside), lambda context, builder, signature, args: args[0]
-    result, emit = _block_of(types.float64)
-    return result(beside), emit
+    """A block of float64, for sums that there are if `beside` is there; None of None."""
+    return _block(beside, types.float64)
 
 
 @intrinsic

@@ -1,8 +1,8 @@
 """Loops for contiguous runs across statistics: arrays are [R0, K0, R1, W], a row is one x[r0, k0, r1].
 
-The same functions as in planes.py, with vectors of accumulators in place of scalar ones. A column of W is a statistic
-of its own, or several belong to one (columns.py): short planes lie side by side in a row, and of few channels several
-periods do, so that the loops are long.
+The functions of planes.py, which says what each of them does, with vectors of accumulators in place of scalar ones. A
+column of W is a statistic of its own, or several belong to one (columns.py): short planes lie side by side in a row,
+and of few channels several periods do, so that the loops are long.
 
 Sums take four rows at a time, which halves the time that the accumulators cost. The four are a quarter of the chunk
 apart: each is a long sequence for the processor's prefetcher, which four neighbours disturb (14 instead of 33 GB/s).
@@ -105,7 +105,6 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
 
     @element
     def shifts(x, weights, bounds, grid, shift):
-        """Write each statistic's first value that counts, in float64; 0 where none does."""
         first, last = statistics(bounds, grid)
         k0, begin, end = bounds.k0, bounds.k1_begin, bounds.k1_end
         if weights is None:
@@ -124,7 +123,6 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
 
     @adding
     def moments(x, weights, shift, bounds, grid, partial):
-        """Write sum (x - shift), sum (x - shift)^2 and, with weights, their count."""
         chunk, k0, begin, end = bounds.chunk, bounds.k0, bounds.k1_begin, bounds.k1_end
         r_begin, r_end = bounds.r1_begin, bounds.r1_end
         origin, total, squares, count = local(shift), local_sums(x), local_sums(x), local_sums(weights)
@@ -191,10 +189,6 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
 
     @adding
     def gradient_sums(dy, x, residual, a, b, saved_mean, forward, relu, bounds, grid, partial):
-        """Write sum dy * a and sum dy * a * (x - mean); with a and b also sum dy and sum dy * b.
-
-        dy counts as far as the activation lets it through; forward: the coefficients of normalize().
-        """
         chunk, k0, begin, end = bounds.chunk, bounds.k0, bounds.k1_begin, bounds.k1_end
         r_begin, r_end = bounds.r1_begin, bounds.r1_end
         exact_mean = local(saved_mean)
@@ -245,10 +239,6 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
 
     @element
     def input_gradient(dy, x, residual, weights, a, b, forward, relu, coefficients, bounds, grid, dx, dz):
-        """Write dx = scale * (dy * a - w * (bias + (x - mean) * slope)); a and w are 1 where they are not given.
-
-        dy counts as far as the activation lets it through, and that is dz, if it is asked for.
-        """
         k0, begin, end = bounds.k0, bounds.k1_begin, bounds.k1_end
         r_begin, r_end = bounds.r1_begin, bounds.r1_end
         mode, block, dz_block = grid.store, local(dx), local(dz)

@@ -1,7 +1,7 @@
 """Reading and writing one element of any supported dtype inside a kernel.
 
 Numba cannot type 16-bit floats on the CPU: arrays of uint16 carry float16 and arrays of int16 carry bfloat16
-(nbbn.dtypes.carrier). Elements are float32 or float64 between load() and store().
+(nbbn.core.dtypes.carrier). Elements are float32 or float64 between load() and store().
 """
 
 import platform

@@ -4,7 +4,6 @@ from collections import namedtuple
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 
@@ -97,13 +96,8 @@ def block_functions(rows: bool, short: bool, threads: int) -> SimpleNamespace:
         x, y = np.int64(cuda.threadIdx.x), np.int64(cuda.threadIdx.y)
         if rows:
             k1 = bounds.k1_begin + x * width
-            return (
-                (bounds.r0_begin if k1 < bounds.k1_end else bounds.r0_end),
-                np.int64(1),
-                bounds.r1_begin + y,
-                cuda.blockDim.y,
-                k1,
-            )
+            first = bounds.r0_begin if k1 < bounds.k1_end else bounds.r0_end
+            return first, np.int64(1), bounds.r1_begin + y, cuda.blockDim.y, k1
         across, step = x * width, np.int64(cuda.blockDim.x * width)
         if short:
             return bounds.r0_begin + across, step, bounds.r1_begin + y, cuda.blockDim.y, np.int64(0)
@@ -155,15 +149,10 @@ def input_functions(v: Variant, needs_x: bool) -> SimpleNamespace:
             read_operand(at(a, r0, k0, r1, k1), av, i)
             read_operand(at(b, r0, k0, r1, k1), bv, i)
 
-    return SimpleNamespace(
-        read_inputs=read_inputs,
-        of_residual=_element(fused),
-        of_adjustment=_element(adjusted),
-        of_weights=_element(v.weights),
+    of_residual, of_adjustment, of_weights = (
+        device((lambda values, i: values[i]) if there else (lambda values, i: None))
+        for there in (fused, adjusted, v.weights)
     )
-
-
-def _element(there: bool) -> Any:
-    if there:
-        return device(lambda values, i: values[i])
-    return device(lambda values, i: None)
+    return SimpleNamespace(
+        read_inputs=read_inputs, of_residual=of_residual, of_adjustment=of_adjustment, of_weights=of_weights
+    )

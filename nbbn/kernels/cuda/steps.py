@@ -8,6 +8,7 @@ by whichever block is the last of a family: the tiles that have the same channel
 changes no bit.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -28,21 +29,6 @@ from nbbn.kernels.cuda.target import cuda, device
 _FORWARD = ("partial", "shifts", "counters", "params", "state", "hyper", "new_state")
 MEMORY = (*_FORWARD, "moments", "saved", "coefficients", "sums", "dparams")
 PARTIAL, SHIFTS, COUNTERS, PARAMS, STATE, HYPER, NEW_STATE, MOMENTS, SAVED, COEFFICIENTS, SUMS, DPARAMS = range(12)
-# The views of each kernel, by their names in the engine.
-VIEWS = {
-    "reduce": ("x", "weights"),
-    "train_reduce": ("x", "weights"),
-    "normalize": ("x", "residual", "a", "b", "y"),
-    "train": ("x", "residual", "weights", "a", "b", "y"),
-    "infer": ("x", "residual", "y"),
-    "finish": (),
-    "freeze": (),
-    "sum_gradient": ("x", "dy", "residual", "a", "b"),
-    "spread_gradient": (),
-    "backward_reduce": ("x", "dy", "residual", "a", "b"),
-    "input_gradient": ("x", "dy", "residual", "weights", "a", "b", "dx", "dz"),
-    "backward": ("x", "dy", "residual", "weights", "a", "b", "dx", "dz"),
-}
 
 
 def signature(step: str, v: Variant) -> Any:
@@ -111,10 +97,8 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         """The moments of one channel, in all groups."""
         statistics, values = shape[1] * shape[3], np.float64(shape[0] * shape[2])
         partial = array64(memory[PARTIAL], (chunks_and_tiles(shape, grid)[0], moment_sums, statistics))
-        shifts, moments = (
-            array64(memory[SHIFTS], (statistics,)),
-            array64(memory[MOMENTS], (channel.MOMENT_ROWS, statistics)),
-        )
+        shifts = array64(memory[SHIFTS], (statistics,))
+        moments = array64(memory[MOMENTS], (channel.MOMENT_ROWS, statistics))
         for s in range(c, statistics, channels):
             add_chunks(s, s + 1, partial)
             moments_of(s, s + 1, partial[0], shifts, values, moments)
@@ -190,10 +174,8 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     def input_coefficients(c, sums, memory, channels):
         """From the sums of one channel to the coefficients of dx."""
         statistics = sums.shape[1]
-        coefficients = array(memory[COEFFICIENTS], (4, statistics))
-        input_coefficients_of(
-            c, c + 1, channels, sums, array64(memory[SAVED], (channel.SAVED_ROWS, statistics)), coefficients
-        )
+        saved = array64(memory[SAVED], (channel.SAVED_ROWS, statistics))
+        input_coefficients_of(c, c + 1, channels, sums, saved, array(memory[COEFFICIENTS], (4, statistics)))
 
     @device
     def finish_gradient(c, shape, grid, memory, channels):
@@ -262,9 +244,8 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         for s in range(own):
             c = first + s if inside else 0
             forward[channel.Y_MEAN, s] = state[channel.MEAN, c]
-            forward[channel.Y_SCALE, s] = rules.inference_scale(
-                params[channel.GAMMA, c], state[channel.VARIANCE, c], epsilon
-            )
+            gamma, variance = params[channel.GAMMA, c], state[channel.VARIANCE, c]
+            forward[channel.Y_SCALE, s] = rules.inference_scale(gamma, variance, epsilon)
             forward[channel.Y_SHIFT, s] = params[channel.BETA, c]
         normalize_task(x, residual, x, x, y, bounds, forward)
 
@@ -327,7 +308,19 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
             apply_gradient(x, dy, residual, weights, a, b, dx, dz, 0, tile, shape, grid, memory)
 
     found = (normalize, train, infer, input_gradient, backward, finish, freeze, spread_gradient)
-    reductions = {"reduce": reduction(finish_moments), "train_reduce": reduction(finish_training)}
-    reductions |= {"sum_gradient": gradient_reduction(finish_sums)}
-    reductions |= {"backward_reduce": gradient_reduction(finish_gradient)}
-    return {f.__name__: f for f in found} | reductions
+    return {f.__name__: f for f in found} | {
+        "reduce": reduction(finish_moments),
+        "train_reduce": reduction(finish_training),
+        "sum_gradient": gradient_reduction(finish_sums),
+        "backward_reduce": gradient_reduction(finish_gradient),
+    }
+
+
+def _views_of(kernel: Callable[..., None]) -> tuple[str, ...]:
+    names = tuple(inspect.signature(kernel).parameters)
+    return names[: names.index("shape")]
+
+
+_ANY = Variant(np.dtype(np.float32), rows=True, width=1, sums=np.dtype(np.float64), threads=32)
+# The views of each kernel, by their names in the engine: its first arguments, whatever the variant is.
+VIEWS = {name: _views_of(kernel) for name, kernel in steps(_ANY).items()}

@@ -36,9 +36,6 @@ class Update:
 
     __call__ = run
 
-    def belongs_to(self, inputs: Any) -> bool:
-        return inputs is not None and self._inputs() is inputs
-
     def __repr__(self) -> str:
         return f"<Update {self.name}{', done' if self.done else ''}>"
 
@@ -68,7 +65,7 @@ class BatchNormalization(BatchNormalizationV2):
 
     def get_updates_for(self, inputs: Any) -> list[Update]:
         """Those that calling the layer on `inputs` has recorded; none is independent of inputs, which None asks for."""
-        return [u for u in self.updates if u.belongs_to(inputs)]
+        return [u for u in self.updates if inputs is not None and u._inputs() is inputs]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts without recorded updates: those belong to this layer's variables."""
