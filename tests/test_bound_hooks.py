@@ -136,7 +136,8 @@ class ParametersInOneArena(Asked):
 
     def _make_variables(self, shapes):
         variables = super()._make_variables(shapes)
-        arena = np.ones((2, 30), np.float32)
+        arena = np.arange(60, dtype=np.float32).reshape(2, 30)
+        arena[:, 12:18] = variables.params
         variables.params = arena[:, 12:18]
         return variables
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -445,11 +446,12 @@ def listening(**options):
     run.use(listener)
 
     def told(rank=2, dtype=F32, step="train", **choices):
-        x, numbers = np.zeros((4,) * rank, dtype), np.zeros((2, 4), F32)
+        x, channels = np.zeros((4,) * rank, dtype), 4 ** len(run.axis(rank))
+        params, state = np.zeros((2, channels), F32), np.zeros((5 if run.options.renorm else 2, channels), F32)
         if step == "freeze":
-            run.freeze(numbers, numbers)
+            run.freeze(params, state)
         else:
-            getattr(run, step)(x, numbers, numbers, **choices)
+            getattr(run, step)(x, params, state, **choices)
         return listener.hyper
 
     return told
@@ -657,3 +659,49 @@ def test_dtypes_that_are_possible(dtype, name):
     y = layer(np.ones((4, 3), np.float64))
     assert y.dtype.name == name
     assert y.dtype.isnative
+
+
+# --- arrays that do not fit -----------------------------------------------------------------------
+
+
+def call(step, **changed):
+    """A step of a Dispatcher with renorm, on (4, 3) arrays, of which some are changed."""
+    run, x = Dispatcher(Options(renorm=True)), np.random.default_rng(0).normal(size=(4, 3))
+    given = {"x": x, "params": np.ones((2, 3)), "state": np.ones((5, 3)), "out": None, "dy": x} | changed
+    saved = given.get("saved", run.freeze(np.ones((2, 3)), np.ones((5, 3))))
+    if step == "train":
+        return run.train(given["x"], given["params"], given["state"], out=given["out"])
+    if step == "infer":
+        return run.infer(given["x"], given["params"], given["state"], residual=given.get("residual"), out=given["out"])
+    if step == "finish":
+        moments = given.get("moments", np.ones((3, 3)))
+        return run.finish(moments, given["params"], given["state"], rank=2, dtype=x.dtype)
+    return run.backward(given["dy"], given["x"], saved, training=True, out=given["out"])
+
+
+@pytest.mark.parametrize(
+    ("step", "name", "shape"),
+    [
+        *((step, "params", (2, 4)) for step in ("train", "infer")),
+        ("finish", "params", (3, 3)),
+        *((step, "state", (2, 3)) for step in ("train", "finish")),
+        ("infer", "state", (5, 4)),
+        ("finish", "moments", (2, 3)),
+        ("infer", "residual", (4, 4)),
+        ("backward", "saved", (7, 3)),
+        ("backward", "dy", (3, 4)),
+        *((step, "out", (5, 3)) for step in ("train", "infer", "backward")),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(step, name, shape):
+    """Kernels would read and write beside them."""
+    call(step)
+    with pytest.raises(ValueError, match=rf"{name} must have shape .*received {re.escape(str(shape))}"):
+        call(step, **{name: np.ones(shape)})
+
+
+def test_parameters_and_state_may_lie_in_any_order():
+    expected = call("train")
+    found = call("train", params=np.asfortranarray(np.ones((2, 3))), state=np.ones((5, 6))[:, ::2])
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -97,7 +97,7 @@ def test_planned_for_inputs_that_must_be_copied(asked_for):
 def test_parallel_kernels_come_with_their_serial_twins():
     layer = BatchNormalization()
     nbbn.force(layer, parallel=True)
-    if not nbbn.explain(layer, np.zeros(SMALL, np.float32)).parallel:
+    if not nbbn.explain(layer, np.zeros(SMALL, np.float32)).schedule.parallel:
         pytest.skip("this machine has one core for nbbn, and no call is parallel")
     planned = kernels(layer, SMALL, training=True, gradients=True)
     assert [(k[0], parallel) for k, parallel in planned.items()] == [
@@ -308,7 +308,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    if "True" not in python(tmp_path, f"print(nbbn.explain(layer, np.ones({SHAPE}, np.float32)).parallel)"):
+    if "True" not in python(tmp_path, f"print(nbbn.explain(layer, np.ones({SHAPE}, np.float32)).schedule.parallel)"):
         pytest.skip("this system lets nobody have two threads")
     assert python(tmp_path, f"import sys{code}").startswith("compiling in another process failed")
 

@@ -125,7 +125,7 @@ class Normalizer:
         A call with nothing but an output and a residual beside its input takes the step that an earlier one like it
         has left behind. It stands for the checks and choices in _prepare(), and for nothing else.
         """
-        batch: bool = training is not None and self._uses_batch(training)
+        batch = self._uses_batch(training)
         variables: Any = self._variables  # None only before _prepare()
         step: Any = None
         if mask is None and type(inputs) is np.ndarray:

@@ -57,7 +57,11 @@ def as_weights(mask: Any, x: Array, kept: Sizes, dtype: np.dtype, argument: str 
     """
     place, reduced = place_of(x), tuple(s for i, s in enumerate(x.shape) if i not in kept)
     array = place.take_operand(mask, argument)
-    weights = _weights_of_host(mask, place, dtype, argument) if array is None else place.astype(array, dtype, copy=True)
+    if array is None:
+        weights = _weights_of_host(mask, place, dtype, argument)
+    else:
+        check_real(array, argument)
+        weights = place.astype(array, dtype, copy=True)
     shape = weights.shape
     if len(shape) <= len(reduced):
         sizes = iter((1,) * (len(reduced) - len(shape)) + shape)

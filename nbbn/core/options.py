@@ -37,6 +37,8 @@ class Options:
     strict_fused: bool = field(default=True, repr=False)  # TensorFlow 2; version 1 ignores what cannot be fused
 
     def __post_init__(self) -> None:
+        if isinstance(self.renorm_clipping, Mapping):  # a copy: what the caller does with his is not seen
+            object.__setattr__(self, "renorm_clipping", dict(self.renorm_clipping))
         object.__setattr__(self, "axis", parse_axis(self.axis))
         self._check()
         kinds = {"momentum": float, "epsilon": float, "renorm_momentum": float, "virtual_batch_size": int}

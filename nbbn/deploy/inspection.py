@@ -17,6 +17,9 @@ def explain(layer: BatchNormalization, inputs: Any, training: bool = False) -> A
 def force(layer: BatchNormalization, **choices: Any) -> None:
     """Make `layer` run with a given schedule or thread mode (see Force); for tests and measurements.
 
-    Raises: TypeError, ValueError for choices that there are not. What a GPU cannot do its next call refuses.
+    Raises: TypeError, ValueError for choices that there are not where the layer is.
     """
-    layer._dispatcher = Dispatcher(layer.options, Force(**choices), layer._dispatcher.exchange)
+    forced = Dispatcher(layer.options, Force(**choices), layer._dispatcher.exchange)
+    if layer._variables is not None:
+        forced.engine(layer._variables.params)
+    layer._dispatcher = forced

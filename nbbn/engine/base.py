@@ -42,6 +42,9 @@ class Force:
     def __post_init__(self) -> None:
         if self.schedule not in (None, "planes", "rows"):
             raise ValueError(f"schedule must be 'planes', 'rows' or None; received {self.schedule!r}")
+        for name in ("parallel", "one_pass"):
+            if getattr(self, name) not in (None, True, False):
+                raise ValueError(f"{name} must be True, False or None; received {getattr(self, name)!r}")
 
 
 class Operands(NamedTuple):

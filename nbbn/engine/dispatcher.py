@@ -48,6 +48,7 @@ class Dispatcher:
         self.options = options
         self.force = force or Force()
         self.exchange = exchange
+        self._state_rows = (5 if options.renorm else 2) + (2 if options.momentum is None else 0)
         self._engines: dict[str, Engine] = {}
         self._axis: dict[int, Sizes] = {}
         self._hyper: dict[tuple[int, np.dtype], np.ndarray] = {}
@@ -130,9 +131,9 @@ class Dispatcher:
         clips: rmin, rmax and dmax of this step; None asks the options. in_place: write the new state over the old one,
         if that has the statistics' dtype.
         """
-        batch, engine = Batch(self.layout(x.shape, training=True), x, operands, out), self.engine(x)
-        place, dtype = batch.place, dtypes.statistic(x.dtype)
-        own, own_state = place.astype(params, dtype), place.astype(state, dtype)
+        batch, engine = self._batch(x, True, operands, out), self.engine(x)
+        place, own = batch.place, _numbers("params", params, batch, 2)
+        own_state = _numbers("state", state, batch, self._state_rows)
         hyper, target = self._hyper_of(x.ndim, x.dtype, clips), state if in_place and own_state is state else None
         if self.exchange is None and x.size == 0:
             saved = np.zeros((channel.SAVED_ROWS, batch.lay.statistics))
@@ -155,12 +156,9 @@ class Dispatcher:
         self, x: Array, params: Array, state: Array, *, residual: Array | None = None, out: Array | None = None
     ) -> Array:
         """Normalize with the moving statistics."""
-        batch = Batch(self.layout(x.shape, training=False), x, Operands(residual), out)
-        if x.size == 0:
-            return batch.result()
-        place, dtype = batch.place, dtypes.statistic(x.dtype)
-        own, own_state = place.astype(params, dtype), place.astype(state, dtype)
-        return self.engine(x).infer(batch, own, own_state, self._epsilon)
+        batch = self._batch(x, False, Operands(residual), out)
+        own, own_state = _numbers("params", params, batch, 2), _numbers("state", state, batch, max(2, state.shape[0]))
+        return self.engine(x).infer(batch, own, own_state, self._epsilon) if x.size else batch.result()
 
     def freeze(self, params: Array, state: Array, dtype: np.dtype | None = None) -> Array:
         """What a gradient needs after inference of an input of `dtype`, by default that of the parameters: saved."""
@@ -186,7 +184,8 @@ class Dispatcher:
         """The gradients of x, of gamma and beta as one (2, C) array, and, if it is wanted, dz: that of what the
         activation gets. Without an activation dz is dy. With an exchange the gradients of gamma and beta are those of
         this input alone, as an optimizer expects that adds them up."""
-        batch, engine = Batch(self.layout(x.shape, training), x, operands, out), self.engine(x)
+        batch, engine = self._batch(x, training, operands, out, dy), self.engine(x)
+        _check("saved", saved, channel.SAVED_ROWS, batch.lay.statistics)
         exchange = self.exchange if training else None
         dz: Array | None = None
         if x.size == 0:
@@ -205,7 +204,7 @@ class Dispatcher:
 
     def reduce(self, x: Array, weights: Array | None = None, *, training: bool = True) -> Array:
         """The moments of `x`; training=False ignores a virtual batch. `x` is not empty."""
-        return self.engine(x).reduce(Batch(self.layout(x.shape, training), x, Operands(weights=weights)))
+        return self.engine(x).reduce(self._batch(x, training, Operands(weights=weights), None))
 
     def finish(
         self,
@@ -222,6 +221,9 @@ class Dispatcher:
 
         rank, dtype: of the input, which decide about Bessel's correction. clips: as of train().
         """
+        _check("params", params, 2, channels := params.shape[-1])
+        _check("state", state, self._state_rows, channels)
+        _check("moments", moments, max(channel.MOMENT_ROWS, moments.shape[0]), moments.shape[-1])
         hyper = self._hyper_of(rank, dtype, clips)
         return self.engine(params).finish(moments, params, state, hyper, adjusted)
 
@@ -237,16 +239,26 @@ class Dispatcher:
             return
         if self.exchange is not None or dtypes.statistic(x.dtype) != owner.params.dtype:
             return
+        if not (owner.params.flags.c_contiguous and owner.params.flags.aligned):
+            return  # general steps get a copy
         key = name, residual, x.shape, x.strides, x.dtype
         known, engine = self.bound.get(key), self.engine(x)
         if known is not None and known.fits(owner, x, None, None):
             return
         assert isinstance(engine, CpuEngine)
-        found = engine.bind(self._plain_step(name, x, residual), owner)
+        hyper = self._hyper_of(x.ndim, x.dtype) if name == "train" else self._epsilon
+        found = engine.bind(self._plain_step(name, x, residual)._replace(numbers={"hyper": hyper}), owner)
         if found is not None:
             if len(self.bound) >= self.force.max_plans:
                 self.bound.clear()
             self.bound[key] = found
+
+    def _batch(self, x: Array, training: bool, operands: Operands, out: Array | None, dy: Array | None = None) -> Batch:
+        """Raises: ValueError for an array that has not the input's shape."""
+        for name, array in (("residual", operands.residual), ("out", out), ("dy", dy)):
+            if array is not None:
+                _check(name, array, *x.shape)
+        return Batch(self.layout(x.shape, training), x, operands, out)
 
     def _plain_step(self, name: str, x: Array, residual: bool = False) -> Step:
         """A step beside whose input there is a residual at most; all arrays are like the input."""
@@ -257,12 +269,24 @@ class Dispatcher:
         elif name == "backward":
             relu = self.options.activation is not None
             views = {"x": x, "dy": x, **operands, "dx": x, "dz": x if residual and relu else None}
-        hyper = self._hyper_of(x.ndim, x.dtype) if name == "train" else self._epsilon
-        return Step(name, self.layout(x.shape, name != "infer"), views, {"hyper": hyper})
+        return Step(name, self.layout(x.shape, name != "infer"), views, {})
 
     def explain(self, x: Array, training: bool) -> Any:
         """How a call on `x` would run: a plan, to be printed."""
         return self.engine(x).plan(self._plain_step("train" if training else "infer", x))
+
+
+def _check(name: str, array: Array, *shape: int) -> None:
+    """Raises: ValueError for another shape: kernels would read and write beside the array."""
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}; received {array.shape}")
+
+
+def _numbers(name: str, array: Array, batch: Batch, rows: int) -> Array:
+    """Parameters or a state as kernels take them. Raises: ValueError for another shape."""
+    _check(name, array, rows, batch.lay.channels)
+    own = batch.place.astype(array, dtypes.statistic(batch.x.dtype))
+    return np.ascontiguousarray(own) if isinstance(own, np.ndarray) else own
 
 
 def _exchanged(found: Array, given: Array) -> Array:

@@ -150,7 +150,7 @@ class Weighted(Configured):
         return len(variables.names) * math.prod(variables.shapes.params)
 
     def fold(self, dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """scale and shift of inference, y = x * scale + shift before any activation: see nbbn.folding."""
+        """scale and shift of inference, y = x * scale + shift before any activation: see nbbn.fold_into."""
         return folding.scale_and_shift(self, dtype)
 
     # -- losses, updates, constraints ----------------------------------------------------------------------------------

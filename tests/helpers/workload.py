@@ -19,7 +19,7 @@ np.testing.assert_allclose(expected, (X - _mean) / np.sqrt(_variance + layer.eps
 def is_parallel():
     """Whether this thread, now, would get the pool, and X is large enough for it."""
     with parallel_region() as granted:
-        return granted and nbbn.explain(layer, X, training=True).parallel
+        return granted and nbbn.explain(layer, X, training=True).schedule.parallel
 
 
 def work(times=20):

@@ -88,7 +88,7 @@ def choose(
     x = min(across, _power_of_two(-(-(k1 if rows else r1) // width)))
     block = (x, t.threads // x)
     columns = min(k1, x * width) if rows else 1
-    tiles = k0 * -(-k1 // columns)
+    tiles = max(1, k0 * -(-k1 // columns))  # explain() may ask about an empty input
     channels = k0 * k1 // groups
     aligned = groups == 1 or channels % k1 == 0 or (k0 == 1 and channels % columns == 0)
     families = tiles // groups if aligned else 1
