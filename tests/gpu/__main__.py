@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # nbbn of this clone
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-rs"]
-CONTRACT = ["tests/test_kernels.py", "tests/test_kernels_cuda.py", "-k", "not cpu"]
+CONTRACT = ["tests/test_kernels.py", "tests/test_kernels_cuda.py", "tests/test_stages.py", "-k", "not cpu"]
 # What the sanitizer looks for, and in what: every kernel in small, as it is slow.
 SANITIZED = {
     "memcheck": ["tests/test_kernels_cuda.py"],
