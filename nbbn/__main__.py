@@ -45,7 +45,8 @@ def add_info(commands: Any) -> None:
     def run() -> int:
         from nbbn import info
 
-        return info.run()
+        print(*info.lines(), sep="\n")
+        return 0
 
     what = "versions, processor, threads, kernel cache and GPUs"
     commands.add_parser("info", help=what, description=what).set_defaults(run=run)

@@ -103,9 +103,3 @@ def _describe(device: object) -> str:
     name = getattr(device, "name", "simulator")  # that of NUMBA_ENABLE_CUDASIM has no name
     major, minor = getattr(device, "compute_capability", ("?", "?"))
     return f"{name} (compute capability {major}.{minor})"
-
-
-def run() -> int:
-    """Print the facts. Returns the exit code."""
-    print(*lines(), sep="\n")
-    return 0

@@ -24,12 +24,6 @@ def _dispatcher(axis: int | Sizes, epsilon: float = 0.0, momentum: float = 0.0) 
     return Dispatcher(Options(axis=axis, momentum=momentum, epsilon=epsilon, bessel_correction=True))
 
 
-def _as_input(x: Any) -> Array:
-    """A float array of the host, of rank 1 or more."""
-    found: Array = as_input(HOST.take(x, "x"), "x")
-    return found
-
-
 def _axes(axes: int | Sequence[int], rank: int) -> Sizes:
     return resolve_axis([axes] if isinstance(axes, (int, np.integer)) else list(axes), rank)
 
@@ -67,7 +61,7 @@ def moments(
         keepdims: keep the reduced dimensions with size 1.
     Returns: mean, variance; NaN where there is no value.
     """
-    x = _as_input(x)
+    x = as_input(HOST.take(x, "x"), "x")
     return _moments(x, None, _axes(axes, x.ndim), keepdims)
 
 
@@ -83,7 +77,7 @@ def weighted_moments(
     Args: as of moments(); frequency_weights: real, >= 0, broadcasts against x.
     Returns: mean, variance; 0 where the weights sum to 0, as in TensorFlow.
     """
-    x = _as_input(x)
+    x = as_input(HOST.take(x, "x"), "x")
     weights = np.asarray(frequency_weights)
     weights = weights.reshape((1,) * (x.ndim - weights.ndim) + weights.shape)
     weights = as_weights(weights, x, (), dtypes.statistic(x.dtype), "frequency_weights")
@@ -98,7 +92,7 @@ def batch_normalization(
     Args:
         x: float array. mean, variance: arrays that broadcast with x. offset, scale: likewise, or None.
     """
-    x = _as_input(x)
+    x = as_input(HOST.take(x, "x"), "x")
     operands = [1.0 if scale is None else scale, 0.0 if offset is None else offset, mean, variance]
     arrays = [np.asarray(o) for o in operands]
     shape = np.broadcast_shapes(x.shape, *(a.shape for a in arrays))
@@ -152,7 +146,7 @@ def fused_batch_norm(
     Returns: y; in training the running mean and variance, the latter with Bessel's correction; in inference those
         given.
     """
-    x = _as_input(x)
+    x = as_input(HOST.take(x, "x"), "x")
     dispatcher = _fused_dispatcher(x, data_format, epsilon, 1.0 - exponential_avg_factor)
     params = _per_channel([scale, offset], ["scale", "offset"], x, dispatcher)
     given = mean is not None and variance is not None
@@ -186,7 +180,7 @@ def fused_batch_norm_grad(
         y_backprop: the gradient of y, of the shape and dtype of x.
         mean, variance: (C,) the statistics that inference used; not used in training, where those of x are taken.
     """
-    x = _as_input(x)
+    x = as_input(HOST.take(x, "x"), "x")
     dy = dtypes.as_float_array(y_backprop, "y_backprop").astype(x.dtype, copy=False)
     if dy.shape != x.shape:
         raise ValueError(f"y_backprop must have the shape of x, {x.shape}; received {dy.shape}")

@@ -161,7 +161,7 @@ def test_families(name, families):
     run = small(Cuda, problem.options, one_pass=True)
     problem.check_training(run)
     found = run.schedules()
-    assert {s.families for s in found} == {families}
+    assert {s.reduce.families for s in found} == {families}
     assert {s.one_launch for s in found} == {name != "tiles that are not of one group"}
 
 

@@ -18,6 +18,7 @@ class Host:
     in_place = False  # what changes is replaced by a new array: other threads may be reading it
 
     empty_like = staticmethod(buffers.empty_like)
+    give = from_host = to_host = staticmethod(lambda array: array)  # give: what the user gets of an Array
 
     def __reduce__(self) -> str:
         return "HOST"  # there is one
@@ -38,10 +39,6 @@ class Host:
         """The Array of a value of any dtype that lies in a GPU's place; None for all else, which NumPy takes."""
         return None
 
-    def give(self, array: Array) -> Any:
-        """What the user gets of an Array."""
-        return array
-
     def row(self, array: Array, row: int, shape: Sizes) -> Any:
         """A row of an Array as the user gets it, in another shape; a view where the library has views."""
         return array[row].reshape(shape)
@@ -51,12 +48,6 @@ class Host:
 
     def astype(self, array: Array, dtype: np.dtype, copy: bool = False) -> Array:
         return array.astype(dtype, copy=copy)
-
-    def from_host(self, array: np.ndarray) -> Array:
-        return array
-
-    def to_host(self, array: Array) -> np.ndarray:
-        return np.asarray(array)
 
     def reshape(self, array: Array, shape: Sizes) -> Array:
         """A view with dimensions of size 1 inserted."""

@@ -16,7 +16,7 @@ from nbbn.arrays import Array, Place, place_of
 from nbbn.core import dtypes
 from nbbn.core.layout import Layout, Sizes, collapse, contiguous_strides, copy_order
 from nbbn.core.options import Options
-from nbbn.kernels.channel import MOMENT_ROWS, SAVED_ROWS, gradient_rows, output_rows
+from nbbn.kernels.channel import GRADIENT_ROWS, MOMENT_ROWS, OUTPUT_ROWS, SAVED_ROWS
 
 MAX_PLANS = 512  # plans are small; a server with endless shapes must not collect them for ever
 _FLOAT64 = np.dtype(np.float64)
@@ -135,7 +135,7 @@ class Engine(ABC):
         """The new state, saved, and the coefficients of the output, of moments, or of `saved`, which has them."""
         place, statistics = place_of(params), moments.shape[1]
         new_state, saved = place.empty(state.shape, state.dtype), place.empty((SAVED_ROWS, statistics), _FLOAT64)
-        coefficients = place.empty((output_rows(adjusted), statistics), params.dtype)
+        coefficients = place.empty((OUTPUT_ROWS[adjusted], statistics), params.dtype)
         numbers = {"moments": moments, "params": params, "state": state, "hyper": hyper}
         numbers |= {"new_state": new_state, "saved": saved, "coefficients": coefficients}
         self._run_middle("finish", numbers, adjusted)
@@ -151,7 +151,7 @@ class Engine(ABC):
     def reduce_gradient(self, batch: Batch, dy: Array, saved: Array) -> tuple[Array, Array]:
         """The sums of the gradient, and the gradients of gamma and beta, which are made of these very sums."""
         lay, o, dparams = batch.lay, batch.operands, self._empty_dparams(batch)
-        sums = batch.place.empty((gradient_rows(o.adjusted), lay.statistics), _FLOAT64)
+        sums = batch.place.empty((GRADIENT_ROWS[o.adjusted], lay.statistics), _FLOAT64)
         views = {"x": batch.x, "dy": dy, "residual": o.residual, "a": o.a, "b": o.b}
         self._run(Step("reduce_gradient", lay, views, {"saved": saved, "sums": sums, "dparams": dparams}))
         return sums, dparams

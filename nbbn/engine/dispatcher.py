@@ -190,7 +190,7 @@ class Dispatcher:
         dz: Array | None = None
         if x.size == 0:
             if exchange is not None:
-                nothing = np.zeros((channel.gradient_rows(operands.adjusted), batch.lay.statistics))
+                nothing = np.zeros((channel.GRADIENT_ROWS[operands.adjusted], batch.lay.statistics))
                 exchange.add(batch.place.from_host(nothing))
             dparams = batch.place.from_host(np.zeros((2, batch.lay.channels), dtypes.statistic(x.dtype)))
             dx = batch.result()

@@ -27,16 +27,8 @@ DX_MEAN, DX_SCALE, DX_BIAS, DX_SLOPE = range(4)
 # Sums of the gradient, float64, with a = 1 where there is no adjustment: of dy * a and dy * a * (x - mean), with one
 # also of dy and dy * b.
 SUM_DYA, SUM_DYA_X, SUM_DY, SUM_DYB = range(4)
-
-
-def output_rows(adjusted: bool) -> int:
-    """How many coefficients of the output there are."""
-    return 5 if adjusted else 3
-
-
-def gradient_rows(adjusted: bool) -> int:
-    """How many sums of the gradient there are."""
-    return 4 if adjusted else 2
+# How many coefficients of the output, and sums of the gradient, there are without an adjustment and with one.
+OUTPUT_ROWS, GRADIENT_ROWS = {False: 3, True: 5}, {False: 2, True: 4}
 
 
 def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:

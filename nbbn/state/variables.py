@@ -87,7 +87,7 @@ class Variables:
                 else:
                     state[self.rows.index(name)] = value.ravel()
             if host is not self and set(values) & set(PARAMETERS):
-                self._write(self.params, self.place.from_host(host.params))
+                self.place.write(self.params, self.place.from_host(host.params), self.params.shape, (0, 1))
             if set(values) & set(STATISTICS):
                 self.keep(self.place.from_host(state))
 
@@ -96,7 +96,7 @@ class Variables:
         if self.place is HOST:
             self.state = np.ascontiguousarray(state, self.dtype)  # as kernels take it
         elif state is not self.state:
-            self._write(self.state, self.place.astype(state, self.dtype))
+            self.place.write(self.state, self.place.astype(state, self.dtype), self.state.shape, (0, 1))
 
     def keep_part(self, state: Array, part: str) -> None:
         """Make the rows of one of PARTS of this state the layer's. The caller holds the lock."""
@@ -105,6 +105,3 @@ class Variables:
             if name in PARTS[part]:
                 old[row] = new[row]
         self.keep(self.place.from_host(old))
-
-    def _write(self, target: Array, value: Array) -> None:
-        self.place.write(target, value, target.shape, (0, 1))

@@ -116,11 +116,11 @@ class CudaEngine(Engine):
         scratch = None
         if step.name != "infer":
             scratch = _scratch(x, plan, lay, addresses)
-            addresses["counters"] = _counters(x.library, x.device, stream, schedule.families)
+            addresses["counters"] = _counters(x.library, x.device, stream, schedule.reduce.families)
         memory = tuple(addresses.values())
         for name in _LAUNCHES[step.name][not schedule.one_launch]:
             grid = schedule.apply if name in _APPLYING else schedule.reduce
-            blocks = schedule.families if name in _WHOLE else schedule.blocks(plan.shape, grid)
+            blocks = schedule.reduce.families if name in _WHOLE else schedule.blocks(plan.shape, grid)
             if name == "spread_gradient":
                 self._launch_over_channels(name, plan.variant, x, memory, lay.channels, lay.statistics, stream)
                 continue

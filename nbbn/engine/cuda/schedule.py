@@ -61,10 +61,6 @@ class Schedule:
         found: int = -(-r0 // grid.r0_step) * -(-r1 // grid.r1_step) * k0 * -(-k1 // grid.k1_step)
         return found
 
-    @property
-    def families(self) -> int:
-        return int(self.reduce.families)
-
 
 def choose(
     view: Sizes,

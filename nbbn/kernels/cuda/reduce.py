@@ -22,7 +22,7 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
     walk, is_writer, block_sum = block.walk, block.is_writer, block.block_sum
     gradient, inputs = epilogue.functions(device).gradient, input_functions(v, True)
     read_inputs, of_residual, of_adjustment = inputs.read_inputs, inputs.of_residual, inputs.of_adjustment
-    moment_sums, gradient_sums = 3 if weighted else 2, channel.gradient_rows(adjusted)
+    moment_sums, gradient_sums = 3 if weighted else 2, channel.GRADIENT_ROWS[adjusted]
     terms = sums.functions(device)
     moment_terms, gradient_terms = terms.moment_terms, terms.gradient_terms
 

@@ -48,8 +48,8 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     reducing, applying = reduce_functions(v), apply_functions(v)
     sum_moments, sum_gradient_of_task = reducing.sum_moments, reducing.sum_gradient
     normalize_task, input_gradient_task = applying.normalize, applying.input_gradient
-    moment_sums, gradient_sums = 3 if v.weights else 2, channel.gradient_rows(v.adjustment)
-    forward_rows, real = channel.output_rows(v.adjustment), v.statistic.type
+    moment_sums, gradient_sums = 3 if v.weights else 2, channel.GRADIENT_ROWS[v.adjustment]
+    forward_rows, real = channel.OUTPUT_ROWS[v.adjustment], v.statistic.type
     state_rows = (5 if v.renorm else 2) + (2 if v.cumulative else 0)
     # What makes an array is no function of its own: Numba's do not return on a GPU what they have made.
     array, array64, counters_at = matrices(v.statistic), matrices(np.float64), matrices(np.uint32)
