@@ -94,7 +94,8 @@ class Variables:
     def keep(self, state: Array) -> None:
         """Make this state the layer's. The caller holds the lock."""
         if self.place is HOST:
-            self.state = np.ascontiguousarray(state, self.dtype)  # as kernels take it
+            fits = state.dtype is self.dtype and state.flags.c_contiguous  # as kernels take it
+            self.state = state if fits else np.ascontiguousarray(state, self.dtype)
         elif state is not self.state:
             self.place.write(self.state, self.place.astype(state, self.dtype), self.state.shape, (0, 1))
 
