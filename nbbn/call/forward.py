@@ -136,7 +136,7 @@ class Normalizer:
             x, out, operands, dtype, clips, variables = self._prepare(inputs, batch, mask, out, residual, keep)
             residual = operands.residual
         else:
-            x, dtype, operands = inputs, inputs.dtype, NOTHING if residual is None else Operands(residual)
+            x = inputs
         if batch:
             # The lock makes the update one step of a sequence: threads that train one layer lose none.
             with variables.lock if update else NO_LOCK:
@@ -158,7 +158,11 @@ class Normalizer:
                 y = step.infer(x, residual, out, params, state)
             if keep:
                 saved = self._dispatcher.freeze(params, state, x.dtype)
-        record = Record(x, saved, batch, operands, dtype, variables) if keep else None
+        record = None
+        if keep:
+            if not general:
+                operands, dtype = NOTHING if residual is None else Operands(residual), x.dtype
+            record = Record(x, saved, batch, operands, dtype, variables)
         if general:
             beside = [a for a in (out, residual) if a is not None]
             if mask is None and all(isinstance(a, np.ndarray) and a.flags.c_contiguous for a in beside):
