@@ -23,7 +23,8 @@ NO_LOCK = contextlib.nullcontext()
 class Normalizer:
     """What can be called: options, and variables that the first input makes where it lies.
 
-    A class that overrides _uses_batch() or _update() is asked in every call, also in one that takes a bound step.
+    Whatever a class overrides is asked in every call, also in one that takes a bound step: what that leaves out are
+    functions of this module.
     """
 
     name: str
@@ -133,7 +134,7 @@ class Normalizer:
             step = self._dispatcher.bound.get((name, residual is not None, inputs.shape, inputs.strides, inputs.dtype))
         general = step is None or not step.fits(variables, inputs, out, residual)
         if general:
-            x, out, operands, dtype, clips, variables = self._prepare(inputs, batch, mask, out, residual, keep)
+            x, out, operands, dtype, clips, variables = _prepare(self, inputs, batch, mask, out, residual, keep)
             residual = operands.residual
         else:
             x = inputs
@@ -171,51 +172,54 @@ class Normalizer:
             y = place_of(y).give(y)
         return y, record
 
-    def _take(self, inputs: Any) -> tuple[Array, np.dtype, Shapes]:
-        """An input in the layer's dtype, its dtype as it came, and the shapes, which it agrees with."""
-        x, known = as_input(inputs), self._variables
-        given = x.dtype
-        self._dispatcher.engine(x)  # raises where there is none
-        if self.options.dtype is not None:
-            x = place_of(x).astype(x, self.options.dtype)
-        return x, given, check_input(self.options, None if known is None else known.shapes, x.shape, x.dtype)
 
-    def _prepare(
-        self, inputs: Any, batch: bool, mask: Any, out: Any, residual: Any, keep: bool
-    ) -> tuple[Array, Array | None, Operands, np.dtype, Mapping[str, float] | None, Variables]:
-        """All that is checked and found out before anything changes: the input, where to write the result, what stands
-        beside the input, the input's dtype as it came, the clips of a training step, and the variables, which are made
-        if there are none."""
-        x, given, shapes = self._take(inputs)
-        target = None if out is None else as_out(out, x)
-        added = None if residual is None else as_like(residual, x, "residual", "the input's")
-        if keep:
-            message = "out must not share memory with inputs or residual in vjp(), because the gradient needs them"
-            refuse_overlap(target, [x, added], message)
-        operands, clips, dtype = NOTHING if added is None else Operands(added), None, dtypes.statistic(x.dtype)
-        if batch:
-            self._dispatcher.layout(x.shape, training=True)  # raises where a virtual batch does not fit
-            if self.options.adjustment is not None:
-                a, b = as_adjustment(self.options.adjustment, x, dtype)
-                operands = operands._replace(a=a, b=b)
-            if mask is not None:
-                operands = operands._replace(weights=as_weights(mask, x, tuple(shapes.features), dtype))
-            if not self.options.is_constant:
-                clips = self.options.clip_values()  # callables are asked once, and raise before anything changes
-        return x, target, operands, given, clips, self._variables_for(x, shapes)
+def take(layer: Normalizer, inputs: Any) -> tuple[Array, np.dtype, Shapes]:
+    """An input in the layer's dtype, its dtype as it came, and the shapes, which it agrees with."""
+    x, known = as_input(inputs), layer._variables
+    given = x.dtype
+    layer._dispatcher.engine(x)  # raises where there is none
+    if layer.options.dtype is not None:
+        x = place_of(x).astype(x, layer.options.dtype)
+    return x, given, check_input(layer.options, None if known is None else known.shapes, x.shape, x.dtype)
 
-    def _variables_for(self, x: Array, shapes: Shapes) -> Variables:
-        """Those for an input, which builds the layer where it lies. Raises: ValueError if they are elsewhere."""
-        place = place_of(x)
-        with self._building:
-            if self._variables is None:
-                made = self._make_variables(shapes)
-                self._variables = made if place is HOST else made.moved(place)
-            variables = self._variables
-        if variables.place.name != place.name:
-            there = "the host" if place is HOST else place.name
-            raise ValueError(
-                f"inputs must be where the variables of {self.name} are, on {variables.place.name}; received an array "
-                f"on {there}: call to({place.name!r}) first"
-            )
-        return variables
+
+def _prepare(
+    layer: Normalizer, inputs: Any, batch: bool, mask: Any, out: Any, residual: Any, keep: bool
+) -> tuple[Array, Array | None, Operands, np.dtype, Mapping[str, float] | None, Variables]:
+    """All that is checked and found out before anything changes: the input, where to write the result, what stands
+    beside the input, the input's dtype as it came, the clips of a training step, and the variables, which are made
+    if there are none."""
+    x, given, shapes = take(layer, inputs)
+    target = None if out is None else as_out(out, x)
+    added = None if residual is None else as_like(residual, x, "residual", "the input's")
+    if keep:
+        message = "out must not share memory with inputs or residual in vjp(), because the gradient needs them"
+        refuse_overlap(target, [x, added], message)
+    operands, clips, dtype = NOTHING if added is None else Operands(added), None, dtypes.statistic(x.dtype)
+    if batch:
+        layer._dispatcher.layout(x.shape, training=True)  # raises where a virtual batch does not fit
+        if layer.options.adjustment is not None:
+            a, b = as_adjustment(layer.options.adjustment, x, dtype)
+            operands = operands._replace(a=a, b=b)
+        if mask is not None:
+            operands = operands._replace(weights=as_weights(mask, x, tuple(shapes.features), dtype))
+        if not layer.options.is_constant:
+            clips = layer.options.clip_values()  # callables are asked once, and raise before anything changes
+    return x, target, operands, given, clips, _variables_for(layer, x, shapes)
+
+
+def _variables_for(layer: Normalizer, x: Array, shapes: Shapes) -> Variables:
+    """Those for an input, which builds the layer where it lies. Raises: ValueError if they are elsewhere."""
+    place = place_of(x)
+    with layer._building:
+        if layer._variables is None:
+            made = layer._make_variables(shapes)
+            layer._variables = made if place is HOST else made.moved(place)
+        variables = layer._variables
+    if variables.place.name != place.name:
+        there = "the host" if place is HOST else place.name
+        raise ValueError(
+            f"inputs must be where the variables of {layer.name} are, on {variables.place.name}; received an array "
+            f"on {there}: call to({place.name!r}) first"
+        )
+    return variables

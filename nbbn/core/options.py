@@ -92,9 +92,12 @@ class Options:
     @cached_property
     def is_constant(self) -> bool:
         """Whether every call finds the same values: no option is a callable, nor holds one."""
-        values = [getattr(self, f.name) for f in fields(self)]
-        values += [v for mapping in values if isinstance(mapping, Mapping) for v in mapping.values()]
-        return not any(map(callable, values))
+
+        def varies(value: Any) -> bool:
+            held = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+            return callable(value) or any(map(varies, held))
+
+        return not any(varies(getattr(self, f.name)) for f in fields(self))
 
     def resolved_axis(self) -> tuple[int, ...]:
         return (self.axis,) if isinstance(self.axis, int) else self.axis

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from nbbn.call.forward import take
 from nbbn.engine.base import Force
 from nbbn.engine.dispatcher import Dispatcher
 from nbbn.layer.layer import BatchNormalization
@@ -10,7 +11,7 @@ from nbbn.layer.layer import BatchNormalization
 def explain(layer: BatchNormalization, inputs: Any, training: bool = False) -> Any:
     """How `layer` would run on `inputs`: a plan with step, view, schedule, chunks, dtypes and threads, or what there is
     of these on a GPU; print it to read it."""
-    x, _, _ = layer._take(inputs)
+    x, _, _ = take(layer, inputs)
     return layer._dispatcher.explain(x, layer._uses_batch(training))
 
 
