@@ -64,7 +64,7 @@ ROOMS = {
     },
     "nn": {"arrays", "call", "core", "engine.dispatcher", "kernels"},
     "deploy": {
-        *("core", "engine", "engine.cpu", "engine.dispatcher"),
+        *("call", "core", "engine", "engine.cpu", "engine.dispatcher"),
         *("kernels.cpu", "layer", "runtime", "state"),
     },
     "nbbn": {

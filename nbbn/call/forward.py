@@ -128,7 +128,8 @@ class Normalizer:
         """
         batch = self._uses_batch(training)
         variables: Any = self._variables  # None only before _prepare()
-        step: Any = None
+        x: Any = inputs
+        step: Any = None  # the bound step of these arrays, where there is one
         if mask is None and type(inputs) is np.ndarray:
             name = "train" if batch else "infer"
             step = self._dispatcher.bound.get((name, residual is not None, inputs.shape, inputs.strides, inputs.dtype))
@@ -136,8 +137,6 @@ class Normalizer:
         if general:
             x, out, operands, dtype, clips, variables = _prepare(self, inputs, batch, mask, out, residual, keep)
             residual = operands.residual
-        else:
-            x = inputs
         if batch:
             # The lock makes the update one step of a sequence: threads that train one layer lose none.
             with variables.lock if update else NO_LOCK:
@@ -167,8 +166,7 @@ class Normalizer:
         if general:
             beside = [a for a in (out, residual) if a is not None]
             if mask is None and all(isinstance(a, np.ndarray) and a.flags.c_contiguous for a in beside):
-                name, added = "train" if batch else "infer", residual is not None
-                self._dispatcher.bind(name, x, added, variables)
+                self._dispatcher.bind("train" if batch else "infer", x, residual is not None, variables)
             y = place_of(y).give(y)
         return y, record
 
