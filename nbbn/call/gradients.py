@@ -82,9 +82,13 @@ def _general_gradients(dispatcher: Dispatcher, record: Record, dy: Any, out: Any
     message = "out must not share memory with the input or the residual, which a later call needs"
     refuse_overlap(target, [x, operands.residual], message)
     wants_dz = operands.residual is not None or operands.adjusted
-    if wants_dz and dispatcher.options.activation is None:  # dz is dy, which is the caller's and may be in `out`
-        dy = place.astype(dy, dy.dtype, copy=operands.residual is not None or target is not None)
-    return dispatcher.backward(dy, x, record.saved, operands, training=record.training, out=target, wants_dz=wants_dz)
+    same = wants_dz and dispatcher.options.activation is None  # dz is dy, which is the caller's and may be in `out`
+    if same and target is not None:
+        dy = place.astype(dy, dy.dtype, copy=True)
+    result = dispatcher.backward(dy, x, record.saved, operands, training=record.training, out=target, wants_dz=wants_dz)
+    if same and target is None and operands.residual is not None:  # after the step: planning stops there
+        return *result[:2], place.astype(dy, dy.dtype, copy=True)
+    return result
 
 
 def _adjustment_gradients(dispatcher: Dispatcher, record: Record, dz: Array) -> tuple[np.ndarray, np.ndarray]:

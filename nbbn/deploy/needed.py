@@ -45,8 +45,9 @@ def kernels(
     twin._dispatcher.use(notes)
     if twin._variables is None:
         shapes = derive_shapes(twin.options, x.shape, x.dtype)
-        # Without a call of the layer's initializers; no kernel depends on how many statistics there are.
-        values = dict.fromkeys(STATISTICS, np.ones(shapes.params, shapes.dtype))
+        # Without a call of the layer's initializers.
+        statistics = STATISTICS if layer.options.renorm else STATISTICS[:2]
+        values = dict.fromkeys(statistics, np.ones(shapes.params, shapes.dtype))
         twin._variables = Variables(shapes, values, layer.options.momentum is None)
     # NumPy meets whatever is in statistics that nobody has computed.
     with np.errstate(all="ignore"), contextlib.suppress(_Known):
