@@ -43,8 +43,14 @@ class Target:
         thresholds: Mapping[str, Any] | None = None,
         exchange: Exchange | None = None,
     ) -> None:
-        force = Force(schedule, parallel, one_pass, thresholds or {})
+        force = self.force(schedule, parallel, one_pass, thresholds or {})
         self.dispatcher = Dispatcher(Options(**options), force, exchange)
+
+    def force(
+        self, schedule: str | None, parallel: bool | None, one_pass: bool | None, thresholds: Mapping[str, Any]
+    ) -> Force:
+        """These choices, as far as the target has them."""
+        return Force(schedule, parallel, one_pass, thresholds)
 
     @property
     def engine(self) -> Engine:

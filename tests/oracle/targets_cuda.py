@@ -9,9 +9,9 @@ import pytest
 from numba import cuda
 from numpy.typing import NDArray
 
+from nbbn import Force
 from nbbn.arrays import numba_cuda
 from nbbn.arrays.device import DeviceArray, wrap
-from nbbn.engine.dispatcher import Exchange
 from nbbn.kernels.cuda.memory import VECTOR_BYTES, vector
 from nbbn.kernels.cuda.target import SIMULATED
 from tests.oracle.face import Target
@@ -83,16 +83,10 @@ class Cuda(Target):
     kind = "cuda"
     memory = DeviceMemory
 
-    def __init__(
-        self,
-        options: dict[str, Any],
-        schedule: str | None = None,
-        parallel: bool | None = None,
-        one_pass: bool | None = None,
-        thresholds: Mapping[str, Any] | None = None,
-        exchange: Exchange | None = None,
-    ) -> None:
-        super().__init__(options, None, None, one_pass, {"sums": "float64", **(thresholds or {})}, exchange)
+    def force(
+        self, schedule: str | None, parallel: bool | None, one_pass: bool | None, thresholds: Mapping[str, Any]
+    ) -> Force:
+        return Force(one_pass=one_pass, thresholds={"sums": "float64", **thresholds})
 
     def kernels(self) -> list[tuple[str, str, bool, bool]]:
         """Step, loops, whether it is one launch, and False: of all that has run."""

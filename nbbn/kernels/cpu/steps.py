@@ -268,6 +268,7 @@ def freeze(hyper, params, state, saved):
 MIDDLE_STAGES: dict[str, Step] = {"finish": finish, "freeze": freeze}
 
 
+@lru_cache(maxsize=16)
 def names_of(step: str) -> tuple[str, ...]:
     """The arguments of a step, in their order."""
     function = MIDDLE_STAGES.get(step) or steps("planes", False, False)[step]
