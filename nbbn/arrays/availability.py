@@ -3,10 +3,13 @@
 import os
 from importlib.util import find_spec
 
+import numba
+
 
 def missing() -> str | None:
     """What is missing, and what to do about it; None where a GPU can be used."""
-    if find_spec("numba_cuda") is None:
+    simulated = numba.config.ENABLE_CUDASIM  # by Numba itself, which needs no other package for it
+    if not simulated and find_spec("numba_cuda") is None:
         return 'numba-cuda is not installed: pip install "nbbn[cuda]"'
     try:
         from numba import cuda
