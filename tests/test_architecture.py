@@ -71,7 +71,7 @@ ROOMS = {
         *("call", "core", "deploy", "engine", "engine.dispatcher", "layer", "nn", "runtime"),
         *("initializers", "regularizers", "constraints"),
     },
-    "compat": {"arrays", "core", "layer", "regularizers", "runtime", "state"},
+    "compat": {"arrays", "call", "core", "layer", "regularizers", "runtime", "state"},
     "demo": {"nbbn", "runtime"},
     "info": {"arrays.availability", "kernels.cpu", "nbbn", "runtime"},
     "__main__": {"core", "demo", "deploy", "info", "nbbn"},

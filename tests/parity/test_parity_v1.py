@@ -29,6 +29,7 @@ class TensorFlow:
     """The program's view of TensorFlow 1: graph, session, placeholders that know their values."""
 
     variable_scope, AUTO_REUSE = staticmethod(tf1.variable_scope), tf1.AUTO_REUSE
+    make_template, get_variable_scope = staticmethod(tf1.make_template), staticmethod(tf1.get_variable_scope)
     layers, keras = legacy, SimpleNamespace(layers=batch_normalization_v1)
 
     def __init__(self) -> None:
@@ -63,6 +64,7 @@ class Nbbn:
     """The same for nbbn, where inputs are arrays and outputs are values."""
 
     variable_scope, AUTO_REUSE = staticmethod(v1.variable_scope), v1.AUTO_REUSE
+    make_template, get_variable_scope = staticmethod(v1.make_template), staticmethod(v1.get_variable_scope)
     layers, keras = v1.layers, v1.keras
 
     def input(self, x: np.ndarray) -> np.ndarray:
@@ -260,9 +262,102 @@ def regularized_and_shared(side: Any, x: np.ndarray) -> None:
     functional(side, x, name="bn", gamma_regularizer=regularizer, reuse=True)
 
 
+def towers_by_the_open_scope(side: Any, x: np.ndarray) -> list[Any]:
+    functional(side, x)
+    for i in range(2):
+        with side.variable_scope(side.get_variable_scope(), reuse=i > 0):
+            functional(side, x)
+    with side.variable_scope("outer") as outer:
+        functional(side, x)
+        with side.variable_scope(outer):
+            functional(side, x)
+        with side.variable_scope(None, "block") as first:
+            pass
+        with side.variable_scope(outer), side.variable_scope(None, "block") as second:
+            pass
+        found = side.get_variable_scope()
+    found_reuse = [found.reuse, side.get_variable_scope().reuse]
+    side.get_variable_scope().reuse_variables()
+    return [found.name, *found_reuse, side.get_variable_scope().reuse, first.name, second.name]
+
+
+def template_of(side: Any, name: str, *more: Any, **options: Any) -> Any:
+    """A template of a network of two layers."""
+
+    def network(x: np.ndarray, training: bool = False) -> None:
+        functional(side, x, training=training)
+        functional(side, x, training=training)
+
+    return side.make_template(name, network, *more, **options)
+
+
+def facts_of(template: Any) -> list[Any]:
+    kinds = ("variables", "trainable_variables", "global_variables")
+    found = [[v.name for v in getattr(template, kind)] for kind in kinds]
+    return [template.name, template.variable_scope and template.variable_scope.name, *found]
+
+
+def templates(side: Any, x: np.ndarray) -> list[Any]:
+    found = []
+    for template in [template_of(side, "net"), template_of(side, "net", training=True)]:
+        found.append(facts_of(template))
+        template(x)
+        with side.variable_scope("elsewhere"):
+            template(x)
+        found.append(facts_of(template))
+    return found
+
+
+def templates_in_scopes(side: Any, x: np.ndarray) -> list[Any]:
+    """A template belongs to the scope where it is called first, or where it is made with create_scope_now_."""
+    with side.variable_scope("made"):
+        made = [template_of(side, "net"), template_of(side, "net", True), template_of(side, "net", True)]
+    with side.variable_scope("called"):
+        for template in made:
+            template(x)
+    with side.variable_scope(None, "net"):
+        pass
+    template_of(side, "net")(x)
+    return [facts_of(template) for template in made]
+
+
+def template_with_a_unique_name(side: Any, x: np.ndarray) -> list[Any]:
+    template = template_of(side, "net", unique_name_="own")
+    for _ in range(2):
+        template(x)
+    return facts_of(template)
+
+
+def template_in_a_scope_that_reuses(side: Any, x: np.ndarray) -> None:
+    for reuse in (False, True):
+        with side.variable_scope("outer", reuse=reuse):
+            template_of(side, "net")(x)
+
+
+def templates_in_templates(side: Any, x: np.ndarray) -> None:
+    shared = template_of(side, "shared")
+
+    def network() -> None:
+        functional(side, x)
+        shared(x)
+        template_of(side, "own")(x)
+        side.layers.BatchNormalization()(side.input(x))
+
+    for template in [side.make_template("one", network), side.make_template("two", network)]:
+        template()
+        template()
+    shared(x)
+
+
 @pytest.mark.parametrize(
     "program",
     [
+        towers_by_the_open_scope,
+        templates,
+        templates_in_scopes,
+        template_with_a_unique_name,
+        template_in_a_scope_that_reuses,
+        templates_in_templates,
         unnamed_three_times,
         named_beside_unnamed,
         nested_scopes,
@@ -341,9 +436,27 @@ def scope_reused_by_its_default_name(side: Any, x: np.ndarray) -> None:
         pass
 
 
+def template_that_needs_more_later(side: Any, x: np.ndarray) -> None:
+    template = side.make_template("net", lambda name: functional(side, x, name=name))
+    template("one")
+    template("two")
+
+
+def templates_of_one_unique_name(side: Any, x: np.ndarray) -> None:
+    for _ in range(2):
+        template_of(side, "net", unique_name_="own")(x)
+
+
+def template_without_a_name(side: Any, x: np.ndarray) -> None:
+    side.make_template(None, functional)
+
+
 @pytest.mark.parametrize(
     "program",
     [
+        template_that_needs_more_later,
+        templates_of_one_unique_name,
+        template_without_a_name,
         same_name_twice,
         same_name_twice_in_a_scope,
         unnamed_in_a_scope_opened_twice,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from nbbn.compat.v1.loops import Loops
 from nbbn.runtime import StateLock
 from nbbn.state.variables import Variables
 
@@ -66,7 +67,7 @@ class Variable:
 
 @dataclass
 class Scope:
-    """An open variable scope. `used`: the names of scopes in it since it was opened."""
+    """A variable scope. `used`: the names of scopes in it since it was opened; none once it is closed."""
 
     name: str
     reuse: Reuse
@@ -90,8 +91,9 @@ class Graph:
         self.lock = StateLock()
         self.variables: dict[str, Variables] = {}  # by the name of the scope that holds them
         self.collections: dict[str, list[Any]] = {}
-        self.layer_names = Scope("", None)
-        self._root = Scope("", None)
+        self.loops = Loops()
+        self.layer_names = Scope("", False)
+        self._root = Scope("", False)
         self._thread = threading.local()
 
     @property
@@ -146,7 +148,7 @@ def variable_scope(
             outer.used.add(name)
         inner = Scope(outer.join(name), outer.reuse)
     elif isinstance(name_or_scope, Scope):
-        inner = Scope(name_or_scope.name, reuse or name_or_scope.reuse)
+        inner = Scope(name_or_scope.name, reuse or name_or_scope.reuse, set(name_or_scope.used))
     else:
         outer.used.add(name_or_scope)
         inner = Scope(outer.join(name_or_scope), reuse or outer.reuse)
@@ -154,7 +156,19 @@ def variable_scope(
     try:
         yield inner
     finally:
-        scopes.pop()
+        scopes.pop().used.clear()
+
+
+def get_variable_scope() -> Scope:
+    """The scope that is open here: its `name` ("" for the outermost), `reuse` and `reuse_variables()`."""
+    return default_graph().scopes[-1]
+
+
+def add_to_collection(name: str, value: Any) -> None:
+    """Put `value` into the collection `name`. What is put into UPDATE_OPS should have run(), as an Update does."""
+    graph = default_graph()
+    with graph.lock:
+        graph.collections.setdefault(name, []).append(value)
 
 
 def get_collection(key: str, scope: str | None = None) -> list[Any]:
@@ -165,12 +179,19 @@ def get_collection(key: str, scope: str | None = None) -> list[Any]:
     graph = default_graph()
     with graph.lock:
         members = graph.collections.get(key, [])
-        members[:] = [m for m in members if not getattr(m, "done", False)]
-        found = [m for m in members if scope is None or re.match(scope, m.name)]
-    return [m() for m in found] if key == GraphKeys.REGULARIZATION_LOSSES else found
+        if key == GraphKeys.UPDATE_OPS:
+            members[:] = [m for m in members if not getattr(m, "done", False)]
+        found = [m for m in members if scope is None or (hasattr(m, "name") and re.match(scope, m.name))]
+    if key == GraphKeys.REGULARIZATION_LOSSES:
+        return [m() if callable(m) else m for m in found]
+    return found
 
 
-def add_to_collection(key: str, member: Any) -> None:
-    graph = default_graph()
-    with graph.lock:
-        graph.collections.setdefault(key, []).append(member)
+def global_variables(scope: str | None = None) -> list[Variable]:
+    """All variables, in the order of their creation; with `scope`, as in get_collection()."""
+    return get_collection(GraphKeys.GLOBAL_VARIABLES, scope)
+
+
+def trainable_variables(scope: str | None = None) -> list[Variable]:
+    """The gammas and betas of the layers that are trainable; with `scope`, as in get_collection()."""
+    return get_collection(GraphKeys.TRAINABLE_VARIABLES, scope)

@@ -1,8 +1,11 @@
 """tf.compat.v1.layers: the layer that lives in a graph of named variables, and its functional form."""
 
+import functools
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from nbbn.call.gradients import Gradients
 from nbbn.compat.v1.graph import (
     GraphKeys,
     Reuse,
@@ -20,6 +23,7 @@ from nbbn.state.shapes import Shapes
 from nbbn.state.variables import PARAMETERS, Variables
 
 _BASE_NAME = "batch_normalization"
+_V2_SIGNATURE = inspect.signature(BatchNormalizationV2)
 
 
 class _Loss:
@@ -46,7 +50,7 @@ class BatchNormalization(KerasBatchNormalization):
     """
 
     def __init__(self, *args: Any, _reuse: Reuse = None, _scope: str | None = None, **kwargs: Any) -> None:
-        name = inspect.signature(BatchNormalizationV2).bind(*args, **kwargs).arguments.get("name", _scope)
+        name = _V2_SIGNATURE.bind(*args, **kwargs).arguments.get("name", _scope)
         if _reuse and name is None:
             raise ValueError(f"reuse={_reuse!r} needs a name for the layer; received name=None")
         self._scope_argument, self._reuse = _scope, _reuse
@@ -80,9 +84,12 @@ class BatchNormalization(KerasBatchNormalization):
             existing = graph.variables.get(scope.name)
             if existing is None:
                 if scope.reuse is True:
-                    raise ValueError(f"reuse=True, but there are no variables {_listed(scope, wanted)}")
-                graph.variables[scope.name] = wanted
+                    raise ValueError(
+                        f"there are no variables {_listed(scope, wanted)}, and none are made with reuse=True or by a "
+                        "template after its first call"
+                    )
                 self._collect(scope, wanted)
+                graph.variables[scope.name] = wanted
                 return wanted
             _check_reuse(scope, existing, wanted)
             return existing
@@ -125,6 +132,22 @@ def _check_reuse(scope: Scope, existing: Variables, wanted: Variables) -> None:
             raise ValueError(f"variables of {scope.name} have {label} {has}; this input needs {label} {needs}")
 
 
+class _Call(BatchNormalization):
+    """The layer of one call of the functional form: nobody keeps it, its variables are found by their name alone."""
+
+    def _collect(self, scope: Scope, variables: Variables) -> None:
+        if self._scope_argument is None:
+            default_graph().loops.notice(lambda: any(update.done for update in self._updates))
+        super()._collect(scope, variables)
+
+
+def _call(method: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """A method of the layer for the arguments of the functional form."""
+    options = {k: v for k, v in arguments.items() if k not in ("inputs", "training", "reuse")}
+    layer = _Call(**options, _reuse=arguments["reuse"], _scope=arguments["name"])
+    return method(layer, arguments["inputs"], training=arguments["training"])
+
+
 def batch_normalization(
     inputs: Any,
     axis: Any = -1,
@@ -159,8 +182,22 @@ def batch_normalization(
             update.run()
 
     Args:
-        training: normalize with the batch's statistics. name: of the variable scope; a unique one if it is None.
+        training: normalize with the batch's statistics. name: of the variable scope; a unique one if it is None, so
+            that every call has variables of its own: use make_template() in a loop.
         reuse: True takes the variables of that name, AUTO_REUSE creates or takes them.
     """
-    options = {k: v for k, v in locals().items() if k not in ("inputs", "training", "reuse")}
-    return BatchNormalization(**options, _reuse=reuse, _scope=name)(inputs, training=training)
+    return _call(BatchNormalization.__call__, locals())
+
+
+@functools.wraps(batch_normalization, assigned=())
+def batch_normalization_vjp(*args: Any, **kwargs: Any) -> tuple[Any, Callable[..., Gradients]]:
+    """batch_normalization() and its gradient: the normalized `inputs`, and a function from dy to Gradients.
+
+    Args: those of batch_normalization().
+    Returns: what BatchNormalization.vjp does: y and pullback. pullback(dy) has the gradients `inputs`, `gamma` and
+        `beta`; the last two belong to the variables of these names, which are among trainable_variables().
+    """
+    arguments = inspect.signature(batch_normalization).bind(*args, **kwargs)
+    arguments.apply_defaults()
+    y, pullback = _call(BatchNormalization.vjp, arguments.arguments)
+    return y, pullback
