@@ -43,7 +43,7 @@ def _moments(x: Array, weights: Array | None, reduced: Sizes, keepdims: bool) ->
     else:
         x, kept = _with_channels(x, kept)
         weights = weights if weights is None or weights.ndim == x.ndim else weights[np.newaxis]
-        count, mean, m2 = _dispatcher(kept).reduce(x, weights)
+        count, mean, m2, _ = _dispatcher(kept).reduce(x, weights)
         variance = m2 / np.maximum(count, np.finfo(np.float64).tiny)  # m2 is 0 where nothing counts
     if weights is None and not count.all():
         mean, variance = np.full_like(mean, np.nan), np.full_like(variance, np.nan)

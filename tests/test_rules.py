@@ -27,20 +27,20 @@ VALUES = [
     (rules.shifted_moments, (4.0, 1.0, 4.0, 3.875), (2.0, 0.0)),  # rounding made m2 negative
     (rules.shifted_moments, (2.0, 1.0, NAN, NAN), (NAN, NAN)),
     (rules.shifted_moments, (2.0, 1.0, INF, INF), (INF, NAN)),
-    (rules.combine, (2.0, 4.0, 2.0, 2.0, 8.0, 2.0), (4.0, 6.0, 20.0)),  # 3, 5 and 7, 9
+    (rules.combine, (2.0, 4.0, 2.0, 2.0, 2.0, 8.0, 2.0, 2.0), (4.0, 6.0, 20.0, 4.0)),  # 3, 5 and 7, 9
     (rules.biased_variance, (4.0, 10.0), 2.5),
     (rules.biased_variance, (0.0, 0.0), 0.0),
     (rules.biased_variance, (4.0, NAN), NAN),
     # m2 = count is a biased variance of 1: what is left is Bessel's factor
-    (rules.unbiased_variance, (18.0, 18.0), 18 / 17),
-    (rules.unbiased_variance, (40.0, 40.0), 40 / 39),
-    (rules.unbiased_variance, (24.0, 24.0), 24 / 23),
-    (rules.unbiased_variance, (2.5, 3.0), 2.0),
-    (rules.unbiased_variance, (2.0, 2.0), 2.0),
-    (rules.unbiased_variance, (1.5, 1.5), 1.5),
-    (rules.unbiased_variance, (1.0, 1.0), 1.0),
-    (rules.unbiased_variance, (0.0, 0.0), 0.0),
-    (rules.unbiased_variance, (4.0, NAN), NAN),
+    (rules.unbiased_variance, (18.0, 18.0, 18.0), 18 / 17),
+    (rules.unbiased_variance, (40.0, 40.0, 40.0), 40 / 39),
+    (rules.unbiased_variance, (2.0, 2.0, 2.0), 2.0),
+    (rules.unbiased_variance, (1.0, 1.0, 1.0), 1.0),
+    (rules.unbiased_variance, (0.0, 0.0, 0.0), 0.0),
+    (rules.unbiased_variance, (4.0, NAN, 4.0), NAN),
+    (rules.unbiased_variance, (8.0, 8.0, 32.0), 2.0),  # two values of weight 4
+    (rules.unbiased_variance, (4.0, 4.0, 10.0), 8 / 3),  # one of 3 and one of 1
+    (rules.unbiased_variance, (0.3, 0.3, 0.09), 1.0),  # a single one, whose divisor is a rounding error
     (rules.moving_average, (2.0, 4.0, 0.75), 2.5),
     (rules.moving_average, (4.0, 2.0, 0.25), 2.5),
     (rules.moving_average, (NAN, 2.0, 0.5), NAN),
@@ -51,7 +51,25 @@ VALUES = [
     (rules.output_terms, (5.25, 5.25, 0.5, 1.0, 0.0, 2.0), (1.0, 0.0)),
     (rules.output_terms, (5.25, 5.0, 0.5, 2.0, 3.0, 4.0), (4.0, 11.0)),
     (rules.output_terms, (NAN, 5.0, 0.5, 2.0, 3.0, 4.0), (4.0, NAN)),
-    (rules.inference_scale, (3.0, 3.75, 0.25), 1.5),
+    (rules.reciprocal_stddev, (3.75, 0.25), 0.5),
+    (rules.reciprocal_stddev, (0.0, 0.0), 0.0),  # all values are the mean
+    (rules.reciprocal_stddev, (NAN, 0.25), NAN),
+    (rules.inference_terms, (5.0, 5.0, 3.75, 0.25, 3.0), (1.5, 0.0)),
+    (rules.inference_terms, (5.5, 5.0, 3.75, 0.25, 3.0), (1.5, -0.75)),
+    (rules.inference_terms, (INF, INF, 3.75, 0.25, 3.0), (1.5, 0.0)),
+    # ten deviations away, and a hundred of them
+    (rules.is_typical, (10.0, 4.0, 0.0, 4.0), True),
+    (rules.is_typical, (100.0, 4.0, 0.0, 4.0), False),
+    (rules.is_typical, (1.0, 4.0, 1.0 + 2.0**-50, 0.0), True),  # cannot be nearer
+    (rules.is_typical, (1.0, 4.0, NAN, NAN), True),
+    (rules.saturate, (3.0, 2.0), 2.0),
+    (rules.saturate, (-3.0, 2.0), -2.0),
+    (rules.saturate, (INF, 2.0), INF),
+    (rules.saturate, (NAN, 2.0), NAN),
+    (rules.counts, (NAN, 0.5), True),
+    (rules.counts, (1.0, 0.0), True),
+    (rules.counts, (NAN, 0.0), False),
+    (rules.counts, (INF, 0.0), False),
     (rules.stddev, (NAN, 0.25), NAN),
     (rules.clip, (2.0, 1.0, 3.0), 2.0),
     (rules.clip, (0.0, 1.0, 3.0), 1.0),
@@ -98,6 +116,9 @@ VALUES = [
     (rules.input_gradient, (8.0, INF, 3.0, 0.5, 0.0, 0.0, 1.0, 1.0), 4.0),
     (rules.input_gradient, (8.0, 5.0, 3.0, 0.5, 1.0, 0.25, 1.0, 2.0), 2.5),
     (rules.input_gradient, (8.0, 5.0, 3.0, 0.5, 1.0, 0.25, 1.0, 0.0), 4.0),
+    (rules.input_gradient, (8.0, NAN, 3.0, 0.5, 1.0, 0.25, 1.0, 0.0), 0.0),
+    (rules.input_gradient, (NAN, INF, 3.0, 0.5, 1.0, 0.25, 1.0, 0.0), 0.0),
+    (rules.input_gradient, (8.0, 5.0, 3.0, 0.5, NAN, 0.25, 1.0, 0.0), 4.0),
     (rules.input_gradient, (4.0, 5.0, 3.0, 0.5, 1.0, 0.25, 2.0, 2.0), 2.5),
 ]
 
@@ -125,7 +146,7 @@ def test_float32_stays_float32_in_python(rule, arguments, expected):
     with np.errstate(invalid="ignore"):  # unlike Python's numbers NumPy's warn of inf - inf
         results = np.atleast_1d(np.array(rule(*map(np.float32, arguments)), dtype=object))
     for result in results:
-        assert isinstance(result, float | np.float32), type(result)
+        assert isinstance(result, float | np.float32 | bool | np.bool_), type(result)
         assert np.result_type(result, np.float32(1)) == np.float32, type(result)
 
 
@@ -135,7 +156,7 @@ def test_float32_stays_float32_when_compiled(rule):
     compiled = numba.njit(rule)
     compiled.compile(signature)
     result = compiled.overloads[signature].signature.return_type
-    assert set(getattr(result, "types", (result,))) == {numba.float32}
+    assert set(getattr(result, "types", (result,))) <= {numba.float32, numba.boolean}
 
 
 # --- moments ------------------------------------------------------------------
@@ -159,15 +180,15 @@ def test_shifted_moments_at_large_means(mean):
 @pytest.mark.parametrize("mean", [0.0, 1e6])
 def test_combine_agrees_with_numpy(cut, mean):
     x = mean + np.random.default_rng(1).normal(size=1000)
-    parts = [(float(p.size), *moments_of(p, p[0] if p.size else 0.0)) for p in (x[:cut], x[cut:])]
-    count, found_mean, m2 = rules.combine(*parts[0], *parts[1])
+    parts = [(float(p.size), *moments_of(p, p[0] if p.size else 0.0), float(p.size)) for p in (x[:cut], x[cut:])]
+    count, found_mean, m2, _ = rules.combine(*parts[0], *parts[1])
     assert count == 1000
     np.testing.assert_allclose(found_mean, x.mean(), rtol=1e-15, atol=1e-15)
     np.testing.assert_allclose(m2, x.var() * 1000, rtol=1e-12)
 
 
 def test_combine_is_symmetric():
-    one, two = (3.0, 5.0, 8.0), (7.0, -2.0, 1.5)
+    one, two = (3.0, 5.0, 8.0, 3.0), (7.0, -2.0, 1.5, 9.0)
     np.testing.assert_allclose(rules.combine(*one, *two), rules.combine(*two, *one), rtol=1e-14)
 
 
@@ -175,19 +196,19 @@ def test_combine_many_parts_in_any_order():
     rng = np.random.default_rng(2)
     x = 1e3 + rng.normal(size=4096)
     for order in (range(64), reversed(range(64)), rng.permutation(64)):
-        total = (0.0, 0.0, 0.0)
+        total = (0.0, 0.0, 0.0, 0.0)
         for i in order:
             part = x[64 * i : 64 * i + 64]
-            total = rules.combine(*total, 64.0, *moments_of(part, part[0]))
-        np.testing.assert_allclose(total, (4096, x.mean(), x.var() * 4096), rtol=1e-12)
+            total = rules.combine(*total, 64.0, *moments_of(part, part[0]), 64.0)
+        np.testing.assert_allclose(total, (4096, x.mean(), x.var() * 4096, 4096), rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("power", [-0.9, 0.0, 0.4, 0.9])
 def test_combine_with_nothing_changes_nothing(dtype, power):
     """Also where the square of the mean is no number of this dtype: most lanes of a small reduction are empty."""
-    nothing = tuple(map(dtype, (0, 0, 0)))
-    something = (dtype(4), dtype(np.finfo(dtype).max ** power), dtype(8))
+    nothing = tuple(map(dtype, (0, 0, 0, 0)))
+    something = (dtype(4), dtype(np.finfo(dtype).max ** power), dtype(8), dtype(4))
     with np.errstate(over="ignore", invalid="ignore"):
         assert rules.combine(*nothing, *something) == something
         assert rules.combine(*something, *nothing) == something

@@ -201,7 +201,7 @@ def test_moments_without_the_groups_of_a_virtual_batch(target, way):
     problem = Problem(way.shape, np.float64, virtual_batch_size=3)
     run = way.make(target, problem.options)
     whole, groups = run.reduce(problem.x, training=False), run.reduce(problem.x)
-    assert groups.shape == (3, 2 * whole.shape[1])
+    assert groups.shape == (4, 2 * whole.shape[1])
     np.testing.assert_allclose(combined(*np.split(groups, 2, axis=1)), whole, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(whole[1], problem.x.mean((0, 2)).ravel(), rtol=1e-12, atol=1e-12)
 
@@ -387,7 +387,7 @@ def test_an_empty_part_is_asked_for_numbers_of_the_usual_shape(target, way, opti
         calls.append(exchange.calls)
     assert calls[0] == calls[1]
     statistics, rows = problem.params.shape[1], 4 if problem.adjustment else 2
-    assert [(name, shape) for name, shape, _ in calls[0]] == [("merge", (3, statistics)), ("add", (rows, statistics))]
+    assert [(name, shape) for name, shape, _ in calls[0]] == [("merge", (4, statistics)), ("add", (rows, statistics))]
 
 
 @over_ways("planes")
@@ -483,7 +483,7 @@ def test_an_exchange_that_returns_another_shape(target, way, name):
     problem = Problem(way.shape, np.float32)
     run = way.make(target, problem.options, exchange=Changing(name, lambda a: np.tile(a, 2)))
     state = problem.state.copy()
-    with pytest.raises(ValueError, match=r"exchange must return the shape \((3, 3|3, 2|2, 3|2, 2)\) that it got"):
+    with pytest.raises(ValueError, match=r"exchange must return the shape \((4, 3|4, 2|2, 3|2, 2)\) that it got"):
         run.backward(problem.dy, problem.x, run.train(problem.x, problem.params, state, in_place=name == "merge")[2])
     assert bits(state) == bits(problem.state)
 

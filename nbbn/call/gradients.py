@@ -99,6 +99,9 @@ def _adjustment_gradients(dispatcher: Dispatcher, record: Record, dz: Array) -> 
         saved[row].reshape(per_channel)
         for row in (channel.BATCH_MEAN, channel.RSTD, channel.R, channel.D, channel.USED_GAMMA)
     )
+    if record.operands.weights is not None:
+        weights = place_of(record.x).to_host(record.operands.weights)
+        x, dz64 = (np.where((weights > 0) | np.isfinite(x), *pair) for pair in ((x, mean), (dz64, 0.0)))
     z = rules.normalize(x, mean, *rules.output_terms(mean, mean, rstd, r, d, gamma))
     a: Any = record.operands.a
     b: Any = record.operands.b

@@ -13,8 +13,8 @@ from numba.extending import register_jitable
 def shifted_moments(count, shift, total, squares):
     """Mean and m2 = sum (x - mean)^2 from total = sum (x - shift) and squares = sum (x - shift)^2.
 
-    With a value of the data as `shift` the subtraction loses at most log2(count) bits, however large the mean.
-    Without any value both are 0.
+    With a value of the data as `shift` the subtraction loses at most log2(count / its weight) bits, however large the
+    mean. Without any value both are 0.
     """
     zero = type(total)(0)
     if count == 0:
@@ -24,19 +24,30 @@ def shifted_moments(count, shift, total, squares):
 
 
 @register_jitable
-def combine(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
-    """Count, mean and m2 of two sets of values together.
+def is_typical(shift, count, mean, m2):
+    """Whether the subtraction in shifted_moments() has lost at most 10 bits, or the shift cannot be nearer to the mean.
+
+    A value with next to no weight can be any number of deviations away from all others.
+    """
+    distance = mean - shift
+    return not (count * distance * distance > 1024 * m2 and abs(distance) > 1e-14 * abs(mean))
+
+
+@register_jitable
+def combine(count_a, mean_a, m2_a, squares_a, count_b, mean_b, m2_b, squares_b):
+    """Count, mean, m2 and squares of two sets of values together.
 
     Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
     if count_b == 0:
-        return count_a, mean_a, m2_a
+        return count_a, mean_a, m2_a, squares_a
     if count_a == 0:
-        return count_b, mean_b, m2_b
+        return count_b, mean_b, m2_b, squares_b
     count = count_a + count_b
     delta = mean_b - mean_a
     share = count_b / count
-    return count, mean_a + delta * share, m2_a + m2_b + delta * delta * count_a * share
+    m2 = m2_a + m2_b + delta * delta * count_a * share
+    return count, mean_a + delta * share, m2, squares_a + squares_b
 
 
 @register_jitable
@@ -46,10 +57,15 @@ def biased_variance(count, m2):
 
 
 @register_jitable
-def unbiased_variance(count, m2):
-    """The variance with Bessel's correction: divisor count - 1, at least 1 as in TensorFlow."""
-    one = type(count)(1)
-    return m2 / (count - one if count > one + one else one)
+def unbiased_variance(count, m2, squares):
+    """The variance with Bessel's correction: that of m values times m / (m - 1), at least 1 as in TensorFlow.
+
+    squares: the sum of the squared weights, where count is the sum of the weights. m = count^2 / squares is how many
+    values of equal weight would be as good: it does not depend on the scale of the weights.
+    """
+    divisor = count - squares / count if count > 0 else count
+    # Where next to all weight is one value's, the difference is what rounding has left of it.
+    return biased_variance(count, m2) if divisor <= 1e-12 * count else m2 / divisor
 
 
 @register_jitable
@@ -70,6 +86,14 @@ def stddev(variance, epsilon):
 
 
 @register_jitable
+def reciprocal_stddev(variance, epsilon):
+    """1 / sigma; 0 where sigma is 0, as all values are the mean then, and the output is beta."""
+    sigma = stddev(variance, epsilon)
+    one = type(sigma)(1)
+    return one - one if sigma == 0 else one / sigma
+
+
+@register_jitable
 def output_terms(mean, rounded_mean, rstd, r, d, gamma):
     """Scale and shift of y = (x - rounded_mean) * scale + shift + beta, which is (x_hat * r + d) * gamma + beta.
 
@@ -81,9 +105,10 @@ def output_terms(mean, rounded_mean, rstd, r, d, gamma):
 
 
 @register_jitable
-def inference_scale(gamma, variance, epsilon):
-    """gamma / sigma, for a moving variance."""
-    return gamma * (type(variance)(1) / stddev(variance, epsilon))
+def inference_terms(mean, rounded_mean, variance, epsilon, gamma):
+    """Scale and shift of the same for moving statistics, without r and d."""
+    scale = gamma * (type(variance)(1) / stddev(variance, epsilon))
+    return scale, type(scale)(0) if mean == rounded_mean else (rounded_mean - mean) * scale
 
 
 @register_jitable
@@ -94,6 +119,12 @@ def clip(value, low, high):
     if value > high:
         return high
     return value
+
+
+@register_jitable
+def saturate(value, most):
+    """`value`, but nothing finite beyond `most`, the largest number of a dtype; infinity and NaN stay what they are."""
+    return clip(value, -most, most) if math.isfinite(value) else value
 
 
 @register_jitable
@@ -130,6 +161,13 @@ def input_gradient_terms(count, sum_dy, sum_dy_centered, rstd):
 def gamma_gradient(sum_dy, sum_dy_centered, rstd, r, d):
     """sum dy * (x_hat * r + d)."""
     return sum_dy_centered * rstd * r + sum_dy * d
+
+
+@register_jitable
+def counts(x, weight):
+    """Whether an element has a part in the sums of the gradient. One without weight has, as its output depends on
+    gamma and on all others, but not if there is no such output."""
+    return weight > 0 or math.isfinite(x)
 
 
 @register_jitable
@@ -174,6 +212,8 @@ def input_gradient(dy, x, mean, scale, bias, slope, a, weight):
     term = bias if slope == 0 else bias + (x - mean) * slope  # statistics that are constants let x be infinite
     if a is not None:
         dy = dy * a
-    if weight is not None:
-        term = weight * term
-    return scale * (dy - term)
+    if weight is None:
+        return scale * (dy - term)
+    if not counts(x, weight):
+        return type(dy)(0)
+    return scale * (dy - (weight * term if weight > 0 else type(term)(0)))

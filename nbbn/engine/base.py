@@ -99,6 +99,12 @@ class Step(NamedTuple):
     def x(self) -> Array:
         return self.views["x"]
 
+    @property
+    def state_dtype(self) -> np.dtype:
+        """That of the statistics where there is no state."""
+        state = self.numbers.get("state")
+        return dtypes.statistic(self.x.dtype) if state is None else state.dtype
+
 
 _RESULTS = ("y", "dx", "dz")  # among the views
 
@@ -107,9 +113,11 @@ class Engine(ABC):
     """The stages and their fast forms, for one set of options.
 
     Parameters are (2, C) arrays [gamma, beta]. The state is (2, C) [mean, variance], with renorm (5, C) [mean,
-    variance, stddev, renorm_mean, renorm_stddev], and two rows longer for cumulative averages. Moments are (3, G * C)
-    float64 [count, mean, m2]; `saved`, (8, G * C) float64, is what a gradient needs, and begins with the moments. C
-    counts the combinations of the kept axes in their order, G the groups of a virtual batch.
+    variance, stddev, renorm_mean, renorm_stddev], and two rows longer for cumulative averages. The state
+    has a dtype of its own, float32 or float64. Moments are (4, G * C) float64 [count, mean, m2, squares], where with
+    weights count is their sum and squares that of their squares; `saved`, (9, G * C) float64, is what a gradient needs,
+    and begins with the moments. C counts the combinations of the kept axes in their order, G the groups of a virtual
+    batch.
     """
 
     def __init__(self, options: Options, force: Force) -> None:
@@ -152,7 +160,7 @@ class Engine(ABC):
         """The sums of the gradient, and the gradients of gamma and beta, which are made of these very sums."""
         lay, o, dparams = batch.lay, batch.operands, self._empty_dparams(batch)
         sums = batch.place.empty((GRADIENT_ROWS[o.adjusted], lay.statistics), _FLOAT64)
-        views = {"x": batch.x, "dy": dy, "residual": o.residual, "a": o.a, "b": o.b}
+        views = {"x": batch.x, "dy": dy, **o._asdict()}
         self._run(Step("reduce_gradient", lay, views, {"saved": saved, "sums": sums, "dparams": dparams}))
         return sums, dparams
 

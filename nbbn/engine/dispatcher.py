@@ -29,7 +29,7 @@ class Exchange(Protocol):
     """
 
     def merge(self, moments: Array) -> Array:
-        """The moments (3, G * C) [count, mean, m2] of all that take part, from those of this input."""
+        """The moments (4, G * C) [count, mean, m2, squares] of all that take part, from those of this input."""
 
     def add(self, sums: Array) -> Array:
         """The sums of the gradient (2 or 4, G * C) of all that take part, from those of this input."""
@@ -128,13 +128,12 @@ class Dispatcher:
     ) -> tuple[Array, Array, Array]:
         """Normalize with the statistics of `x`: the output, the new state and saved.
 
-        clips: rmin, rmax and dmax of this step; None asks the options. in_place: write the new state over the old one,
-        if that has the statistics' dtype.
+        clips: rmin, rmax and dmax of this step; None asks the options. in_place: write the new state over the old one.
         """
         batch, engine = self._batch(x, True, operands, out), self.engine(x)
-        place, own = batch.place, _numbers("params", params, batch, 2)
-        own_state = _numbers("state", state, batch, self._state_rows)
-        hyper, target = self._hyper_of(x.ndim, x.dtype, clips), state if in_place and own_state is state else None
+        place, own, hyper = batch.place, _params(params, batch), self._hyper_of(x.ndim, x.dtype, clips)
+        own_state = _state(state, batch, self._state_rows)
+        target = state if in_place and own_state is state else None
         if self.exchange is None and x.size == 0:
             saved = np.zeros((channel.SAVED_ROWS, batch.lay.statistics))
             saved[channel.RSTD] = 1
@@ -157,13 +156,13 @@ class Dispatcher:
     ) -> Array:
         """Normalize with the moving statistics."""
         batch = self._batch(x, False, Operands(residual), out)
-        own, own_state = _numbers("params", params, batch, 2), _numbers("state", state, batch, max(2, state.shape[0]))
+        own, own_state = _params(params, batch), _state(state, batch, max(2, state.shape[0]))
         return self.engine(x).infer(batch, own, own_state, self._epsilon) if x.size else batch.result()
 
     def freeze(self, params: Array, state: Array, dtype: np.dtype | None = None) -> Array:
         """What a gradient needs after inference of an input of `dtype`, by default that of the parameters: saved."""
         place, own = place_of(params), params.dtype if dtype is None else dtypes.statistic(dtype)
-        return self.engine(params).freeze(place.astype(params, own), place.astype(state, own), self._epsilon)
+        return self.engine(params).freeze(place.astype(params, own), state, self._epsilon)
 
     @cached_property
     def _epsilon(self) -> np.ndarray:
@@ -282,11 +281,20 @@ def _check(name: str, array: Array, *shape: int) -> None:
         raise ValueError(f"{name} must have shape {shape}; received {array.shape}")
 
 
-def _numbers(name: str, array: Array, batch: Batch, rows: int) -> Array:
-    """Parameters or a state as kernels take them. Raises: ValueError for another shape."""
-    _check(name, array, rows, batch.lay.channels)
-    own = batch.place.astype(array, dtypes.statistic(batch.x.dtype))
-    return np.ascontiguousarray(own) if isinstance(own, np.ndarray) else own
+def _params(params: Array, batch: Batch) -> Array:
+    """Parameters as kernels take them. Raises: ValueError for another shape."""
+    _check("params", params, 2, batch.lay.channels)
+    return _contiguous(batch.place.astype(params, dtypes.statistic(batch.x.dtype)))
+
+
+def _state(state: Array, batch: Batch, rows: int) -> Array:
+    """A state as kernels take it, in its own dtype. Raises: ValueError for another shape."""
+    _check("state", state, rows, batch.lay.channels)
+    return _contiguous(batch.place.astype(state, dtypes.statistic(state.dtype)))
+
+
+def _contiguous(array: Array) -> Array:
+    return np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array
 
 
 def _exchanged(found: Array, given: Array) -> Array:

@@ -17,9 +17,12 @@ GAMMA, BETA = range(2)  # parameters (2, C)
 # each channel's mean and variance.
 MEAN, VARIANCE, STDDEV, RENORM_MEAN, RENORM_STDDEV = range(5)
 SEEN_MEAN, SEEN_VARIANCE = -2, -1
-# What a gradient needs, saved (8, G * C), float64. The first three rows are the moments, which also go alone.
-COUNT, BATCH_MEAN, M2, RSTD, R, D, USED_GAMMA, USED_BETA = range(8)
-MOMENT_ROWS, SAVED_ROWS = 3, 8
+# What a gradient needs, saved (9, G * C), float64. The first four rows are the moments, which also go alone: with
+# weights COUNT is their sum, and SQUARES that of their squares; without them both are the number of values.
+COUNT, BATCH_MEAN, M2, SQUARES, RSTD, R, D, USED_GAMMA, USED_BETA = range(9)
+MOMENT_ROWS, SAVED_ROWS = 4, 9
+# How many sums there are of the values, about a shift, without weights and with them.
+PLAIN_SUMS, WEIGHTED_SUMS = 2, 4
 EPSILON, MOMENTUM, BESSEL, RENORM_MOMENTUM, RMIN, RMAX, DMAX = range(7)  # hyper (7,), float64
 # Coefficients of the output; gamma and beta where there is an adjustment. Those of the input's gradient.
 Y_MEAN, Y_SCALE, Y_SHIFT, Y_GAMMA, Y_BETA = range(5)
@@ -29,6 +32,7 @@ DX_MEAN, DX_SCALE, DX_BIAS, DX_SLOPE = range(4)
 SUM_DYA, SUM_DYA_X, SUM_DY, SUM_DYB = range(4)
 # How many coefficients of the output, and sums of the gradient, there are without an adjustment and with one.
 OUTPUT_ROWS, GRADIENT_ROWS = {False: 3, True: 5}, {False: 2, True: 4}
+LARGEST_FLOAT32, LARGEST_FLOAT64 = (float(np.finfo(t).max) for t in (np.float32, np.float64))
 
 
 def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
@@ -44,17 +48,9 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
                     partial[0, row, s] += partial[chunk, row, s]
 
     @compiled
-    def moments(first, last, sums, shift, count, saved):
-        """Write count, mean and m2 of some statistics from their sums about `shift`.
-
-        count: values per statistic; with weights the sums hold each statistic's own.
-        """
-        for s in range(first, last):
-            n = count if sums.shape[0] == 2 else sums[2, s]
-            mean, m2 = rules.shifted_moments(n, shift[s], sums[0, s], sums[1, s])
-            saved[COUNT, s] = n
-            saved[BATCH_MEAN, s] = mean
-            saved[M2, s] = m2
+    def largest(array):
+        """The largest number of the dtype of an array of float32 or float64."""
+        return LARGEST_FLOAT32 if array.itemsize == 4 else LARGEST_FLOAT64
 
     @compiled
     def train(first, last, params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients):
@@ -65,7 +61,7 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
             begin, end = g * channels + first, g * channels + last
             count, m2, rstd = saved[COUNT, begin:end], saved[M2, begin:end], saved[RSTD, begin:end]
             for i in range(rstd.size):  # a loop of its own is vectorized
-                rstd[i] = 1.0 / rules.stddev(rules.biased_variance(count[i], m2[i]), epsilon)
+                rstd[i] = rules.reciprocal_stddev(rules.biased_variance(count[i], m2[i]), epsilon)
             for c in range(first, last):
                 saved[USED_GAMMA, g * channels + c] = params[GAMMA, c]
                 saved[USED_BETA, g * channels + c] = params[BETA, c]
@@ -78,6 +74,7 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
             saved[COUNT, c] = 0.0
             saved[BATCH_MEAN, c] = state[MEAN, c]
             saved[M2, c] = 0.0
+            saved[SQUARES, c] = 0.0
             saved[RSTD, c] = 1.0 / rules.stddev(np.float64(state[VARIANCE, c]), epsilon)
             saved[R, c] = 1.0
             saved[D, c] = 0.0
@@ -92,10 +89,17 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
                 statistic_coefficients(s, s, saved, a, coefficients)
 
     @compiled
+    def element_mean(s, saved, coefficients):
+        """What elements subtract: their mean, unless the difference might be more than the largest number. Values that
+        are so far apart have no digits to lose if nothing is subtracted."""
+        most = largest(coefficients)
+        return 0.0 if saved[M2, s] > most * most else saved[BATCH_MEAN, s]
+
+    @compiled
     def statistic_coefficients(s, target, saved, a, coefficients):
         """Write the coefficients of the output of one statistic to column `target`."""
         gamma, beta, mean = saved[USED_GAMMA, s], saved[USED_BETA, s], saved[BATCH_MEAN, s]
-        coefficients[Y_MEAN, target] = mean
+        coefficients[Y_MEAN, target] = element_mean(s, saved, coefficients)
         rounded = np.float64(coefficients[Y_MEAN, target])
         scale, shift = rules.output_terms(mean, rounded, saved[RSTD, s], saved[R, s], saved[D, s], gamma)
         coefficients[Y_SCALE, target] = scale
@@ -112,7 +116,7 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
         n = saved[COUNT, s]
         if n > 0:
             m2 = saved[M2, s]
-            own = rules.unbiased_variance(n, m2) if bessel else rules.biased_variance(n, m2)
+            own = rules.unbiased_variance(n, m2, saved[SQUARES, s]) if bessel else rules.biased_variance(n, m2)
             return present + 1, mean + saved[BATCH_MEAN, s], variance + own
         return present, mean, variance
 
@@ -120,10 +124,11 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
     def update(first, last, state, hyper, renorm, cumulative, new_state, saved):
         """Write the moving statistics of some channels, and to `saved` r and d of renorm, 1 and 0 without it.
 
-        The batch's statistics are the average over its groups; a group without any value has none. The loop is inside:
+        What the state's dtype cannot hold becomes its largest number, from which later batches bring it back. The
+        batch's statistics are the average over its groups; a group without any value has none. The loop is inside:
         a call per channel, with its arrays as arguments, would take longer than what it does.
         """
-        renorm_momentum, epsilon = hyper[RENORM_MOMENTUM], hyper[EPSILON]
+        renorm_momentum, epsilon, most = hyper[RENORM_MOMENTUM], hyper[EPSILON], largest(new_state)
         mean_momentum = variance_momentum = hyper[MOMENTUM]
         bessel, channels = hyper[BESSEL] != 0, state.shape[1]
         groups = saved.shape[1] // channels
@@ -144,21 +149,25 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
                 for row in range(state.shape[0]):
                     new_state[row, c] = state[row, c]
             else:
-                new_state[MEAN, c] = rules.moving_average(np.float64(state[MEAN, c]), mean, mean_momentum)
+                old_mean = np.float64(state[MEAN, c])
+                new_state[MEAN, c] = rules.saturate(rules.moving_average(old_mean, mean, mean_momentum), most)
             if renorm is None:
                 if present > 0:
                     old_variance = np.float64(state[VARIANCE, c])
-                    new_state[VARIANCE, c] = rules.moving_average(old_variance, variance, variance_momentum)
+                    moved = rules.moving_average(old_variance, variance, variance_momentum)
+                    new_state[VARIANCE, c] = rules.saturate(moved, most)
                 continue
             sigma, old_stddev = rules.stddev(variance, epsilon), np.float64(state[STDDEV, c])
             old = np.float64(state[RENORM_MEAN, c]), np.float64(state[RENORM_STDDEV, c])
             r, d = rules.renorm_correction(mean, sigma, old[0], old[1], epsilon, hyper[RMIN], hyper[RMAX], hyper[DMAX])
             if present > 0:
-                stddev = rules.moving_average(old_stddev, sigma, variance_momentum)
+                stddev = rules.saturate(rules.moving_average(old_stddev, sigma, variance_momentum), most)
+                renorm_mean = rules.saturate(rules.moving_average(old[0], mean, renorm_momentum), most)
+                renorm_stddev = rules.saturate(rules.moving_average(old[1], sigma, renorm_momentum), most)
                 new_state[STDDEV, c] = stddev
-                new_state[VARIANCE, c] = rules.variance_of_stddev(stddev, epsilon)
-                new_state[RENORM_MEAN, c] = rules.moving_average(old[0], mean, renorm_momentum)
-                new_state[RENORM_STDDEV, c] = rules.moving_average(old[1], sigma, renorm_momentum)
+                new_state[VARIANCE, c] = rules.saturate(rules.variance_of_stddev(stddev, epsilon), most)
+                new_state[RENORM_MEAN, c] = renorm_mean
+                new_state[RENORM_STDDEV, c] = renorm_stddev
             for g in range(groups):
                 saved[R, g * channels + c] = r
                 saved[D, g * channels + c] = d
@@ -173,9 +182,12 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
         """Write the coefficients of the output from the moving statistics."""
         for c in range(params.shape[1]):
             gamma, variance = np.float64(params[GAMMA, c]), np.float64(state[VARIANCE, c])
-            coefficients[Y_MEAN, c] = state[MEAN, c]
-            coefficients[Y_SCALE, c] = rules.inference_scale(gamma, variance, hyper[EPSILON])
-            coefficients[Y_SHIFT, c] = params[BETA, c]
+            mean = np.float64(state[MEAN, c])
+            coefficients[Y_MEAN, c] = mean
+            rounded = np.float64(coefficients[Y_MEAN, c])
+            scale, shift = rules.inference_terms(mean, rounded, variance, hyper[EPSILON], gamma)
+            coefficients[Y_SCALE, c] = scale
+            coefficients[Y_SHIFT, c] = shift + np.float64(params[BETA, c])
 
     @compiled
     def parameter_gradients(first, last, sums, saved, dparams):
@@ -204,10 +216,10 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
             for s in range(c, saved.shape[1], channels):
                 rstd, mean = saved[RSTD, s], saved[BATCH_MEAN, s]
                 bias, slope = rules.input_gradient_terms(saved[COUNT, s], sums[SUM_DYA, s], sums[SUM_DYA_X, s], rstd)
-                coefficients[DX_MEAN, s] = mean
+                coefficients[DX_MEAN, s] = element_mean(s, saved, coefficients)
                 coefficients[DX_SCALE, s] = saved[USED_GAMMA, s] * saved[R, s] * rstd
                 coefficients[DX_BIAS, s] = bias - (mean - np.float64(coefficients[DX_MEAN, s])) * slope
                 coefficients[DX_SLOPE, s] = slope
 
-    found = (add_chunks, moments, train, freeze, output_coefficients, statistic_coefficients, infer)
+    found = (add_chunks, train, freeze, output_coefficients, statistic_coefficients, infer)
     return SimpleNamespace(**{f.__name__: f for f in (*found, parameter_gradients, input_coefficients)})

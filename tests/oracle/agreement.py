@@ -136,6 +136,12 @@ def state(name: str, before: Array, after: Array, step: Step, dtype: Any) -> Arr
     return terms.unit * size
 
 
+def saturated(value: Array, dtype: Any) -> Array:
+    """What a statistic becomes that `dtype` cannot hold: its largest number."""
+    most = float(finfo(dtype).max)
+    return np.clip(value, -most, most)
+
+
 def gated_as(step: Step, y: ArrayLike, dtype: Any) -> Step:
     """`step` with the gate of another output of it: that may differ where the sign of z is lost in its rounding."""
     if step.activation is None:
@@ -189,7 +195,8 @@ def check_step(
     step = gated_as(step, y, x.dtype)
     found = layer.get_weights()
     for name, one, old, value in zip(oracle.weight_names, found, before, oracle.get_weights(), strict=True):
-        check(name, one, value, state(name, old, value, step, x.dtype), state_dtype(x.dtype))
+        bound, stored = state(name, old, value, step, x.dtype), state_dtype(x.dtype)
+        check(name, one, saturated(value, stored), bound, stored)
     check_gradients(pullback(dy), step, dy, x.dtype)
     oracle.set_weights(found)
     return step

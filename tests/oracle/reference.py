@@ -317,7 +317,7 @@ class Reference:
             residual=residual,
         )
         if update_statistics and x.size:
-            self._update(W, mean, var)
+            self._update(W, mean, var * self._bessel(W, (w**2).sum(axis=self._reduced_axes(), keepdims=True)))
         return step
 
     def output(
@@ -370,11 +370,16 @@ class Reference:
             raise ValueError("fused=True is impossible here")
         return self.fused is not False and eligible
 
-    def _bessel(self, m: Array) -> Array | float:
+    def _bessel(self, W: Array, squares: Array) -> Array | float:
+        """m / (m - 1) for m values of equal weight, W / (W - sum w^2 / W) for others; 1 where one has all weight."""
         correct = self.counts_as_fused() if self.bessel_correction is None else self.bessel_correction
-        return m / np.maximum(m - 1, 1) if correct else 1.0
+        if not correct or self.renorm:
+            return 1.0
+        m = divide(W**2, squares)
+        return np.where(m > 1 + 1e-9, m / np.where(m > 1 + 1e-9, m - 1, 1), 1.0)
 
     def _update(self, W: Array, mean: Array, var: Array) -> None:
+        """var: with Bessel's correction."""
         # A cumulative average counts the batches that a statistic has seen: a masked one may have seen fewer.
         self.training_steps = self.training_steps + self._group_any(W > 0)
         k = 1 - 1 / np.maximum(self.training_steps, 1) if self.momentum is None else self.momentum
@@ -388,7 +393,7 @@ class Reference:
             self._store("moving_variance", W, np.maximum(self._spread(self.moving_stddev) ** 2 - self.epsilon, 0))
         else:
             self._move("moving_mean", W, batch_mean, k)
-            self._move("moving_variance", W, self._group_average(W, var * self._bessel(W)), k)
+            self._move("moving_variance", W, self._group_average(W, var), k)
 
     def _move(self, name: str, W: Array, new: Array, k: float | Array) -> None:
         self._store(name, W, ema(self._spread(getattr(self, name)), new, k))

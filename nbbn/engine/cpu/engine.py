@@ -26,7 +26,7 @@ class CpuEngine(Engine):
         return BoundStep(plan, step, owner)
 
     def _key(self, step: Step) -> tuple[Any, ...]:
-        return step.x.dtype, *[None if a is None else a.strides for a in step.views.values()]
+        return step.x.dtype, step.state_dtype, *[None if a is None else a.strides for a in step.views.values()]
 
     def _new_plan(self, step: Step, in_place: bool) -> Plan:
         there = {name: a for name, a in step.views.items() if a is not None}
@@ -52,6 +52,7 @@ class CpuEngine(Engine):
         return Plan(
             step=step.name,
             dtype=step.x.dtype,
+            state=step.state_dtype,
             view=view,
             strides={name: None if reshaped[name] else strides[name] for name in there},
             contiguous=contiguous,
@@ -76,8 +77,9 @@ class CpuEngine(Engine):
         """What compiled() is to be asked for, and the arguments, of a step that has small arrays only."""
         arguments = {"adjusted": True if adjusted else None, **self._constants(name), **numbers}
         names, dtype = names_of(name), numbers["params"].dtype
+        state = numbers["state"].dtype
         absent = frozenset(n for n in names if arguments[n] is None)
-        return (name, "planes", False, False, dtype, dtype, True, absent), [arguments[n] for n in names]
+        return (name, "planes", False, False, dtype, dtype, state, True, absent), [arguments[n] for n in names]
 
     def _run_middle(self, name: str, numbers: dict[str, Any], adjusted: bool) -> None:
         variant, arguments = self.middle(name, numbers, adjusted)

@@ -22,12 +22,14 @@ Array = np.ndarray
 
 @dataclass
 class Plan:
-    """strides: by name, of each array's canonical view; None where that is a reshape. contiguous: whether the arrays of
-    `dtype` are, in that view. constants: the arguments that are the same in every call; None for what is not there.
+    """state: the dtype of the state. strides: by name, of each array's canonical view; None where that is a reshape.
+    contiguous: whether the arrays of `dtype` are, in that view. constants: the arguments that are the same in every
+    call; None for what is not there.
     """
 
     step: str
     dtype: np.dtype
+    state: np.dtype
     view: Sizes
     strides: dict[str, Sizes | None]
     contiguous: bool
@@ -45,7 +47,7 @@ class Plan:
 
     def variant(self, parallel: bool) -> tuple[Any, ...]:
         """What compiled() is to be asked for."""
-        types = dtypes.carrier(self.dtype), dtypes.statistic(self.dtype)
+        types = dtypes.carrier(self.dtype), dtypes.statistic(self.dtype), self.state
         s, absent = self.schedule, frozenset(name for name, value in self.constants.items() if value is None)
         return self.step, s.loops, s.one_pass, parallel, *types, self.contiguous, absent
 

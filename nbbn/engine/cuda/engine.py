@@ -80,8 +80,8 @@ class CudaEngine(Engine):
         self._hyper: dict[Any, Array] = {}
 
     def _key(self, step: Step) -> tuple[Any, ...]:
-        there = [(name, a) for name, a in step.views.items() if a is not None]
-        return step.x.dtype, step.x.device, *[(n, a.strides, a.address % _ALIGNMENT) for n, a in there]
+        x, there = step.x, [(name, a) for name, a in step.views.items() if a is not None]
+        return x.dtype, step.state_dtype, x.device, *[(n, a.strides, a.address % _ALIGNMENT) for n, a in there]
 
     def _new_plan(self, step: Step, in_place: bool) -> Plan:
         there: dict[str, Array] = {name: a for name, a in step.views.items() if a is not None}
@@ -97,6 +97,7 @@ class CudaEngine(Engine):
             width=schedule.width,
             sums=np.dtype(sums if self._sums is None else self._sums),
             threads=self._thresholds.threads,
+            state=step.state_dtype,
             weights="weights" in there,
             adjustment="a" in there,
             residual="residual" in there,
@@ -138,6 +139,7 @@ class CudaEngine(Engine):
             width=1,
             sums=like.dtype,
             threads=self._thresholds.threads,
+            state=numbers["state"].dtype,
             adjustment=adjusted,
             renorm=self.options.renorm,
             cumulative=self.cumulative is not None,
@@ -179,7 +181,7 @@ class CudaEngine(Engine):
 
 def _scratch(x: Array, plan: Plan, lay: Layout, addresses: dict[str, int]) -> Any:
     """Memory for what the launches of a step tell each other; its places are written to `addresses`."""
-    sizes = {"partial": 4 * plan.schedule.chunks * lay.statistics * 8, "shifts": lay.statistics * 8}
+    sizes = {"partial": 4 * plan.schedule.chunks * lay.statistics * 8}
     if not addresses["coefficients"]:
         sizes["coefficients"] = 5 * lay.statistics * 8
     total = sum(-(-n // _ALIGNMENT) * _ALIGNMENT for n in sizes.values())

@@ -40,22 +40,24 @@ def shifts(x, weights, bounds, grid, shift):
 
 @summing
 def moments(x, weights, shift, bounds, grid, partial):
-    """Write sum (x - shift), sum (x - shift)^2 and, with weights, their count."""
+    """Write sum (x - shift), sum (x - shift)^2 and, with weights, their sum and that of their squares."""
     chunk, k0 = bounds.chunk, bounds.k0
     begin, end = bounds.r1_begin, bounds.r1_end
-    count, total, squares, origin = 0.0, 0.0, 0.0, shift[k0]
+    total, squares, count, count2, origin = 0.0, 0.0, 0.0, 0.0, shift[k0]
     for r0 in range(bounds.r0_begin, bounds.r0_end):
         v, w = segment(x, (r0, k0), begin, end), segment(weights, (r0, k0), begin, end)
         for i in range(end - begin):
-            t, q, n = moment_terms(np.float64(load(v, i)), origin, load(w, i))
+            t, q, n, n2 = moment_terms(np.float64(load(v, i)), origin, load(w, i))
             total += t
             squares += q
             if weights is not None:
                 count += n
+                count2 += n2
     partial[chunk, 0, k0] = total
     partial[chunk, 1, k0] = squares
     if weights is not None:
         partial[chunk, 2, k0] = count
+        partial[chunk, 3, k0] = count2
 
 
 @element
@@ -81,7 +83,7 @@ def normalize(x, residual, a, b, coefficients, relu, bounds, grid, y):
 
 
 @summing
-def gradient_sums(dy, x, residual, a, b, saved_mean, forward, relu, bounds, grid, partial):
+def gradient_sums(dy, x, residual, weights, a, b, saved_mean, forward, relu, bounds, grid, partial):
     """Write sum dy * a and sum dy * a * (x - mean); with a and b also sum dy and sum dy * b.
 
     dy counts as far as the activation lets it through; forward: the coefficients of normalize().
@@ -92,12 +94,12 @@ def gradient_sums(dy, x, residual, a, b, saved_mean, forward, relu, bounds, grid
     exact_mean = saved_mean[k0]
     for r0 in range(bounds.r0_begin, bounds.r0_end):
         place = r0, k0
-        v, g = segment(x, place, begin, end), segment(dy, place, begin, end)
+        v, g, wv = segment(x, place, begin, end), segment(dy, place, begin, end), segment(weights, place, begin, end)
         rv, av, bv = segment(residual, place, begin, end), segment(a, place, begin, end), segment(b, place, begin, end)
         for i in range(end - begin):
             xi, ai, bi = load(v, i), load(av, i), load(bv, i)
             gi = np.float64(gradient(load(g, i), xi, mean, scale, shift, ai, bi, gamma, beta, load(rv, i), relu))
-            t, c, p, o = gradient_terms(gi, np.float64(xi), exact_mean, ai, bi)
+            t, c, p, o = gradient_terms(gi, np.float64(xi), exact_mean, ai, bi, load(wv, i))
             total += t
             centered += c
             if a is not None:

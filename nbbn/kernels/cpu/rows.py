@@ -68,11 +68,11 @@ def input_gradients(g, v, rv, wv, av, bv, forward, relu, coefficients, second, t
 
 
 @adding
-def gradient_terms_of(g, v, rv, av, bv, i, mean, scale, shift, gamma, beta, relu, exact_mean):
+def gradient_terms_of(g, v, rv, wv, av, bv, i, mean, scale, shift, gamma, beta, relu, exact_mean):
     """What the i-th element adds to the sums of gradient_sums()."""
     xi, ai, bi = load(v, i), load(av, i), load(bv, i)
     gi = np.float64(gradient(load(g, i), xi, mean, scale, shift, ai, bi, gamma, beta, load(rv, i), relu))
-    return gradient_terms(gi, np.float64(xi), exact_mean, ai, bi)
+    return gradient_terms(gi, np.float64(xi), exact_mean, ai, bi, load(wv, i))
 
 
 @inlined
@@ -125,11 +125,13 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
     def moments(x, weights, shift, bounds, grid, partial):
         chunk, k0, begin, end = bounds.chunk, bounds.k0, bounds.k1_begin, bounds.k1_end
         r_begin, r_end = bounds.r1_begin, bounds.r1_end
-        origin, total, squares, count = local(shift), local_sums(x), local_sums(x), local_sums(weights)
+        origin, total, squares = local(shift), local_sums(x), local_sums(x)
+        count, count2 = local_sums(weights), local_sums(weights)
         expand(shift, (), bounds, grid, origin)
         clear(total, end - begin)
         clear(squares, end - begin)
         clear(count, end - begin)
+        clear(count2, end - begin)
         step = (r_end - r_begin) // 4
         p0, p1 = place(x, r_begin, k0), place(x, r_begin + step, k0)
         p2, p3 = place(x, r_begin + 2 * step, k0), place(x, r_begin + 3 * step, k0)
@@ -139,25 +141,28 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
             w0, w1 = segment(weights, p0, begin, end), segment(weights, p1, begin, end)
             w2, w3 = segment(weights, p2, begin, end), segment(weights, p3, begin, end)
             for i in range(end - begin):
-                t0, q0, n0 = terms_of(v0, w0, i, load(origin, i))
-                t1, q1, n1 = terms_of(v1, w1, i, load(origin, i))
-                t2, q2, n2 = terms_of(v2, w2, i, load(origin, i))
-                t3, q3, n3 = terms_of(v3, w3, i, load(origin, i))
+                t0, q0, n0, m0 = terms_of(v0, w0, i, load(origin, i))
+                t1, q1, n1, m1 = terms_of(v1, w1, i, load(origin, i))
+                t2, q2, n2, m2 = terms_of(v2, w2, i, load(origin, i))
+                t3, q3, n3, m3 = terms_of(v3, w3, i, load(origin, i))
                 store(total, i, load(total, i) + ((t0 + t1) + (t2 + t3)))
                 store(squares, i, load(squares, i) + ((q0 + q1) + (q2 + q3)))
                 add(count, i, (n0 + n1) + (n2 + n3))
+                add(count2, i, (m0 + m1) + (m2 + m3))
             p0, p1, p2, p3 = after(x, p0), after(x, p1), after(x, p2), after(x, p3)
         for r in range(r_begin + 4 * step, r_end):
             v0, w0 = segment(x, place(x, r, k0), begin, end), segment(weights, place(x, r, k0), begin, end)
             for i in range(end - begin):
-                t0, q0, n0 = terms_of(v0, w0, i, load(origin, i))
+                t0, q0, n0, m0 = terms_of(v0, w0, i, load(origin, i))
                 store(total, i, load(total, i) + t0)
                 store(squares, i, load(squares, i) + q0)
                 add(count, i, n0)
+                add(count2, i, m0)
         fold(total, bounds, grid, partial, (chunk, 0))
         fold(squares, bounds, grid, partial, (chunk, 1))
         if weights is not None:
             fold(count, bounds, grid, partial, (chunk, 2))
+            fold(count2, bounds, grid, partial, (chunk, 3))
 
     @element
     def normalize(x, residual, a, b, coefficients, relu, bounds, grid, y):
@@ -188,7 +193,7 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
             fence()
 
     @adding
-    def gradient_sums(dy, x, residual, a, b, saved_mean, forward, relu, bounds, grid, partial):
+    def gradient_sums(dy, x, residual, weights, a, b, saved_mean, forward, relu, bounds, grid, partial):
         chunk, k0, begin, end = bounds.chunk, bounds.k0, bounds.k1_begin, bounds.k1_end
         r_begin, r_end = bounds.r1_begin, bounds.r1_end
         exact_mean = local(saved_mean)
@@ -208,13 +213,14 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
             g, g2 = segment(dy, p, begin, end), segment(dy, p2, begin, end)
             v, v2 = segment(x, p, begin, end), segment(x, p2, begin, end)
             rv, rv2 = segment(residual, p, begin, end), segment(residual, p2, begin, end)
+            wv, wv2 = segment(weights, p, begin, end), segment(weights, p2, begin, end)
             av, av2 = segment(a, p, begin, end), segment(a, p2, begin, end)
             bv, bv2 = segment(b, p, begin, end), segment(b, p2, begin, end)
             for i in range(end - begin):
                 m, s, h, em = load(mean, i), load(scale, i), load(shift, i), load(exact_mean, i)
                 gm, bt = load(gamma, i), load(beta, i)
-                t, c, q, o = gradient_terms_of(g, v, rv, av, bv, i, m, s, h, gm, bt, relu, em)
-                t2, c2, q2, o2 = gradient_terms_of(g2, v2, rv2, av2, bv2, i, m, s, h, gm, bt, relu, em)
+                t, c, q, o = gradient_terms_of(g, v, rv, wv, av, bv, i, m, s, h, gm, bt, relu, em)
+                t2, c2, q2, o2 = gradient_terms_of(g2, v2, rv2, wv2, av2, bv2, i, m, s, h, gm, bt, relu, em)
                 store(total, i, load(total, i) + (t + t2))
                 store(centered, i, load(centered, i) + (c + c2))
                 add(plain, i, q + q2)
@@ -223,10 +229,11 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
         for r in range(r_begin + 2 * step, r_end):
             p = place(x, r, k0)
             g, v, rv = segment(dy, p, begin, end), segment(x, p, begin, end), segment(residual, p, begin, end)
-            av, bv = segment(a, p, begin, end), segment(b, p, begin, end)
+            wv, av, bv = segment(weights, p, begin, end), segment(a, p, begin, end), segment(b, p, begin, end)
             for i in range(end - begin):
                 m, s, h, em = load(mean, i), load(scale, i), load(shift, i), load(exact_mean, i)
-                t, c, q, o = gradient_terms_of(g, v, rv, av, bv, i, m, s, h, load(gamma, i), load(beta, i), relu, em)
+                gm, bt = load(gamma, i), load(beta, i)
+                t, c, q, o = gradient_terms_of(g, v, rv, wv, av, bv, i, m, s, h, gm, bt, relu, em)
                 store(total, i, load(total, i) + t)
                 store(centered, i, load(centered, i) + c)
                 add(plain, i, q)

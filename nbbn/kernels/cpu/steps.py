@@ -15,7 +15,7 @@ import numba
 import numpy as np
 from numba import prange, types
 
-from nbbn.kernels.channel import BATCH_MEAN, DX_MEAN, EPSILON, MOMENT_ROWS
+from nbbn.kernels.channel import BATCH_MEAN, DX_MEAN, EPSILON, MOMENT_ROWS, PLAIN_SUMS, WEIGHTED_SUMS
 from nbbn.kernels.cpu import channel, flat, planes, rows
 from nbbn.kernels.cpu.elements import INTERNAL, bounds_of, chunk_and_tile, chunks_and_tiles, element
 from nbbn.kernels.tasks import Grid
@@ -26,13 +26,15 @@ SCHEDULES: dict[str, Any] = {"planes": planes, "flat": flat, "rows": rows.PLAIN_
 Step = Callable[..., Any]
 
 # What an argument of a step is, by its name. X is an array of the input's dtype, S one of the statistics' dtype, both
-# canonical views of the schedule's rank and layout; s is an array of the statistics' dtype, d one of float64, with
-# their rank. A flag is True or None. Views may be None, too. In each step the order of the arguments is that of its
-# Python function: what is the same in every call like it comes first, so that a plan can bind it (engine/cpu/plan.py).
+# canonical views of the schedule's rank and layout; s is an array of the statistics' dtype, t one of the state's own, d
+# one of float64, with their rank. A flag is True or None. Views may be None, too. In each step the order of the
+# arguments is that of its Python function: what is the same in every call like it comes first, so that a plan can bind
+# it (engine/cpu/plan.py).
 ARGUMENTS = {
     **dict.fromkeys(("x", "dy", "residual", "y", "dx", "dz"), "X"),
     **dict.fromkeys(("weights", "a", "b"), "S"),
-    **dict.fromkeys(("params", "state", "new_state", "coefficients", "dparams"), "s2"),
+    **dict.fromkeys(("params", "coefficients", "dparams"), "s2"),
+    **dict.fromkeys(("state", "new_state"), "t2"),
     **dict.fromkeys(("moments", "saved", "sums"), "d2"),
     "hyper": "d1",
     **dict.fromkeys(("relu", "renorm", "cumulative", "adjusted"), "flag"),
@@ -75,9 +77,10 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
 
     @element
     def moments_of_statistics(first, last, x, partial, shift, saved):
+        """Returns: whether the sums are to be made again, about another shift."""
         values = np.float64(x.size // saved.shape[1])
         channel.add_chunks(first, last, partial)
-        channel.moments(first, last, partial[0], shift, values, saved)
+        return channel.moments(first, last, partial[0], shift, values, saved)
 
     # -- two passes: the whole array is reduced, then applied ------------------------------------------------------
 
@@ -88,11 +91,13 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
         shift = np.empty(saved.shape[1])
         for tile in range(tiles):
             shifts(x, weights, bounds_of(0, tile, view, grid), grid, shift)
-        partial = empty_partial(x, 2 if weights is None else 3, grid, saved)
-        for task in prange(chunks * tiles):
-            chunk, tile = chunk_and_tile(np.int64(task), view, grid)
-            sum_moments(x, weights, shift, bounds_of(chunk, tile, view, grid), grid, partial)
-        moments_of_statistics(0, saved.shape[1], x, partial, shift, saved)
+        partial = empty_partial(x, PLAIN_SUMS if weights is None else WEIGHTED_SUMS, grid, saved)
+        again = True
+        while again:
+            for task in prange(chunks * tiles):
+                chunk, tile = chunk_and_tile(np.int64(task), view, grid)
+                sum_moments(x, weights, shift, bounds_of(chunk, tile, view, grid), grid, partial)
+            again = moments_of_statistics(0, saved.shape[1], x, partial, shift, saved)
 
     @stage
     def apply_all(x, residual, a, b, coefficients, relu, grid, y):
@@ -103,14 +108,14 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
             normalize(x, residual, a, b, coefficients, relu, bounds_of(chunk, tile, view, grid), grid, y)
 
     @stage
-    def reduce_gradient_all(dy, x, residual, a, b, saved, forward, relu, grid):
+    def reduce_gradient_all(dy, x, residual, weights, a, b, saved, forward, relu, grid):
         view = extent(x)
         chunks, tiles = chunks_and_tiles(view, grid)
         partial, mean = empty_partial(x, 2 if a is None else 4, grid, saved), saved[BATCH_MEAN]
         for task in prange(chunks * tiles):
             chunk, tile = chunk_and_tile(np.int64(task), view, grid)
             bounds = bounds_of(chunk, tile, view, grid)
-            gradient_sums(dy, x, residual, a, b, mean, forward, relu, bounds, grid, partial)
+            gradient_sums(dy, x, residual, weights, a, b, mean, forward, relu, bounds, grid, partial)
         channel.add_chunks(0, saved.shape[1], partial)
         return partial[0]
 
@@ -141,10 +146,12 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
         step = tiles * params.shape[1] // saved.shape[1]
         for t in range(tile, tiles, step):
             shifts(x, weights, bounds_of(0, t, view, grid), grid, shift)
-            for chunk in range(chunks):
-                sum_moments(x, weights, shift, bounds_of(chunk, t, view, grid), grid, partial)
             first, last = statistics(bounds_of(0, t, view, grid), grid)
-            moments_of_statistics(first, last, x, partial, shift, saved)
+            again = True
+            while again:
+                for chunk in range(chunks):
+                    sum_moments(x, weights, shift, bounds_of(chunk, t, view, grid), grid, partial)
+                again = moments_of_statistics(first, last, x, partial, shift, saved)
         first, last = statistics(bounds_of(0, tile, view, grid), grid)
         channel.train(first, last, params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients)
         for t in range(tile, tiles, step):
@@ -160,7 +167,7 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
         for t in range(tile, tiles, step):
             for chunk in range(chunks):
                 bounds = bounds_of(chunk, t, view, grid)
-                gradient_sums(dy, x, residual, a, b, mean, forward, relu, bounds, grid, partial)
+                gradient_sums(dy, x, residual, weights, a, b, mean, forward, relu, bounds, grid, partial)
             first, last = statistics(bounds_of(0, t, view, grid), grid)
             channel.add_chunks(first, last, partial)
         first, last = statistics(bounds_of(0, tile, view, grid), grid)
@@ -181,9 +188,9 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
         grid = named(grid)
         apply_all(x, residual, a, b, coefficients, relu, grid, y)
 
-    def reduce_gradient(grid, relu, a, b, residual, x, dy, saved, sums, dparams):
+    def reduce_gradient(grid, relu, weights, a, b, residual, x, dy, saved, sums, dparams):
         grid = named(grid)
-        found = reduce_gradient_all(dy, x, residual, a, b, saved, forward_of(a, dparams, saved), relu, grid)
+        found = reduce_gradient_all(dy, x, residual, weights, a, b, saved, forward_of(a, dparams, saved), relu, grid)
         sums[:] = found
         channel.parameter_gradients(0, dparams.shape[1], found, saved, dparams)
 
@@ -200,7 +207,7 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
         coefficients = np.empty((3 if a is None else 5, saved.shape[1]), params.dtype)
         if one_pass:
             shift = np.empty(saved.shape[1])
-            partial = empty_partial(x, 2 if weights is None else 3, grid, saved)
+            partial = empty_partial(x, PLAIN_SUMS if weights is None else WEIGHTED_SUMS, grid, saved)
             flags, memory = (hyper, relu, renorm, cumulative), (coefficients, shift, partial)
             _, tiles = chunks_and_tiles(extent(x), grid)
             for tile in prange(tiles * params.shape[1] // saved.shape[1]):
@@ -232,7 +239,7 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
                     np.int64(tile), weights, a, b, residual, x, dy, dx, dz, saved, relu, grid, dparams, memory
                 )
         else:
-            sums = reduce_gradient_all(dy, x, residual, a, b, saved, forward, relu, grid)
+            sums = reduce_gradient_all(dy, x, residual, weights, a, b, saved, forward, relu, grid)
             channel.parameter_gradients(0, channels, sums, saved, dparams)
             channel.input_coefficients(0, channels, channels, sums, saved, coefficients)
             apply_gradient_all(dy, x, residual, weights, a, b, forward, relu, coefficients, grid, dx, dz)
@@ -241,7 +248,7 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
         grid = named(grid)
         channels = dparams.shape[1]
         coefficients = np.empty((4, saved.shape[1]), dparams.dtype)
-        sums = reduce_gradient_all(dy, x, None, None, None, saved, coefficients, None, grid)
+        sums = reduce_gradient_all(dy, x, None, None, None, None, saved, coefficients, None, grid)
         channel.parameter_gradients(0, channels, sums, saved, dparams)
         channel.input_coefficients(0, channels, channels, sums, saved, coefficients)
         for s in range(coefficients.shape[1]):  # dx = (dy - 0) * scale + 0: the forward pass's apply, on dy
@@ -283,13 +290,14 @@ def compiled(
     parallel: bool,
     dtype: Any,
     statistic: Any,
+    state: Any,
     contiguous: bool,
     absent: frozenset[str],
 ) -> Step:
     """A step compiled for one combination of types. `absent`: the names of the arguments that are None."""
     rank = 3 if schedule in ("planes", "flat") else 4
     scalar = {"X": numba.from_dtype(dtype), "S": numba.from_dtype(statistic), "d": types.float64}
-    scalar["s"] = scalar["S"]
+    scalar |= {"s": scalar["S"], "t": numba.from_dtype(state)}
 
     def argument(name: str) -> types.Type:
         kind = ARGUMENTS[name]

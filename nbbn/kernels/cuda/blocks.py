@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from nbbn.core import rules
 from nbbn.kernels import channel
+from nbbn.kernels.channel import BATCH_MEAN, COUNT, M2, SQUARES
 from nbbn.kernels.cuda.memory import vector
 from nbbn.kernels.cuda.target import cuda, device
 
@@ -25,8 +27,9 @@ class Variant:
     """What is compiled into a kernel.
 
     dtype: of the elements. rows: whether statistics lie side by side. width: elements of one access. sums: dtype of the
-    sums of a few elements. threads: of a block. short: whether r0 counts neighbours, and not r1, where statistics do
-    not lie side by side. Then: which arguments and options there are, and whether the statistics are constants.
+    sums of a few elements. threads: of a block. state: dtype of the state; None for that of the statistics. short:
+    whether r0 counts neighbours, and not r1, where statistics do not lie side by side. Then: which arguments and
+    options there are, and whether the statistics are constants.
     """
 
     dtype: np.dtype
@@ -34,6 +37,7 @@ class Variant:
     width: int
     sums: np.dtype
     threads: int
+    state: np.dtype | None = None
     short: bool = False
     weights: bool = False
     adjustment: bool = False
@@ -86,6 +90,15 @@ def is_last(counters, family, blocks):
     return last[0] != 0
 
 
+@device
+def combine_moments(a, i, b, j):
+    """Join the moments in column j of b to those in column i of a."""
+    own = a[COUNT, i], a[BATCH_MEAN, i], a[M2, i], a[SQUARES, i]
+    a[COUNT, i], a[BATCH_MEAN, i], a[M2, i], a[SQUARES, i] = rules.combine(
+        *own, b[COUNT, j], b[BATCH_MEAN, j], b[M2, j], b[SQUARES, j]
+    )
+
+
 @lru_cache(maxsize=16)
 def block_functions(rows: bool, short: bool, threads: int) -> SimpleNamespace:
     """How the threads of a block share its work."""
@@ -108,27 +121,40 @@ def block_functions(rows: bool, short: bool, threads: int) -> SimpleNamespace:
         """Whether this thread writes what the block, or in rows its column, has in common."""
         return cuda.threadIdx.y == 0 and (rows or cuda.threadIdx.x == 0)
 
-    @device
-    def block_sum(values, count):
-        """The sums of the block's threads, of those of one column in rows, of `count` values each, in `values`."""
-        shared = cuda.shared.array((4, threads), np.float64)
-        x, width = cuda.threadIdx.x, cuda.blockDim.x * cuda.blockDim.y
-        thread, least = cuda.threadIdx.y * cuda.blockDim.x + x, cuda.blockDim.x if rows else 1
-        for i in range(count):
-            shared[i, thread] = values[i]
-        cuda.syncthreads()
-        step = width // 2
-        while step >= least:
-            if thread < step:
-                for i in range(count):
-                    shared[i, thread] += shared[i, thread + step]
-            cuda.syncthreads()
-            step //= 2
-        for i in range(count):
-            values[i] = shared[i, x if rows else 0]
-        cuda.syncthreads()
+    def tree(add):
+        """A function that joins `count` values of each of the block's threads, of those of one column in rows, in
+        `values`. add(shared, thread, other, count): join those of the other to those of the thread."""
 
-    return SimpleNamespace(walk=walk, is_writer=is_writer, block_sum=block_sum)
+        @device
+        def join(values, count):
+            shared = cuda.shared.array((4, threads), np.float64)
+            x, width = cuda.threadIdx.x, cuda.blockDim.x * cuda.blockDim.y
+            thread, least = cuda.threadIdx.y * cuda.blockDim.x + x, cuda.blockDim.x if rows else 1
+            for i in range(count):
+                shared[i, thread] = values[i]
+            cuda.syncthreads()
+            step = width // 2
+            while step >= least:
+                if thread < step:
+                    add(shared, thread, thread + step, count)
+                cuda.syncthreads()
+                step //= 2
+            for i in range(count):
+                values[i] = shared[i, x if rows else 0]
+            cuda.syncthreads()
+
+        return join
+
+    @device
+    def add_sums(shared, thread, other, count):
+        for i in range(count):
+            shared[i, thread] += shared[i, other]
+
+    @device
+    def add_moments(shared, thread, other, count):
+        combine_moments(shared, thread, shared, other)
+
+    return SimpleNamespace(walk=walk, is_writer=is_writer, block_sum=tree(add_sums), block_moments=tree(add_moments))
 
 
 @lru_cache(maxsize=256)

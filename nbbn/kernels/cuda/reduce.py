@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from nbbn.core import rules
 from nbbn.kernels import channel, epilogue, sums
 from nbbn.kernels.cuda.blocks import Variant, at, block_functions, input_functions, output_of
 from nbbn.kernels.cuda.memory import vector
@@ -17,69 +18,76 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
     rows, width, own, unroll, weighted, adjusted = v.rows, v.width, v.own, v.unroll, v.weights, v.adjustment
     ahead, real, narrow, relu = unroll * width, v.statistic.type, v.sums.type, v.relu or None
     read, read_operand = vector(v.dtype, width).read, vector(v.statistic, width).read
-    read_one, read_one_operand = vector(v.dtype, 1).read, vector(v.statistic, 1).read
     block = block_functions(rows, v.short, v.threads)
-    walk, is_writer, block_sum = block.walk, block.is_writer, block.block_sum
+    walk, is_writer, block_sum, block_moments = block.walk, block.is_writer, block.block_sum, block.block_moments
     gradient, inputs = epilogue.functions(device).gradient, input_functions(v, True)
     read_inputs, of_residual, of_adjustment = inputs.read_inputs, inputs.of_residual, inputs.of_adjustment
-    moment_sums, gradient_sums = 3 if weighted else 2, channel.GRADIENT_ROWS[adjusted]
+    of_weights, gradient_sums = inputs.of_weights, channel.GRADIENT_ROWS[adjusted]
     terms = sums.functions(device)
     moment_terms, gradient_terms = terms.moment_terms, terms.gradient_terms
 
     @device
-    def write_sums(sums, count, bounds, k1, first, partial):
-        """The block's sums of each statistic of a thread, from sums (own, 4)."""
-        values = cuda.local.array(4, np.float64)
-        for s in range(own):
+    def write(s, values, count, bounds, k1, first, partial):
+        """What the block has found for the s-th statistic of a thread."""
+        if is_writer() and k1 < bounds.k1_end:
             for i in range(count):
-                values[i] = sums[s, i]
-            block_sum(values, count)
-            if is_writer() and k1 < bounds.k1_end:
-                for i in range(count):
-                    partial[bounds.chunk, i, first + s] = values[i]
+                partial[bounds.chunk, i, first + s] = values[i]
 
     @device
-    def first_value(x, weights, k0, k1):
-        """Of a statistic; 0 where it does not count."""
-        value = cuda.local.array(1, real)
-        if weighted:
-            read_one_operand(at(weights, 0, k0, 0, k1), value, 0)
-            if not value[0] > 0:
-                return 0.0
-        read_one(at(x, 0, k0, 0, k1), value, 0)
-        return np.float64(value[0])
+    def take_shift(s, value, shift, sums, part):
+        """Make the sums of a statistic those about another shift."""
+        for i in range(3):
+            sums[s, i] += np.float64(part[s, i])
+            part[s, i] = 0
+        delta = np.float64(shift[s]) - np.float64(value)
+        if sums[s, 2] > 0:
+            sums[s, 1] += delta * (2.0 * sums[s, 0] + sums[s, 2] * delta)
+            sums[s, 0] += sums[s, 2] * delta
+        shift[s] = value
 
     @device
-    def add_moments(x, w, begin, shift, seen, part):
-        """Add `width` elements, x[begin:], to the sums of their statistics."""
+    def add_moments(x, w, begin, shift, heaviest, sums, part):
+        """Add `width` elements, x[begin:], to the sums of their statistics.
+
+        The shift is never an element with less than half of the greatest weight so far: the sums about it cannot lose
+        more than their number's digits.
+        """
         for lane in range(width):
             s, value = lane if rows else 0, narrow(x[begin + lane])
             if not weighted:
-                total, squares, _ = moment_terms(value, shift[s], None)
+                total, squares, _, _ = moment_terms(value, shift[s], None)
                 part[s, 0] += total
                 part[s, 1] += squares
             elif w[begin + lane] > 0:  # what does not count may be NaN
-                if seen[s] == 0:
-                    seen[s] = 1
-                    shift[s] = value
-                total, squares, count = moment_terms(value, shift[s], narrow(w[begin + lane]))
+                weight = w[begin + lane]
+                if weight > 2 * heaviest[s]:
+                    heaviest[s] = weight
+                    take_shift(s, value, shift, sums, part)
+                total, squares, count, _ = moment_terms(value, shift[s], narrow(weight))
                 part[s, 0] += total
                 part[s, 1] += squares
                 part[s, 2] += count
+                sums[s, 3] += np.float64(weight) * np.float64(weight)
 
     @device
-    def sum_moments(x, weights, bounds, first, shifts, partial):
-        """Write the block's sum (x - shift), sum (x - shift)^2 and, with weights, their count; chunk 0 also the shifts.
+    def sum_moments(x, weights, bounds, first, partial):
+        """Write the moments of the block's elements.
 
-        Each thread has a shift of its own, so that `narrow` sums keep their digits whatever the common one is.
+        Each thread has a shift of its own, so that `narrow` sums keep their digits; moments of threads are combined.
         """
         values, w = cuda.local.array(ahead, real), cuda.local.array(ahead, real)
-        shift, seen = cuda.local.array(own, narrow), cuda.local.array(own, np.int32)
-        part, sums = cuda.local.array((own, 3), narrow), cuda.local.array((own, 4), np.float64)
+        shift, heaviest = cuda.local.array(own, narrow), cuda.local.array(own, real)
+        part, sums, found = (
+            cuda.local.array((own, 3), narrow),
+            cuda.local.array((own, 4), np.float64),
+            cuda.local.array(4, np.float64),
+        )
         first_r0, r0_step, first_r1, r1_step, k1 = walk(bounds, width)
         k0, n = bounds.k0, 0
         for s in range(own):
-            shift[s], seen[s], sums[s, 0], sums[s, 1], sums[s, 2] = 0, 0, 0, 0, 0
+            shift[s], heaviest[s] = 0, 0
+            for i in range(4):
+                sums[s, i] = 0
         if not weighted and first_r0 < bounds.r0_end and first_r1 < bounds.r1_end:
             read(at(x, first_r0, k0, first_r1, k1), values, 0)
             for s in range(own):
@@ -98,28 +106,23 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
                             read_operand(at(weights, r0, k0, r1, k1), w, u * width)
                 for u in range(unroll):
                     if begin + u * r1_step < bounds.r1_end:
-                        add_moments(values, w, u * width, shift, seen, part)
+                        add_moments(values, w, u * width, shift, heaviest, sums, part)
                         n += 1
                 for s in range(own):
-                    for i in range(moment_sums):
+                    for i in range(3 if weighted else 2):
                         sums[s, i] += np.float64(part[s, i])
                 begin += r1_step * unroll
             r0 += r0_step
         for s in range(own):
-            origin = 0.0
-            if k1 < bounds.k1_end:
-                origin = first_value(x, weights, k0, k1 + s if rows else k1)
             count = sums[s, 2] if weighted else np.float64(n * (1 if rows else width))
-            delta = np.float64(shift[s]) - origin
-            if count > 0:
-                sums[s, 1] += delta * (2.0 * sums[s, 0] + count * delta)
-                sums[s, 0] += count * delta
-            if bounds.chunk == 0 and is_writer() and k1 < bounds.k1_end:
-                shifts[first + s] = origin
-        write_sums(sums, moment_sums, bounds, k1, first, partial)
+            mean, m2 = rules.shifted_moments(count, np.float64(shift[s]), sums[s, 0], sums[s, 1])
+            found[channel.COUNT], found[channel.BATCH_MEAN], found[channel.M2] = count, mean, m2
+            found[channel.SQUARES] = sums[s, 3] if weighted else count
+            block_moments(found, 4)
+            write(s, found, 4, bounds, k1, first, partial)
 
     @device
-    def add_gradient(g, x, residual, a, b, begin, forward, part):
+    def add_gradient(g, x, residual, w, a, b, begin, forward, part):
         for lane in range(width):
             s, i = lane if rows else 0, begin + lane
             ai, bi, ri = of_adjustment(a, i), of_adjustment(b, i), of_residual(residual, i)
@@ -127,7 +130,9 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
             gi = gradient(g[i], x[i], mean, scale, shift, ai, bi, gamma, beta, ri, relu)
             if adjusted:
                 ai, bi = narrow(ai), narrow(bi)
-            total, centered, plain, offset = gradient_terms(narrow(gi), narrow(x[i]), narrow(mean), ai, bi)
+            total, centered, plain, offset = gradient_terms(
+                narrow(gi), narrow(x[i]), narrow(mean), ai, bi, of_weights(w, i)
+            )
             part[s, 0] += total
             part[s, 1] += centered
             if adjusted:
@@ -135,13 +140,13 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
                 part[s, 3] += offset
 
     @device
-    def sum_gradient(dy, x, residual, a, b, bounds, first, saved_mean, forward, partial):
+    def sum_gradient(dy, x, residual, weights, a, b, bounds, first, saved_mean, forward, partial):
         """Write the block's sum dy * a and sum dy * a * (x - mean); with a and b also sum dy and sum dy * b.
 
         dy counts as far as the activation lets it through; forward: the coefficients of the output.
         """
         g, values, rv = cuda.local.array(ahead, real), cuda.local.array(ahead, real), cuda.local.array(ahead, real)
-        av, bv = cuda.local.array(ahead, real), cuda.local.array(ahead, real)
+        av, bv, w = cuda.local.array(ahead, real), cuda.local.array(ahead, real), cuda.local.array(ahead, real)
         part, sums = cuda.local.array((own, 4), narrow), cuda.local.array((own, 4), np.float64)
         first_r0, r0_step, first_r1, r1_step, k1 = walk(bounds, width)
         k0 = bounds.k0
@@ -160,9 +165,11 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
                     if r1 < bounds.r1_end:
                         read(at(dy, r0, k0, r1, k1), g, u * width)
                         read_inputs(x, residual, a, b, r0, k0, r1, k1, values, rv, av, bv, u * width)
+                        if weighted:
+                            read_operand(at(weights, r0, k0, r1, k1), w, u * width)
                 for u in range(unroll):
                     if begin + u * r1_step < bounds.r1_end:
-                        add_gradient(g, values, rv, av, bv, u * width, forward, part)
+                        add_gradient(g, values, rv, w, av, bv, u * width, forward, part)
                 for s in range(own):
                     for i in range(gradient_sums):
                         sums[s, i] += np.float64(part[s, i])
@@ -171,6 +178,11 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
         if k1 < bounds.k1_end:
             for s in range(own):  # the products are with the rounded mean
                 sums[s, 1] += sums[s, 0] * (np.float64(narrow(forward[channel.Y_MEAN, s])) - saved_mean[first + s])
-        write_sums(sums, gradient_sums, bounds, k1, first, partial)
+        found = cuda.local.array(4, np.float64)
+        for s in range(own):
+            for i in range(gradient_sums):
+                found[i] = sums[s, i]
+            block_sum(found, gradient_sums)
+            write(s, found, gradient_sums, bounds, k1, first, partial)
 
     return SimpleNamespace(sum_moments=sum_moments, sum_gradient=sum_gradient)

@@ -19,16 +19,16 @@ from numba.cuda import types
 from nbbn.core import rules
 from nbbn.kernels import channel, tasks
 from nbbn.kernels.cuda.apply import apply_functions
-from nbbn.kernels.cuda.blocks import VIEW_SIZE, Grid, Variant, block_functions, is_last
+from nbbn.kernels.cuda.blocks import VIEW_SIZE, Grid, Variant, block_functions, combine_moments, is_last
 from nbbn.kernels.cuda.memory import matrices
 from nbbn.kernels.cuda.reduce import reduce_functions
 from nbbn.kernels.cuda.target import cuda, device
 
-# The small arrays of a step, by address: see kernels/channel.py. Sums of chunks (chunks, sums, statistics) and shifts
-# are float64; counters are uint32 and zero.
-_FORWARD = ("partial", "shifts", "counters", "params", "state", "hyper", "new_state")
+# The small arrays of a step, by address: see kernels/channel.py. Sums or moments of chunks (chunks, 4, statistics) are
+# float64; counters are uint32 and zero.
+_FORWARD = ("partial", "counters", "params", "state", "hyper", "new_state")
 MEMORY = (*_FORWARD, "moments", "saved", "coefficients", "sums", "dparams")
-PARTIAL, SHIFTS, COUNTERS, PARAMS, STATE, HYPER, NEW_STATE, MOMENTS, SAVED, COEFFICIENTS, SUMS, DPARAMS = range(12)
+PARTIAL, COUNTERS, PARAMS, STATE, HYPER, NEW_STATE, MOMENTS, SAVED, COEFFICIENTS, SUMS, DPARAMS = range(11)
 
 
 def signature(step: str, v: Variant) -> Any:
@@ -48,14 +48,15 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     reducing, applying = reduce_functions(v), apply_functions(v)
     sum_moments, sum_gradient_of_task = reducing.sum_moments, reducing.sum_gradient
     normalize_task, input_gradient_task = applying.normalize, applying.input_gradient
-    moment_sums, gradient_sums = 3 if v.weights else 2, channel.GRADIENT_ROWS[v.adjustment]
+    gradient_sums = channel.GRADIENT_ROWS[v.adjustment]
     forward_rows, real = channel.OUTPUT_ROWS[v.adjustment], v.statistic.type
     state_rows = (5 if v.renorm else 2) + (2 if v.cumulative else 0)
     # What makes an array is no function of its own: Numba's do not return on a GPU what they have made.
     array, array64, counters_at = matrices(v.statistic), matrices(np.float64), matrices(np.uint32)
+    state_array = matrices(v.state or v.statistic)
     middle, cuts = channel.functions(device), tasks.functions(device)
     bounds_of, chunks_and_tiles = cuts.bounds_of, cuts.chunks_and_tiles
-    add_chunks, moments_of, train_of, freeze_of = middle.add_chunks, middle.moments, middle.train, middle.freeze
+    add_chunks, train_of, freeze_of = middle.add_chunks, middle.train, middle.freeze
     coefficients_of, parameter_gradients = middle.statistic_coefficients, middle.parameter_gradients
     input_coefficients_of = middle.input_coefficients
     walk = block_functions(v.rows, v.short, v.threads).walk
@@ -88,26 +89,27 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     @device
     def reduce_moments(x, weights, chunk, tile, shape, grid, memory):
         statistics, bounds = shape[1] * shape[3], bounds_of(chunk, tile, shape, grid)
-        partial = array64(memory[PARTIAL], (chunks_and_tiles(shape, grid)[0], moment_sums, statistics))
+        partial = array64(memory[PARTIAL], (chunks_and_tiles(shape, grid)[0], channel.MOMENT_ROWS, statistics))
         first, _ = thread_statistics(bounds, shape)
-        sum_moments(x, weights, bounds, first, array64(memory[SHIFTS], (statistics,)), partial)
+        sum_moments(x, weights, bounds, first, partial)
 
     @device
     def finish_moments(c, shape, grid, memory, channels):
         """The moments of one channel, in all groups."""
-        statistics, values = shape[1] * shape[3], np.float64(shape[0] * shape[2])
-        partial = array64(memory[PARTIAL], (chunks_and_tiles(shape, grid)[0], moment_sums, statistics))
-        shifts = array64(memory[SHIFTS], (statistics,))
+        chunks, statistics = chunks_and_tiles(shape, grid)[0], shape[1] * shape[3]
+        partial = array64(memory[PARTIAL], (chunks, channel.MOMENT_ROWS, statistics))
         moments = array64(memory[MOMENTS], (channel.MOMENT_ROWS, statistics))
         for s in range(c, statistics, channels):
-            add_chunks(s, s + 1, partial)
-            moments_of(s, s + 1, partial[0], shifts, values, moments)
+            for chunk in range(1, chunks):
+                combine_moments(partial[0], s, partial[chunk], s)
+            for row in range(channel.MOMENT_ROWS):
+                moments[row, s] = partial[0, row, s]
 
     @device
     def train_channel(c, statistics, memory, channels):
         """From the moments of one channel to the new state and the coefficients of the output."""
-        params, state = array(memory[PARAMS], (2, channels)), array(memory[STATE], (state_rows, channels))
-        new_state, hyper = array(memory[NEW_STATE], (state_rows, channels)), array64(memory[HYPER], (7,))
+        params, state = array(memory[PARAMS], (2, channels)), state_array(memory[STATE], (state_rows, channels))
+        new_state, hyper = state_array(memory[NEW_STATE], (state_rows, channels)), array64(memory[HYPER], (7,))
         saved = array64(memory[SAVED], (channel.SAVED_ROWS, statistics))
         coefficients = array(memory[COEFFICIENTS], (forward_rows, statistics))
         train_of(c, c + 1, params, state, hyper, a_or_none, renorm, cumulative, new_state, saved, coefficients)
@@ -141,14 +143,14 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
                 forward[channel.Y_MEAN, s] = saved[channel.BATCH_MEAN, first + s] if inside else 0.0
 
     @device
-    def reduce_gradient(x, dy, residual, a, b, chunk, tile, shape, grid, memory):
+    def reduce_gradient(x, dy, residual, weights, a, b, chunk, tile, shape, grid, memory):
         statistics, bounds = shape[1] * shape[3], bounds_of(chunk, tile, shape, grid)
         partial = array64(memory[PARTIAL], (chunks_and_tiles(shape, grid)[0], gradient_sums, statistics))
         forward = cuda.local.array((5, own), real)
         forward_of_thread(bounds, shape, memory, forward)
         first, _ = thread_statistics(bounds, shape)
         mean = array64(memory[SAVED], (channel.SAVED_ROWS, statistics))[channel.BATCH_MEAN]
-        sum_gradient_of_task(dy, x, residual, a, b, bounds, first, mean, forward, partial)
+        sum_gradient_of_task(dy, x, residual, weights, a, b, bounds, first, mean, forward, partial)
 
     @device
     def add_up(c, partial, memory, channels):
@@ -222,9 +224,9 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     def gradient_reduction(finish_channel):
         """The same for the gradient."""
 
-        def kernel(x, dy, residual, a, b, shape, grid, memory, channels, epsilon):
+        def kernel(x, dy, residual, weights, a, b, shape, grid, memory, channels, epsilon):
             chunk, tile, family, blocks = task(shape, grid)
-            reduce_gradient(x, dy, residual, a, b, chunk, tile, shape, grid, memory)
+            reduce_gradient(x, dy, residual, weights, a, b, chunk, tile, shape, grid, memory)
             first, last, step = channels_to_finish(family, blocks, shape, grid, memory, channels)
             for c in range(first, last, step):
                 finish_channel(c, shape, grid, memory, channels)
@@ -238,15 +240,16 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     def infer(x, residual, y, shape, grid, memory, channels, epsilon):
         chunk, tile, _, _ = task(shape, grid)
         bounds = bounds_of(chunk, tile, shape, grid)
-        params, state = array(memory[PARAMS], (2, channels)), array(memory[STATE], (state_rows, channels))
+        params, state = array(memory[PARAMS], (2, channels)), state_array(memory[STATE], (state_rows, channels))
         forward = cuda.local.array((5, own), real)
         first, inside = thread_statistics(bounds, shape)
         for s in range(own):
             c = first + s if inside else 0
-            forward[channel.Y_MEAN, s] = state[channel.MEAN, c]
-            gamma, variance = params[channel.GAMMA, c], state[channel.VARIANCE, c]
-            forward[channel.Y_SCALE, s] = rules.inference_scale(gamma, variance, epsilon)
-            forward[channel.Y_SHIFT, s] = params[channel.BETA, c]
+            gamma, mean, variance = params[channel.GAMMA, c], state[channel.MEAN, c], state[channel.VARIANCE, c]
+            forward[channel.Y_MEAN, s] = mean
+            scale, shift = rules.inference_terms(mean, forward[channel.Y_MEAN, s], variance, epsilon, gamma)
+            forward[channel.Y_SCALE, s] = scale
+            forward[channel.Y_SHIFT, s] = shift + params[channel.BETA, c]
         normalize_task(x, residual, x, x, y, bounds, forward)
 
     def input_gradient(x, dy, residual, weights, a, b, dx, dz, shape, grid, memory, channels, epsilon):
@@ -271,7 +274,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
 
     def freeze(shape, grid, memory, channels, epsilon):
         c = own_channel(grid)
-        params, state = array(memory[PARAMS], (2, channels)), array(memory[STATE], (state_rows, channels))
+        params, state = array(memory[PARAMS], (2, channels)), state_array(memory[STATE], (state_rows, channels))
         saved, hyper = array64(memory[SAVED], (channel.SAVED_ROWS, channels)), array64(memory[HYPER], (7,))
         if c < channels:
             freeze_of(c, c + 1, params, state, hyper[channel.EPSILON], saved)
@@ -298,7 +301,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     def backward(x, dy, residual, weights, a, b, dx, dz, shape, grid, memory, channels, epsilon):
         family, tiles = np.int64(cuda.blockIdx.x), chunks_and_tiles(shape, grid)[1]
         for tile in range(family, tiles, grid.families):
-            reduce_gradient(x, dy, residual, a, b, 0, tile, shape, grid, memory)
+            reduce_gradient(x, dy, residual, weights, a, b, 0, tile, shape, grid, memory)
         cuda.syncthreads()
         first, last, step = channels_of(family, shape, grid, channels)
         for c in range(first, last, step):
