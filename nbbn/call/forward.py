@@ -66,8 +66,10 @@ class Normalizer:
         Args:
             inputs: float16, bfloat16, float32 or float64 array of the rank that the layer was built for; never changed.
             training: use the batch's statistics and update the moving ones. None means False.
-            mask: bool or real weights >= 0 of the elements in the batch's statistics; broadcast against the non-feature
-                dimensions, or of the input's rank. Ignored in inference.
+            mask: bool or real weights >= 0 of the elements in the batch's statistics. With fewer dimensions than the
+                input it stands for the leading ones that are no feature axes, as Keras's masks do: (N,) for samples,
+                (N, T) for steps, where 1 stands for all, as in (1, T). With the input's rank it broadcasts against
+                it. Ignored in inference.
             update_statistics: False leaves the moving statistics alone.
             out: an array for the result; may be `inputs` or `residual` itself.
             residual: array of the input's shape that is added to the normalized input, before the activation.

@@ -52,8 +52,9 @@ def as_weights(mask: Any, x: Array, kept: Sizes, dtype: np.dtype, argument: str 
     """The weight of every element in the moments: a copy in `dtype`, broadcast to the shape of `x`.
 
     Args:
-        mask: bool (True counts) or real weights >= 0, of the input's rank, or broadcast against the dimensions that
-            are not in `kept`. The values of one that lies on a GPU are not looked at, which would have to wait.
+        mask: bool (True counts) or real weights >= 0. With fewer dimensions than `x` they are its leading ones that are
+            not in `kept`; with as many it broadcasts as in NumPy. The values of one that lies on a GPU are not looked
+            at, which would have to wait.
     """
     place, reduced = place_of(x), tuple(s for i, s in enumerate(x.shape) if i not in kept)
     array = place.take_operand(mask, argument)
@@ -64,15 +65,16 @@ def as_weights(mask: Any, x: Array, kept: Sizes, dtype: np.dtype, argument: str 
         weights = place.astype(array, dtype, copy=True)
     shape = weights.shape
     if len(shape) <= len(reduced):
-        sizes = iter((1,) * (len(reduced) - len(shape)) + shape)
-        shape = tuple(1 if i in kept else next(sizes) for i in range(x.ndim))
+        sizes = iter(shape)
+        shape = tuple(1 if i in kept else next(sizes, 1) for i in range(x.ndim))
     try:
         if len(shape) != x.ndim:
             raise ValueError
         return place.broadcast(place.reshape(weights, shape), x.shape)
     except ValueError:
+        batch_first = f"leading non-feature dimensions {reduced} (batch first) or, with {x.ndim} dimensions, its "
         raise ValueError(
-            f"{argument} must broadcast against the input's non-feature dimensions {reduced} or its shape {x.shape}; "
+            f"{argument} must broadcast against the input's {batch_first if kept else ''}shape {x.shape}; "
             f"received shape {weights.shape}"
         ) from None
 
