@@ -213,7 +213,7 @@ RESIDUALS = [
     (ones(dtype=np.int32), TypeError, ("residual", "int32", "float32")),
     (ones(dtype=bool), TypeError, ("residual", "bool", "float32")),
     (ones(dtype=np.complex64), TypeError, ("residual", "complex64", "float32")),
-    ("zeros", TypeError, ("residual", "str", "float32")),
+    ("zeros", TypeError, ("residual", "'zeros'", "float32")),
     (np.ma.masked_array(ones()), TypeError, ("residual", "masked")),
 ]
 
