@@ -130,6 +130,13 @@ def test_masks():
     Pair((4, 2, 3), -1).check(mask=mask.astype(bool)).check(mask=mask / 4)
 
 
+def test_momenta_that_are_set_count_from_the_next_call_on():
+    pair = Pair((4, 3), -1, renorm=True).check()
+    for layer in (pair.cpu, pair.gpu):
+        layer.momentum, layer.renorm_momentum = 0.25, 0.5
+    pair.check().check()
+
+
 def test_a_layer_with_a_dtype_casts_integers():
     pixels = np.arange(12, dtype=np.uint8).reshape(4, 3)
     y, pullback = nbbn.BatchNormalization(dtype="float32").vjp(pixels, training=True)

@@ -17,17 +17,34 @@ _CONSTRAINTS = ("beta_constraint", "gamma_constraint")
 _FOREIGN_KEYS = ("batch_input_shape", "build_input_shape")
 
 
+def _momentum(name: str) -> property:
+    """An option that may change between calls, as a schedule changes it."""
+
+    def assign(self: "Configured", value: float | None) -> None:
+        with self._building:
+            changed = self._dispatcher.changed(**{name: value})
+            old = self.options.momentum
+            if self._variables is not None and (changed.options.momentum is None) != (old is None):
+                raise ValueError(
+                    f"momentum must stay {'None' if old is None else 'a number'} once the layer is built, because "
+                    f"None counts the batches in the state; received {value!r}"
+                )
+            self._dispatcher = changed
+
+    return property(lambda self: getattr(self.options, name), assign)
+
+
 class Configured(Normalizer):
     """A layer that tells what it was asked for, and can be made again from that."""
 
     axis: int | list[int]
     synchronized: bool | None
 
-    momentum = property(lambda self: self.options.momentum)
+    momentum = _momentum("momentum")
+    renorm_momentum = _momentum("renorm_momentum")
     epsilon = property(lambda self: self.options.epsilon)
     renorm = property(lambda self: self.options.renorm)
     renorm_clipping = property(lambda self: self.options.renorm_clipping)
-    renorm_momentum = property(lambda self: self.options.renorm_momentum)
     fused = property(lambda self: self.options.fused)
     virtual_batch_size = property(lambda self: self.options.virtual_batch_size)
     adjustment = property(lambda self: self.options.adjustment)

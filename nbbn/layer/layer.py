@@ -29,7 +29,8 @@ class BatchNormalization(Weighted):
         axis: int, or list, tuple, range or array of ints: the feature axes, which keep statistics of their own; all
             others are reduced.
         momentum: weight of the OLD value in the moving averages, 0 to 1 (PyTorch's momentum is the weight of the new
-            value). None averages all training calls with equal weight.
+            value). None averages all training calls with equal weight. The attribute may be set, from one number to
+            another also when the layer is built: the next call follows it (a captured CUDA graph does not).
         epsilon: added to the variance.
         center, scale: whether there is a beta, a gamma.
         beta_initializer, gamma_initializer, moving_mean_initializer, moving_variance_initializer: Keras name,
@@ -39,7 +40,7 @@ class BatchNormalization(Weighted):
         renorm: batch renormalization (Ioffe, 2017).
         renorm_clipping: dict with any of "rmax", "rmin", "dmax": numbers, or callables without arguments read at
             each step. A UserWarning without renorm, which alone reads it.
-        renorm_momentum: weight of the old value in the statistics that renorm normalizes with.
+        renorm_momentum: weight of the old value in the statistics that renorm normalizes with. May be set, too.
         fused: True demands that TensorFlow's fused kernel could do this call (ValueError otherwise), False that it
             is not; this decides about Bessel's correction only. None: whatever is possible.
         trainable: a layer that is not trainable normalizes with its moving statistics, also in training.
