@@ -104,21 +104,24 @@ class Registry:
         classes = {name: c for name, c in public.items() if issubclass(c, base) and not inspect.isabstract(c)}
         self._makers: dict[str, object] = {**classes, **aliases}
 
-    def get(self, identifier: object) -> Any:
+    def get(self, identifier: object, argument: str | None = None) -> Any:
         """The object for a name, config dict, class (called without arguments) or callable (kept as it is).
+
+        argument: what an error message calls it.
 
         Raises: ValueError for an unknown name, a malformed or foreign config, and anything else.
         """
+        argument = argument or self._kind
         if identifier is None and self._optional:
             return None
         if isinstance(identifier, str):
-            return self._make(identifier, {})
+            return self._make(identifier, {}, argument)
         if isinstance(identifier, Mapping):
-            return self._from_dict(identifier)
+            return self._from_dict(identifier, argument)
         found: object = identifier() if isinstance(identifier, type) else identifier
         if not callable(found):
             raise ValueError(
-                f"{self._kind} must be a name, a config dict with the keys class_name and config, "
+                f"{argument} must be a name, a config dict with the keys class_name and config, "
                 f"an object, a class or a callable, received {identifier!r}."
             )
         return found
@@ -134,29 +137,29 @@ class Registry:
         if hasattr(component, "get_config") and not isinstance(component, type):
             return {"class_name": type(component).__name__, "config": component.get_config()}
         name = getattr(component, "__name__", None)
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not name.isidentifier():  # a lambda's is none
             raise ValueError(f"{self._kind} must have get_config() or a name to be serialized, received {component!r}.")
         return name
 
-    def _from_dict(self, identifier: Mapping[str, Any]) -> Callable[..., Any]:
+    def _from_dict(self, identifier: Mapping[str, Any], argument: str) -> Callable[..., Any]:
         name, config = identifier.get("class_name"), identifier.get("config", {})
         if not isinstance(name, str):
-            raise ValueError(f"{self._kind} config must name a class_name, received {dict(identifier)!r}.")
+            raise ValueError(f"{argument} config must name a class_name, received {dict(identifier)!r}.")
         # Keras tells a user's own Zeros, or a function, from the built-in class by nothing but the module.
         if "module" in identifier and not defined_by(identifier["module"], (*KERAS, "nbbn")):
             raise ValueError(
-                f"{self._kind} must be passed as the object or function itself if its module is foreign, "
+                f"{argument} must be passed as the object or function itself if its module is foreign, "
                 f"received {dict(identifier)!r}."
             )
         if not isinstance(config, Mapping):
-            raise ValueError(f"config of {self._kind} {name!r} must be a dict, received {config!r}.")
-        return self._make(name, config)
+            raise ValueError(f"config of {argument} {name!r} must be a dict, received {config!r}.")
+        return self._make(name, config, argument)
 
-    def _make(self, name: str, config: Mapping[str, Any]) -> Callable[..., Any]:
+    def _make(self, name: str, config: Mapping[str, Any], argument: str) -> Callable[..., Any]:
         if name not in self._makers:
             raise ValueError(
-                f"Unknown {self._kind} {name!r}. Known names: {', '.join(sorted(self._makers))}. "
-                "Anything else must be passed as the object or function itself."
+                f"{argument} must be one of the names {', '.join(sorted(self._makers))}, or the object or function "
+                f"itself, received {name!r}."
             )
         maker: Any = self._makers[name]
         made: Callable[..., Any] = maker.from_config(config) if hasattr(maker, "from_config") else maker(**config)

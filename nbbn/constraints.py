@@ -114,8 +114,10 @@ _REGISTRY = Registry("constraint", Constraint, vars(), _ALIASES, optional=True)
 get, serialize = _REGISTRY.get, _REGISTRY.serialize
 
 
-def project(constraint: Callable[..., Any], w: npt.ArrayLike) -> Array:
+def project(constraint: Callable[..., Any], w: npt.ArrayLike, argument: str = "constraint") -> Array:
     """What any constraint makes of w, converted from what its framework returns.
+
+    argument: what an error message calls it.
 
     Returns: an array, shape and dtype of w.
     Raises: ValueError if the constraint returns another shape.
@@ -124,6 +126,6 @@ def project(constraint: Callable[..., Any], w: npt.ArrayLike) -> Array:
     projected = np.asarray(constraint(w))
     if projected.shape != w.shape:
         raise ValueError(
-            f"constraint {constraint!r} must return the shape {w.shape} of w, received shape {projected.shape}."
+            f"{argument} {constraint!r} must return the shape {w.shape} of w, received shape {projected.shape}."
         )
     return projected.astype(w.dtype)

@@ -233,7 +233,9 @@ def compute_fans(
     return shape[-2] * receptive_field, shape[-1] * receptive_field
 
 
-def initialize(initializer: object, shape: Shape, dtype: npt.DTypeLike | None = None) -> Array:
+def initialize(
+    initializer: object, shape: Shape, dtype: npt.DTypeLike | None = None, argument: str = "initializer"
+) -> Array:
     """The array that an initializer gives for `shape`, checked.
 
     Args:
@@ -241,18 +243,19 @@ def initialize(initializer: object, shape: Shape, dtype: npt.DTypeLike | None = 
             f(shape) where its signature has no dtype; what it returns is converted to NumPy.
         shape: of the parameter.
         dtype: of the parameter; None means float32.
+        argument: what an error message calls the initializer.
     Returns: a new, writable, C-contiguous array of `shape` and `dtype`.
     Raises: ValueError if the values do not have exactly that shape; TypeError if they are not real numbers.
     """
-    function, shape, dtype = get(initializer), _as_shape(shape), _as_dtype(dtype)
+    function, shape, dtype = get(initializer, argument), _as_shape(shape), _as_dtype(dtype)
     values = np.asarray(function(shape, dtype=dtype) if _takes_dtype(function) else function(shape))
     if values.shape != shape:
         raise ValueError(
-            f"initializer {initializer!r} must return an array of the parameter's shape {shape}, "
+            f"{argument} {initializer!r} must return an array of the parameter's shape {shape}, "
             f"received shape {values.shape}."
         )
     if values.dtype.kind not in "biufV":
-        raise TypeError(f"initializer {initializer!r} must return real numbers, received dtype {values.dtype}.")
+        raise TypeError(f"{argument} {initializer!r} must return real numbers, received dtype {values.dtype}.")
     # Always a copy: a foreign function may return a read-only buffer, or one array for two parameters.
     return np.array(values, dtype=dtype, order="C", copy=True)
 

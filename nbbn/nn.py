@@ -10,7 +10,7 @@ from nbbn.arrays import HOST
 from nbbn.call.operands import as_input, as_weights
 from nbbn.core import dtypes
 from nbbn.core.layout import Sizes, resolve_axis
-from nbbn.core.options import Options
+from nbbn.core.options import EPSILON, Options, boolean, check_number, parse_ints
 from nbbn.engine.dispatcher import Dispatcher
 from nbbn.kernels import channel
 
@@ -24,8 +24,21 @@ def _dispatcher(axis: int | Sizes, epsilon: float = 0.0, momentum: float = 0.0) 
     return Dispatcher(Options(axis=axis, momentum=momentum, epsilon=epsilon, bessel_correction=True))
 
 
-def _axes(axes: int | Sequence[int], rank: int) -> Sizes:
-    return resolve_axis([axes] if isinstance(axes, (int, np.integer)) else list(axes), rank)
+def _input(value: Any) -> Array:
+    x: Array = as_input(HOST.take(value, "x"), "x")
+    return x
+
+
+def _axes(axes: int | Sequence[int] | Array, rank: int) -> Sizes:
+    parsed = parse_ints("axes", axes)
+    return resolve_axis([parsed] if isinstance(parsed, int) else parsed, rank, "axes")
+
+
+def _keepdims(keepdims: bool | None, keep_dims: bool | None) -> bool:
+    if keepdims is not None and keep_dims is not None:
+        raise ValueError(f"keepdims and keep_dims are one; received keepdims={keepdims!r} and keep_dims={keep_dims!r}")
+    name, given = ("keepdims", keepdims) if keep_dims is None else ("keep_dims", keep_dims)
+    return given is not None and boolean(name, given)
 
 
 def _with_channels(x: Array, kept: Sizes) -> tuple[Array, Sizes]:
@@ -51,37 +64,43 @@ def _moments(x: Array, weights: Array | None, reduced: Sizes, keepdims: bool) ->
 
 
 def moments(
-    x: Any, axes: int | Sequence[int], shift: None = None, name: str | None = None, keepdims: bool = False
+    x: Any,
+    axes: int | Sequence[int] | Array,
+    shift: None = None,
+    name: str | None = None,
+    keepdims: bool | None = None,
+    keep_dims: bool | None = None,
 ) -> tuple[Array, Array]:
     """Mean and biased variance of `x` over `axes`, in its dtype.
 
     Args:
         x: float array. axes: the dimensions that are reduced.
         shift, name: not used, as in TensorFlow.
-        keepdims: keep the reduced dimensions with size 1.
+        keepdims: keep the reduced dimensions with size 1. keep_dims: TensorFlow 1's name for it.
     Returns: mean, variance; NaN where there is no value.
     """
-    x = as_input(HOST.take(x, "x"), "x")
-    return _moments(x, None, _axes(axes, x.ndim), keepdims)
+    x = _input(x)
+    return _moments(x, None, _axes(axes, x.ndim), _keepdims(keepdims, keep_dims))
 
 
 def weighted_moments(
     x: Any,
-    axes: int | Sequence[int],
+    axes: int | Sequence[int] | Array,
     frequency_weights: Any,
     name: str | None = None,
-    keepdims: bool = False,
+    keepdims: bool | None = None,
+    keep_dims: bool | None = None,
 ) -> tuple[Array, Array]:
     """Mean and biased variance of `x` over `axes`, each value counted `frequency_weights` times.
 
     Args: as of moments(); frequency_weights: real, >= 0, broadcasts against x.
     Returns: mean, variance; 0 where the weights sum to 0, as in TensorFlow.
     """
-    x = as_input(HOST.take(x, "x"), "x")
-    weights = np.asarray(frequency_weights)
+    x = _input(x)
+    weights = dtypes.as_numbers(frequency_weights, "frequency_weights")
     weights = weights.reshape((1,) * (x.ndim - weights.ndim) + weights.shape)
     weights = as_weights(weights, x, (), dtypes.statistic(x.dtype), "frequency_weights")
-    return _moments(x, weights, _axes(axes, x.ndim), keepdims)
+    return _moments(x, weights, _axes(axes, x.ndim), _keepdims(keepdims, keep_dims))
 
 
 def batch_normalization(
@@ -91,32 +110,40 @@ def batch_normalization(
 
     Args:
         x: float array. mean, variance: arrays that broadcast with x. offset, scale: likewise, or None.
+    Raises: TypeError, ValueError for arguments that are not possible or do not broadcast.
     """
-    x = as_input(HOST.take(x, "x"), "x")
-    operands = [1.0 if scale is None else scale, 0.0 if offset is None else offset, mean, variance]
-    arrays = [np.asarray(o) for o in operands]
-    shape = np.broadcast_shapes(x.shape, *(a.shape for a in arrays))
+    x = _input(x)
+    check_number("variance_epsilon", variance_epsilon, np.inf, EPSILON)
+    operands = {"scale": 1.0 if scale is None else scale, "offset": 0.0 if offset is None else offset}
+    operands |= {"mean": mean, "variance": variance}
+    arrays = [dtypes.as_numbers(o, name) for name, o in operands.items()]
+    try:
+        shape = np.broadcast_shapes(x.shape, *(a.shape for a in arrays))
+    except ValueError:
+        shapes = ", ".join(f"{name} {a.shape}" for name, a in zip(operands, arrays, strict=True))
+        raise ValueError(f"x and what stands beside it must broadcast; received x {x.shape}, {shapes}") from None
     padded = [a.reshape((1,) * (len(shape) - a.ndim) + a.shape) for a in arrays]
     kept = tuple(i for i in range(len(shape)) if any(a.shape[i] != 1 for a in padded))  # where an operand varies
     target = tuple(s if i in kept else 1 for i, s in enumerate(shape))
     numbers = np.stack([np.broadcast_to(a, target).ravel() for a in padded]).astype(dtypes.statistic(x.dtype))
     x, kept = _with_channels(np.broadcast_to(x, shape), kept)
-    y: Array = _dispatcher(kept, variance_epsilon).infer(x, numbers[:2], numbers[2:]).reshape(shape)
+    y: Array = _dispatcher(kept, float(variance_epsilon)).infer(x, numbers[:2], numbers[2:]).reshape(shape)
     return y
 
 
 def _fused_dispatcher(x: Array, data_format: str, epsilon: float, momentum: float = 0.0) -> Dispatcher:
-    if data_format not in _FUSED_AXIS:
+    check_number("epsilon", epsilon, np.inf, EPSILON)
+    if data_format not in list(_FUSED_AXIS):  # a list has no hash
         raise ValueError(f"data_format must be one of {list(_FUSED_AXIS)}; received {data_format!r}")
     rank, axis = _FUSED_AXIS[data_format]
     if x.ndim != rank:
         raise ValueError(f"x must have rank {rank} for data_format={data_format!r}; received shape {x.shape}")
-    return _dispatcher(axis, epsilon, momentum)
+    return _dispatcher(axis, float(epsilon), momentum)
 
 
 def _per_channel(values: Sequence[Any], names: Sequence[str], x: Array, dispatcher: Dispatcher) -> Array:
     channels = x.shape[dispatcher.axis(x.ndim)[0]]
-    arrays = [np.asarray(v, dtypes.statistic(x.dtype)) for v in values]
+    arrays = [dtypes.as_numbers(v, n).astype(dtypes.statistic(x.dtype)) for v, n in zip(values, names, strict=True)]
     for name, array in zip(names, arrays, strict=True):
         if array.shape != (channels,):
             raise ValueError(f"{name} must have shape ({channels},), one value per channel; received {array.shape}")
@@ -146,8 +173,9 @@ def fused_batch_norm(
     Returns: y; in training the running mean and variance, the latter with Bessel's correction; in inference those
         given.
     """
-    x = as_input(HOST.take(x, "x"), "x")
-    dispatcher = _fused_dispatcher(x, data_format, epsilon, 1.0 - exponential_avg_factor)
+    x, is_training = _input(x), boolean("is_training", is_training)
+    check_number("exponential_avg_factor", exponential_avg_factor, 1.0, "a number from 0 to 1")
+    dispatcher = _fused_dispatcher(x, data_format, epsilon, 1.0 - float(exponential_avg_factor))
     params = _per_channel([scale, offset], ["scale", "offset"], x, dispatcher)
     given = mean is not None and variance is not None
     if not given and (not is_training or exponential_avg_factor != 1.0):
@@ -180,12 +208,13 @@ def fused_batch_norm_grad(
         y_backprop: the gradient of y, of the shape and dtype of x.
         mean, variance: (C,) the statistics that inference used; not used in training, where those of x are taken.
     """
-    x = as_input(HOST.take(x, "x"), "x")
+    x, is_training = _input(x), boolean("is_training", is_training)
     dy = dtypes.as_float_array(y_backprop, "y_backprop").astype(x.dtype, copy=False)
     if dy.shape != x.shape:
         raise ValueError(f"y_backprop must have the shape of x, {x.shape}; received {dy.shape}")
     dispatcher = _fused_dispatcher(x, data_format, epsilon)
-    params = _per_channel([scale, np.zeros_like(scale)], ["scale", "scale"], x, dispatcher)
+    (gamma,) = _per_channel([scale], ["scale"], x, dispatcher)
+    params = np.stack([gamma, np.zeros_like(gamma)])
     if not is_training:
         saved = dispatcher.freeze(params, _per_channel([mean, variance], ["mean", "variance"], x, dispatcher))
     elif x.size:

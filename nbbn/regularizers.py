@@ -80,23 +80,26 @@ _REGISTRY = Registry("regularizer", Regularizer, vars(), {"l1_l2": l1_l2, "l1l2"
 get, serialize = _REGISTRY.get, _REGISTRY.serialize
 
 
-def loss(regularizer: Callable[..., Any], w: npt.ArrayLike) -> float:
+def loss(regularizer: Callable[..., Any], w: npt.ArrayLike, argument: str = "regularizer") -> float:
     """The penalty of any regularizer, converted from what its framework returns.
+
+    argument: what an error message calls it.
 
     Raises: ValueError if the result is not a scalar.
     """
     value = np.asarray(_native(regularizer)(w))
     if value.shape != ():
-        raise ValueError(f"regularizer {regularizer!r} must return a scalar, received shape {value.shape}.")
+        raise ValueError(f"{argument} {regularizer!r} must return a scalar, received shape {value.shape}.")
     return float(value)
 
 
-def gradient(regularizer: Callable[..., Any], w: npt.ArrayLike) -> Array:
+def gradient(regularizer: Callable[..., Any], w: npt.ArrayLike, argument: str = "regularizer") -> Array:
     """d penalty / d w of any regularizer whose gradient is known.
 
     Args:
         regularizer: an object with a method gradient(w), or Keras's own L1, L2 or L1L2.
         w: an array of a floating dtype.
+        argument: what an error message calls the regularizer.
     Returns: an array, shape and dtype of w.
     Raises: TypeError if there is no way to know the gradient; ValueError if it does not have the shape of w.
     """
@@ -104,13 +107,13 @@ def gradient(regularizer: Callable[..., Any], w: npt.ArrayLike) -> Array:
     method = getattr(native, "gradient", None)
     if not callable(method):
         raise TypeError(
-            "regularizer must be L1, L2, L1L2 or have a method gradient(w) that returns d penalty / d w "
+            f"{argument} must be L1, L2, L1L2 or have a method gradient(w) that returns d penalty / d w "
             f"as an array of the shape of w, received {regularizer!r}."
         )
     slope = np.asarray(method(w))
     if slope.shape != w.shape:
         raise ValueError(
-            f"gradient(w) of regularizer {regularizer!r} must have the shape {w.shape} of w, "
+            f"gradient(w) of {argument} {regularizer!r} must have the shape {w.shape} of w, "
             f"received shape {slope.shape}."
         )
     return slope.astype(w.dtype)

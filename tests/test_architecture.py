@@ -47,7 +47,7 @@ ROOMS = {
         *("arrays.availability", "arrays.device", "arrays.host", "core"),
         *("arrays.torch", "arrays.cupy", "arrays.jax", "arrays.numba_cuda", "arrays.interface"),
     },
-    "arrays": {"arrays.gpu", "arrays.host"},
+    "arrays": {"arrays.gpu", "arrays.host", "core"},
     # -- what a layer owns
     "state": {"arrays", "core", "runtime"},
     # -- how steps run; here, too, two targets that do not know each other

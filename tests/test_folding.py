@@ -268,8 +268,18 @@ ERRORS: dict[str, tuple[Any, ...]] = {
     "bias per input": ((KERNEL, np.ones(4), LAYER), {}, ValueError, r"bias must have shape \(6,\).* received \(4,\)"),
     "bias of rank 0": ((KERNEL, 1.0, LAYER), {}, ValueError, r"bias must have shape \(6,\).* received \(\)"),
     "bias of rank 2": ((KERNEL, np.ones((1, 6)), LAYER), {}, ValueError, r"bias must have .* received \(1, 6\)"),
-    "integer bias": ((KERNEL, np.ones(6, int), LAYER), {}, TypeError, "bias must have a dtype .* received int64"),
-    "integer kernel": ((KERNEL.astype(int), None, LAYER), {}, TypeError, "kernel must have a dtype .* received int64"),
+    "integer bias": (
+        (KERNEL, np.ones(6, int), LAYER),
+        {},
+        TypeError,
+        "bias must be an array of .* received dtype int64",
+    ),
+    "integer kernel": (
+        (KERNEL.astype(int), None, LAYER),
+        {},
+        TypeError,
+        "kernel must be an array of .* received dtype int64",
+    ),
     "scalar kernel": ((1.0, None, LAYER), {}, ValueError, "kernel must have at least one dimension"),
     "no layer": (
         (KERNEL, None, "layer"),

@@ -76,9 +76,9 @@ def test_set_weights():
     [
         (np.ones(2), ValueError),
         (1.0, ValueError),
-        ("abc", ValueError),
+        ("abc", TypeError),
         (np.ones(3) * 1j, TypeError),
-        (None, ValueError),
+        (None, TypeError),
     ],
     ids=["shape", "scalar", "text", "complex", "None"],
 )
@@ -86,7 +86,7 @@ def test_set_weights():
 def test_values_that_are_no_weight(value, error, name):
     layer = trained()
     before = layer.get_weights()
-    with pytest.raises((error, ValueError)):
+    with pytest.raises(error, match=name):
         setattr(layer, name, value)
     for old, new in zip(before, layer.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)

@@ -130,12 +130,30 @@ def test_masks():
     Pair((4, 2, 3), -1).check(mask=mask.astype(bool)).check(mask=mask / 4)
 
 
+def test_momenta_that_are_set_count_from_the_next_call_on():
+    pair = Pair((4, 3), -1, renorm=True).check()
+    for layer in (pair.cpu, pair.gpu):
+        layer.momentum, layer.renorm_momentum = 0.25, 0.5
+    pair.check().check()
+
+
+def test_a_layer_with_a_dtype_casts_integers():
+    pixels = np.arange(12, dtype=np.uint8).reshape(4, 3)
+    y, pullback = nbbn.BatchNormalization(dtype="float32").vjp(pixels, training=True)
+    found, pullback_on_gpu = new_layer(dtype="float32").vjp(device(pixels), training=True)
+    agree(found, y, "y")
+    gradients_agree(pullback_on_gpu(found), pullback(y))
+
+
 def test_a_mask_on_the_gpu():
     pair = Pair((4, 2, 3), -1)
     mask, x = np.array([[1, 0], [1, 1], [0, 1], [1, 1]], np.float32), pair.array()
     agree(pair.gpu(device(x), training=True, mask=device(mask)), pair.cpu(x, training=True, mask=mask), "y")
     with pytest.raises(ValueError, match=r"mask must broadcast .* \(4, 2\) .* received shape \(3, 2\)"):
         pair.gpu(device(x), training=True, mask=device(mask[:3]))
+    of_samples = mask[:, 0].copy()
+    expected = pair.cpu(x, training=True, mask=of_samples)
+    agree(pair.gpu(device(x), training=True, mask=device(of_samples)), expected, "y")
 
 
 def test_without_an_update_the_statistics_stay():
@@ -348,7 +366,7 @@ BAD_CALLS = {
     "shape of out": ({"out": np.zeros((2, 3), np.float32)}, ValueError, r"out must have the shape \(4, 3\)"),
     "dtype of out": ({"out": np.zeros((4, 3))}, ValueError, "dtype float32 of the result; .* dtype float64"),
     "residual": ({"residual": np.zeros((4, 2), np.float32)}, ValueError, r"residual must have the input's shape"),
-    "dtype of residual": ({"residual": np.zeros((4, 3), int)}, TypeError, "residual must have a dtype of"),
+    "dtype of residual": ({"residual": np.zeros((4, 3), int)}, TypeError, "residual must be an array of"),
 }
 
 
@@ -362,7 +380,7 @@ def test_bad_arguments(arguments, error, message):
 
 def test_bad_inputs():
     layer = new_layer()
-    with pytest.raises(TypeError, match=r"inputs must have a dtype of .*; received int64"):
+    with pytest.raises(TypeError, match=r"inputs must be an array of .*; received dtype int64"):
         layer(device(np.zeros((4, 3), np.int64)))
     with pytest.raises(ValueError, match="virtual_batch_size=3 must divide"):
         new_layer(virtual_batch_size=3)(device(np.zeros((4, 3), np.float32)), training=True)

@@ -186,6 +186,9 @@ MASKS = [
     (np.full(SHAPE[:3], np.inf), ValueError, ("mask", "inf")),
     (np.ones(SHAPE[:3], np.complex64), TypeError, ("mask", "complex64", "bool")),
     (np.full(SHAPE[:3], "yes"), TypeError, ("mask", "str", "bool")),
+    # batch first, or the full rank: what fits the trailing dimensions alone fits neither
+    (np.ones(2, bool), ValueError, ("mask", "(2,)", "leading", "(6, 4, 2)", "4 dimensions", str(SHAPE))),
+    (np.ones((4, 2), bool), ValueError, ("mask", "(4, 2)", "leading", "(6, 4, 2)", "4 dimensions", str(SHAPE))),
 ]
 
 
@@ -210,7 +213,7 @@ RESIDUALS = [
     (ones(dtype=np.int32), TypeError, ("residual", "int32", "float32")),
     (ones(dtype=bool), TypeError, ("residual", "bool", "float32")),
     (ones(dtype=np.complex64), TypeError, ("residual", "complex64", "float32")),
-    ("zeros", TypeError, ("residual", "str", "float32")),
+    ("zeros", TypeError, ("residual", "'zeros'", "float32")),
     (np.ma.masked_array(ones()), TypeError, ("residual", "masked")),
 ]
 

@@ -417,10 +417,11 @@ def test_integer_weights_equal_repeating():
 
 def test_mask_aligns_with_the_axes_that_are_not_features():
     x = np.random.default_rng(1).normal(size=(3, 2, 4))
-    mask = np.array([[True, False, True, True]])
     layer = Reference(axis=1).build(x.shape)
-    step = layer(x, training=True, mask=mask)
+    step = layer(x, training=True, mask=np.array([[True, False, True, True]]))
     np.testing.assert_allclose(step.mean.ravel(), x[:, :, [0, 2, 3]].mean((0, 2)))
+    step = layer(x, training=True, mask=np.array([True, False, True]))  # fewer of them: samples
+    np.testing.assert_allclose(step.mean.ravel(), x[[0, 2]].mean((0, 2)))
 
 
 def test_statistic_without_a_valid_element_keeps_its_state():

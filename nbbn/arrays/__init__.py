@@ -1,6 +1,6 @@
 """Arrays of every kind behind one face: where they lie, and what can be done with them there."""
 
-from nbbn.arrays.host import HOST, Array, check_real
+from nbbn.arrays.host import HOST, Array
 from nbbn.arrays.place import Place, as_array, as_numpy, place_of
 
-__all__ = ["HOST", "Array", "Place", "as_array", "as_numpy", "check_real", "place_of"]
+__all__ = ["HOST", "Array", "Place", "as_array", "as_numpy", "place_of"]

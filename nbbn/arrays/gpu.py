@@ -31,7 +31,9 @@ class DevicePlace:
         return _restored_place, (name, self.device)
 
     def take(self, value: Any, argument: str) -> Array:
-        return check_dtype(self._take(value, argument), argument)
+        found = self._take(value, argument)
+        dtypes.check(found.dtype, argument, floats=True)
+        return found
 
     def take_out(self, value: Any) -> Array:
         out = self._take(value, "out")
@@ -112,13 +114,6 @@ def device_place(library: Library, device: int) -> DevicePlace:
 
 def _restored_place(library: str, device: int) -> DevicePlace:
     return device_place(load(library), device)
-
-
-def check_dtype(array: DeviceArray, argument: str) -> DeviceArray:
-    """The array itself. Raises: TypeError for a dtype that is not one of nbbn's."""
-    if array.dtype.name not in dtypes.NAMES:
-        raise TypeError(f"{argument} must have a dtype of {', '.join(dtypes.NAMES)}; received {array.dtype.name}")
-    return array
 
 
 def find_array(value: Any) -> DeviceArray | None:

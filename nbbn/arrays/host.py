@@ -31,9 +31,10 @@ class Host:
         """The same for what results are written to. Raises: TypeError, ValueError unless it is a writable array."""
         if not isinstance(value, np.ndarray):
             raise TypeError(f"out must be a NumPy array; received {type(value).__name__}")
+        dtypes.refuse_masked(value, "out")
         if not (value.flags.writeable and value.flags.aligned):
             raise ValueError("out must be writable memory of its own; received a read-only or unaligned array")
-        return value
+        return np.asarray(value)  # a subclass sees what is written, and has no say in how
 
     def take_operand(self, value: Any, argument: str) -> Array | None:
         """The Array of a value of any dtype that lies in a GPU's place; None for all else, which NumPy takes."""
@@ -75,9 +76,3 @@ class Host:
 
 
 HOST = Host()
-
-
-def check_real(array: np.ndarray, argument: str) -> None:
-    """Raises: TypeError unless the array holds bools, integers or floats."""
-    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{argument} must be bool or real; received dtype {array.dtype.name}")

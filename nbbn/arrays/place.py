@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from nbbn.arrays.host import HOST, Array, Host
+from nbbn.core import dtypes
 
 if TYPE_CHECKING:  # what is on a GPU is imported when an array of one comes in
     from nbbn.arrays.gpu import DevicePlace
@@ -25,26 +26,27 @@ def place_of(array: Array) -> Place:
     return device_place(array.library, array.device)
 
 
-def as_array(value: Any, argument: str) -> Array:
+def as_array(value: Any, argument: str, floats: bool = True) -> Array:
     """A user's array of one of nbbn's dtypes, wherever it lies; what is no array becomes NumPy's.
 
-    Raises: TypeError for another dtype.
+    floats: False takes bools and integers, too. Raises: TypeError for another dtype.
     """
     if type(value) is not np.ndarray:
-        from nbbn.arrays.gpu import check_dtype, find_array
+        from nbbn.arrays.gpu import find_array
 
         found = find_array(value)
         if found is not None:
-            return check_dtype(found, argument)
-    return HOST.take(value, argument)
+            dtypes.check(found.dtype, argument, floats)
+            return found
+    return HOST.take(value, argument) if floats else dtypes.as_numbers(value, argument)
 
 
-def as_numpy(value: Any) -> np.ndarray:
-    """A user's value on the host, from wherever it lies."""
+def as_numpy(value: Any, argument: str) -> np.ndarray:
+    """A user's numbers on the host, from wherever they lie. Raises: TypeError for what is none."""
     if not isinstance(value, np.ndarray):
         from nbbn.arrays.gpu import find_array
 
         found = find_array(value)
         if found is not None:
-            return found.library.to_host(value)
-    return np.asarray(value)
+            value = found.library.to_host(value)
+    return dtypes.as_numbers(value, argument)

@@ -10,7 +10,7 @@ from nbbn.arrays import HOST, Array, place_of
 from nbbn.call.gradients import Gradients, Record, gradients
 from nbbn.call.operands import as_adjustment, as_input, as_like, as_out, as_weights, refuse_overlap
 from nbbn.core import dtypes
-from nbbn.core.options import Options
+from nbbn.core.options import Options, boolean
 from nbbn.engine.base import NOTHING, Operands
 from nbbn.engine.dispatcher import Dispatcher
 from nbbn.runtime import StateLock
@@ -65,11 +65,14 @@ class Normalizer:
 
         Args:
             inputs: float16, bfloat16, float32 or float64 array of the rank that the layer was built for; never changed.
+                A layer with a dtype takes bools and integers, too, and casts them.
             training: use the batch's statistics and update the moving ones. None means False.
-            mask: bool or real weights >= 0 of the elements in the batch's statistics; broadcast against the non-feature
-                dimensions, or of the input's rank. Ignored in inference.
+            mask: bool or real weights >= 0 of the elements in the batch's statistics. With fewer dimensions than the
+                input it stands for the leading ones that are no feature axes, as Keras's masks do: (N,) for samples,
+                (N, T) for steps, where 1 stands for all, as in (1, T). With the input's rank it broadcasts against
+                it. Ignored in inference.
             update_statistics: False leaves the moving statistics alone.
-            out: an array for the result; may be `inputs` or `residual` itself.
+            out: an array for the result, which is returned; may be `inputs` or `residual` itself.
             residual: array of the input's shape that is added to the normalized input, before the activation.
         Raises: TypeError, ValueError; the layer is then as it was.
         """
@@ -107,9 +110,7 @@ class Normalizer:
             return self._trainable or not self._FREEZES
         if training is None or training is False:
             return False
-        if not isinstance(training, (int, np.bool_, np.integer)):
-            raise TypeError(f"training must be True, False or None; received {training!r}")
-        return self._uses_batch(bool(training))
+        return self._uses_batch(boolean("training", training, "True, False or None"))
 
     def _update(self, variables: Variables, new_state: Array, saved: Array, inputs: Any) -> None:
         """Make the statistics after a training step those of the layer. The caller holds the variables' lock.
@@ -127,6 +128,8 @@ class Normalizer:
         has left behind. It stands for the checks and choices in _prepare(), and for nothing else.
         """
         batch = self._uses_batch(training)
+        if batch and update is not True:
+            update = boolean("update_statistics", update)
         variables: Any = self._variables  # None only before _prepare()
         x: Any = inputs
         step: Any = None  # the bound step of these arrays, where there is one
@@ -135,7 +138,7 @@ class Normalizer:
             step = self._dispatcher.bound.get((name, residual is not None, inputs.shape, inputs.strides, inputs.dtype))
         general = step is None or not step.fits(variables, inputs, out, residual)
         if general:
-            x, out, operands, dtype, clips, variables = _prepare(self, inputs, batch, mask, out, residual, keep)
+            x, target, operands, dtype, clips, variables = _prepare(self, inputs, batch, mask, out, residual, keep)
             residual = operands.residual
         if batch:
             # The lock makes the update one step of a sequence: threads that train one layer lose none.
@@ -144,7 +147,7 @@ class Normalizer:
                 if general:
                     in_place = variables.place.in_place and update and type(self)._update is Normalizer._update
                     y, new_state, saved = self._dispatcher.train(
-                        x, variables.params, state, operands, clips=clips, out=out, in_place=in_place
+                        x, variables.params, state, operands, clips=clips, out=target, in_place=in_place
                     )
                 else:
                     y, new_state, saved = step.train(x, residual, out, variables.params, state)
@@ -153,7 +156,7 @@ class Normalizer:
         else:
             params, state = variables.params, variables.state
             if general:
-                y = self._dispatcher.infer(x, params, state, residual=residual, out=out)
+                y = self._dispatcher.infer(x, params, state, residual=residual, out=target)
             else:
                 y = step.infer(x, residual, out, params, state)
             if keep:
@@ -164,20 +167,21 @@ class Normalizer:
                 operands, dtype = NOTHING if residual is None else Operands(residual), x.dtype
             record = Record(x, saved, batch, operands, dtype, variables)
         if general:
-            beside = [a for a in (out, residual) if a is not None]
+            beside = [a for a in (target, residual) if a is not None]
             if mask is None and all(isinstance(a, np.ndarray) and a.flags.c_contiguous for a in beside):
                 self._dispatcher.bind("train" if batch else "infer", x, residual is not None, variables)
-            y = place_of(y).give(y)
+            y = place_of(y).give(y) if out is None else out
         return y, record
 
 
 def take(layer: Normalizer, inputs: Any) -> tuple[Array, np.dtype, Shapes]:
-    """An input in the layer's dtype, its dtype as it came, and the shapes, which it agrees with."""
-    x, known = as_input(inputs), layer._variables
-    given = x.dtype
+    """An input in the layer's dtype, the dtype of its gradient, and the shapes, which it agrees with."""
+    own, known = layer.options.dtype, layer._variables
+    x = as_input(inputs, floats=own is None)
+    given = x.dtype if own is None or x.dtype.name in dtypes.NAMES else own  # integers have no gradient of their dtype
     layer._dispatcher.engine(x)  # raises where there is none
-    if layer.options.dtype is not None:
-        x = place_of(x).astype(x, layer.options.dtype)
+    if own is not None:
+        x = place_of(x).astype(x, own)
     return x, given, check_input(layer.options, None if known is None else known.shapes, x.shape, x.dtype)
 
 
@@ -185,7 +189,7 @@ def _prepare(
     layer: Normalizer, inputs: Any, batch: bool, mask: Any, out: Any, residual: Any, keep: bool
 ) -> tuple[Array, Array | None, Operands, np.dtype, Mapping[str, float] | None, Variables]:
     """All that is checked and found out before anything changes: the input, where to write the result, what stands
-    beside the input, the input's dtype as it came, the clips of a training step, and the variables, which are made
+    beside the input, the dtype of its gradient, the clips of a training step, and the variables, which are made
     if there are none."""
     x, given, shapes = take(layer, inputs)
     target = None if out is None else as_out(out, x)

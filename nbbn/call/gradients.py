@@ -16,9 +16,9 @@ from nbbn.state.variables import Variables
 class Gradients(NamedTuple):
     """What a pullback returns; None for what does not exist. Arrays of the input's library.
 
-    inputs: shape and dtype of the input. gamma, beta: shape and dtype of the parameters.
-    adjustment: a pair with the shapes of what `adjustment` returned, NumPy arrays. residual: its shape, dtype of the
-    output.
+    inputs: shape and dtype of the input; where that holds integers, the layer's dtype. gamma, beta: shape and dtype of
+    the parameters. adjustment: a pair with the shapes of what `adjustment` returned, NumPy arrays. residual: its shape,
+    dtype of the output.
     """
 
     inputs: Any = None
@@ -29,7 +29,7 @@ class Gradients(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What a forward pass leaves behind for its gradient. dtype: of the input as it came, before a cast."""
+    """What a forward pass leaves behind for its gradient. dtype: of the gradient, which is that of a float input."""
 
     x: Array
     saved: Array
@@ -59,8 +59,9 @@ def gradients(dispatcher: Dispatcher, record: Record, dy: Any, out: Any, scale: 
         if plain and all(a is None or _is_like(a, x) for a in (dy, out, residual)):
             dispatcher.bind("backward", x, residual is not None, variables)
     dparams = place.astype(dparams, shapes.dtype)
+    own = out is None or record.dtype != x.dtype
     return Gradients(
-        place.give(place.astype(dx, record.dtype)),
+        place.give(place.astype(dx, record.dtype)) if own else out,
         place.row(dparams, channel.GAMMA, shapes.params) if scale else None,
         place.row(dparams, channel.BETA, shapes.params) if center else None,
         adjustment,

@@ -5,13 +5,17 @@ from typing import Any
 
 import numpy as np
 
-from nbbn.arrays import Array, Place, as_array, check_real, place_of
+from nbbn.arrays import Array, Place, as_array, place_of
+from nbbn.core import dtypes
 from nbbn.core.layout import Sizes
 
 
-def as_input(value: Any, argument: str = "inputs") -> Array:
-    """A float array of rank 1 or more. Raises: TypeError for another dtype, ValueError for a scalar."""
-    x = as_array(value, argument)
+def as_input(value: Any, argument: str = "inputs", floats: bool = True) -> Array:
+    """An array of rank 1 or more, of floats or, where those will do, too, of bools or integers.
+
+    Raises: TypeError for another dtype, ValueError for a scalar.
+    """
+    x = as_array(value, argument, floats)
     if x.ndim == 0:
         raise ValueError(f"{argument} must have at least one dimension; received a scalar of shape ()")
     return x
@@ -26,7 +30,7 @@ def as_out(value: Any, x: Array) -> Array:
     if out.shape != x.shape or out.dtype != x.dtype:
         raise ValueError(
             f"out must have the shape {x.shape} and dtype {x.dtype.name} of the result; "
-            f"received shape {out.shape} and dtype {out.dtype.name}"
+            f"received shape {out.shape} and {dtypes.describe(out.dtype)}"
         )
     if out.size and any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
         raise ValueError("out must be writable memory of its own; received a broadcast array")
@@ -52,34 +56,35 @@ def as_weights(mask: Any, x: Array, kept: Sizes, dtype: np.dtype, argument: str 
     """The weight of every element in the moments: a copy in `dtype`, broadcast to the shape of `x`.
 
     Args:
-        mask: bool (True counts) or real weights >= 0, of the input's rank, or broadcast against the dimensions that
-            are not in `kept`. The values of one that lies on a GPU are not looked at, which would have to wait.
+        mask: bool (True counts) or real weights >= 0. With fewer dimensions than `x` they are its leading ones that are
+            not in `kept`; with as many it broadcasts as in NumPy. The values of one that lies on a GPU are not looked
+            at, which would have to wait.
     """
     place, reduced = place_of(x), tuple(s for i, s in enumerate(x.shape) if i not in kept)
     array = place.take_operand(mask, argument)
     if array is None:
         weights = _weights_of_host(mask, place, dtype, argument)
     else:
-        check_real(array, argument)
+        dtypes.check(array.dtype, argument, floats=False)
         weights = place.astype(array, dtype, copy=True)
     shape = weights.shape
     if len(shape) <= len(reduced):
-        sizes = iter((1,) * (len(reduced) - len(shape)) + shape)
-        shape = tuple(1 if i in kept else next(sizes) for i in range(x.ndim))
+        sizes = iter(shape)
+        shape = tuple(1 if i in kept else next(sizes, 1) for i in range(x.ndim))
     try:
         if len(shape) != x.ndim:
             raise ValueError
         return place.broadcast(place.reshape(weights, shape), x.shape)
     except ValueError:
+        batch_first = f"leading non-feature dimensions {reduced} (batch first) or, with {x.ndim} dimensions, its "
         raise ValueError(
-            f"{argument} must broadcast against the input's non-feature dimensions {reduced} or its shape {x.shape}; "
+            f"{argument} must broadcast against the input's {batch_first if kept else ''}shape {x.shape}; "
             f"received shape {weights.shape}"
         ) from None
 
 
 def _weights_of_host(mask: Any, place: Place, dtype: np.dtype, argument: str) -> Array:
-    array = np.asarray(mask)
-    check_real(array, argument)
+    array = dtypes.as_numbers(mask, argument)
     with np.errstate(over="ignore"):  # what does not fit is infinite, and refused below
         weights = array.astype(dtype)
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
@@ -103,10 +108,9 @@ def _as_operand(value: Any, x: Array, dtype: np.dtype, argument: str) -> Array:
     place = place_of(x)
     array = place.take_operand(value, argument)
     if array is None:
-        host = np.asarray(value)
-        check_real(host, argument)
-        array = place.from_host(host.astype(dtype))
+        array = place.from_host(dtypes.as_numbers(value, argument).astype(dtype))
     else:
+        dtypes.check(array.dtype, argument, floats=False)
         array = place.astype(array, dtype, copy=True)
     try:
         place.broadcast(array, x.shape)

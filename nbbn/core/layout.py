@@ -11,17 +11,19 @@ from functools import lru_cache
 Sizes = tuple[int, ...]
 
 
-def resolve_axis(axis: Sequence[int], rank: int) -> Sizes:
+def resolve_axis(axis: Sequence[int], rank: int, argument: str = "axis") -> Sizes:
     """The kept axes as ascending non-negative numbers.
 
     Raises: ValueError if one is out of range or occurs twice.
     """
     for a in axis:
         if not -rank <= a < rank:
-            raise ValueError(f"axis must be between {-rank} and {rank - 1} for an input of rank {rank}; received {a}")
+            limits = f"between {-rank} and {rank - 1} for an input of rank {rank}"
+            raise ValueError(f"{argument} must be {limits}; received {a}")
     resolved = sorted(a % rank for a in axis)
     if len(set(resolved)) != len(resolved):
-        raise ValueError(f"axis must not name a dimension twice; received {list(axis)} for an input of rank {rank}")
+        received = f"{list(axis)} for an input of rank {rank}"
+        raise ValueError(f"{argument} must not name a dimension twice; received {received}")
     return tuple(resolved)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 CLIP_KEYS = ("rmax", "rmin", "dmax")
+EPSILON = "a finite number of at least 0"  # what is accepted
 UNCLIPPED = {"rmax": math.inf, "rmin": 0.0, "dmax": math.inf}
 _FUSED_AXES = {4: (1, 3), 5: (1, 4)}
 
@@ -40,27 +41,27 @@ class Options:
         if isinstance(self.renorm_clipping, Mapping):  # a copy: what the caller does with his is not seen
             object.__setattr__(self, "renorm_clipping", dict(self.renorm_clipping))
         object.__setattr__(self, "axis", parse_axis(self.axis))
+        object.__setattr__(self, "renorm", boolean("renorm", self.renorm))
+        for name in ("fused", "bessel_correction"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, boolean(name, value, "True, False or None"))
+        if isinstance(self.activation, str) and self.activation == "linear":  # Keras's name for none
+            object.__setattr__(self, "activation", None)
         self._check()
         kinds = {"momentum": float, "epsilon": float, "renorm_momentum": float, "virtual_batch_size": int}
-        for name, kind in (kinds | {"fused": bool, "bessel_correction": bool}).items():
+        for name, kind in kinds.items():
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else kind(value))
 
     def _check(self) -> None:
         if self.momentum is not None:
-            _check_number("momentum", self.momentum, 1.0, "a number from 0 to 1 (the weight of the old value), or None")
-        _check_number(
-            "renorm_momentum", self.renorm_momentum, 1.0, "a number from 0 to 1 (the weight of the old value)"
-        )
-        _check_number("epsilon", self.epsilon, math.inf, "a finite number of at least 0")
-        for name in ("fused", "bessel_correction"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, (bool, np.bool_)):
-                raise TypeError(f"{name} must be True, False or None; received {value!r}")
+            check_number("momentum", self.momentum, 1.0, "a number from 0 to 1 (the weight of the old value), or None")
+        check_number("renorm_momentum", self.renorm_momentum, 1.0, "a number from 0 to 1 (the weight of the old value)")
+        check_number("epsilon", self.epsilon, math.inf, EPSILON)
         self._check_virtual_batch()
         self._check_clipping()
         if self.activation not in (None, "relu"):
-            raise ValueError(f"activation must be 'relu' or None; received {self.activation!r}")
+            raise ValueError(f"activation must be 'relu', 'linear' or None; received {self.activation!r}")
         if self.adjustment is not None and not callable(self.adjustment):
             raise TypeError(f"adjustment must be a callable of the input's shape; received {self.adjustment!r}")
         if self.renorm and self.bessel_correction:
@@ -160,26 +161,46 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (numbers.Real, np.floating)) and not isinstance(value, (bool, np.bool_))
 
 
-def _check_number(name: str, value: Any, high: float, accepted: str) -> None:
+def check_number(name: str, value: Any, high: float, accepted: str) -> None:
+    """Raises: TypeError for what is no number, ValueError for one that is not between 0 and `high`, or infinite."""
     if not _is_number(value):
         raise TypeError(f"{name} must be {accepted}; received {value!r}")
     if not 0 <= value <= high or math.isinf(value):
         raise ValueError(f"{name} must be {accepted}; received {value!r}")
 
 
-def parse_axis(axis: Any) -> int | tuple[int, ...]:
-    """`axis` as an int or a tuple of ints.
+def boolean(name: str, value: Any, accepted: str = "True or False") -> bool:
+    """`value` as a bool.
 
-    Raises: TypeError if it is neither an int nor a list or tuple of ints, ValueError if it is empty.
+    Raises: TypeError unless it is a bool, of Python or NumPy, or the integer 0 or 1: a text would be true, whatever it
+        says.
+    """
+    one = value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
+    if not isinstance(one, (int, np.integer, np.bool_)) or one not in (0, 1):
+        raise TypeError(f"{name} must be {accepted}; received {value!r}")
+    return bool(one)
+
+
+def parse_axis(axis: Any) -> int | tuple[int, ...]:
+    """`axis` as an int or a tuple of ints. Raises: TypeError as parse_ints(), ValueError if it is empty."""
+    parsed = parse_ints("axis", axis)
+    if parsed == ():
+        raise ValueError(f"axis must name at least one dimension; received {axis!r}")
+    return parsed
+
+
+def parse_ints(name: str, value: Any) -> int | tuple[int, ...]:
+    """`value` as an int or a tuple of ints.
+
+    Raises: TypeError if it is neither an int nor a list, tuple, range or array of ints.
     """
 
     def is_int(a: Any) -> bool:
         return isinstance(a, numbers.Integral) and not isinstance(a, (bool, np.bool_))
 
-    if is_int(axis):
-        return int(axis)
-    if not isinstance(axis, (list, tuple)) or not all(is_int(a) for a in axis):
-        raise TypeError(f"axis must be an int or a list or tuple of ints; received {axis!r}")
-    if not axis:
-        raise ValueError(f"axis must name at least one dimension; received {axis!r}")
-    return tuple(int(a) for a in axis)
+    ints = value.tolist() if isinstance(value, np.ndarray) else value
+    if is_int(ints):
+        return int(ints)
+    if not isinstance(ints, (list, tuple, range)) or not all(is_int(a) for a in ints):
+        raise TypeError(f"{name} must be an int or a list, tuple, range or array of ints; received {value!r}")
+    return tuple(int(a) for a in ints)

@@ -6,8 +6,9 @@ and finish, stage by stage.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -56,6 +57,17 @@ class Dispatcher:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Dispatcher, (self.options, self.force, self.exchange)
+
+    def changed(self, **momenta: float | None) -> Self:
+        """The same with another momentum or renorm_momentum. Those are numbers that a step is told, so engines and
+        their plans stay; whoever runs a step of this one meanwhile is told the numbers of before.
+
+        Raises: TypeError, ValueError for what Options does not accept.
+        """
+        found = type(self)(replace(self.options, **momenta), self.force, self.exchange)  # type: ignore[arg-type]
+        if found._state_rows == self._state_rows:
+            found._engines = self._engines
+        return found
 
     # -- what the options mean for an input ----------------------------------------------------------------------------
 

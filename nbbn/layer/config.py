@@ -8,25 +8,43 @@ import numpy as np
 
 from nbbn import constraints, initializers, regularizers
 from nbbn.call.forward import Normalizer
-from nbbn.core.options import Options
+from nbbn.core.options import Options, boolean
 
 _INITIALIZERS = ("beta_initializer", "gamma_initializer", "moving_mean_initializer", "moving_variance_initializer")
 _REGULARIZERS = ("beta_regularizer", "gamma_regularizer")
 _CONSTRAINTS = ("beta_constraint", "gamma_constraint")
 # What other frameworks put into a config and what has no effect here.
-_FOREIGN_KEYS = ("batch_input_shape", "build_input_shape", "synchronized")
+_FOREIGN_KEYS = ("batch_input_shape", "build_input_shape")
+
+
+def _momentum(name: str) -> property:
+    """An option that may change between calls, as a schedule changes it."""
+
+    def assign(self: "Configured", value: float | None) -> None:
+        with self._building:
+            changed = self._dispatcher.changed(**{name: value})
+            old = self.options.momentum
+            if self._variables is not None and (changed.options.momentum is None) != (old is None):
+                raise ValueError(
+                    f"momentum must stay {'None' if old is None else 'a number'} once the layer is built, because "
+                    f"None counts the batches in the state; received {value!r}"
+                )
+            self._dispatcher = changed
+
+    return property(lambda self: getattr(self.options, name), assign)
 
 
 class Configured(Normalizer):
     """A layer that tells what it was asked for, and can be made again from that."""
 
     axis: int | list[int]
+    synchronized: bool | None
 
-    momentum = property(lambda self: self.options.momentum)
+    momentum = _momentum("momentum")
+    renorm_momentum = _momentum("renorm_momentum")
     epsilon = property(lambda self: self.options.epsilon)
     renorm = property(lambda self: self.options.renorm)
     renorm_clipping = property(lambda self: self.options.renorm_clipping)
-    renorm_momentum = property(lambda self: self.options.renorm_momentum)
     fused = property(lambda self: self.options.fused)
     virtual_batch_size = property(lambda self: self.options.virtual_batch_size)
     adjustment = property(lambda self: self.options.adjustment)
@@ -39,7 +57,7 @@ class Configured(Normalizer):
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
-        self._trainable = bool(value)
+        self._trainable = boolean("trainable", value)
 
     @property
     def dtype(self) -> str | None:
@@ -49,22 +67,28 @@ class Configured(Normalizer):
     def get_config(self) -> dict[str, Any]:
         """What from_config() needs: Keras's keys, and those of nbbn where they are set. JSON-serializable.
 
-        Callables (adjustment, renorm_clipping values) cannot be serialized: they are left out with a warning.
+        Callables (adjustment, renorm_clipping values, an initializer without a name) cannot be serialized: they are
+        left out with a warning.
         """
         o = self.options
         config: dict[str, Any] = {"name": self.name, "trainable": self.trainable, "dtype": self.dtype}
         config |= {"axis": list(self.axis) if isinstance(self.axis, list) else self.axis}
         config |= {"momentum": o.momentum, "epsilon": o.epsilon, "center": self.center, "scale": self.scale}
-        config |= {k: initializers.serialize(getattr(self, k)) for k in _INITIALIZERS}
-        config |= {k: regularizers.serialize(getattr(self, k)) for k in _REGULARIZERS}
-        config |= {k: constraints.serialize(getattr(self, k)) for k in _CONSTRAINTS}
+        left_out = ["adjustment"] if callable(o.adjustment) else []
+        for room, names in ((initializers, _INITIALIZERS), (regularizers, _REGULARIZERS), (constraints, _CONSTRAINTS)):
+            for name in names:
+                try:
+                    config[name] = room.serialize(getattr(self, name))
+                except ValueError:
+                    left_out.append(name)
         if o.renorm:
             config |= {"renorm": True, "renorm_clipping": _clips_of(o), "renorm_momentum": o.renorm_momentum}
         optional = ("virtual_batch_size", "fused", "bessel_correction", "activation")
         config |= {k: getattr(o, k) for k in optional if getattr(o, k) is not None}
-        clips = (o.renorm_clipping or {}).values()
-        left_out = {"adjustment": callable(o.adjustment), "callables of renorm_clipping": any(map(callable, clips))}
-        for what in (name for name, present in left_out.items() if present):
+        config |= {} if self.synchronized is None else {"synchronized": self.synchronized}
+        if any(map(callable, (o.renorm_clipping or {}).values())):
+            left_out.append("callables of renorm_clipping")
+        for what in left_out:
             message = f"the config of {self.name} leaves out the {what}, which cannot be serialized"
             warnings.warn(message, stacklevel=2)
         return config

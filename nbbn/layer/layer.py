@@ -1,14 +1,18 @@
 """The layer: what it was asked for, and how it is called."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from nbbn import constraints, initializers, regularizers
 from nbbn.core import dtypes
-from nbbn.core.options import Options
+from nbbn.core.options import Options, boolean
 from nbbn.engine.dispatcher import Dispatcher
 from nbbn.layer.weights import Weighted
+from nbbn.state.shapes import as_shape
 
 _named = itertools.count()
 
@@ -22,9 +26,11 @@ class BatchNormalization(Weighted):
     inference they are the moving averages.
 
     Args:
-        axis: int or list of ints: the feature axes, which keep statistics of their own; all others are reduced.
+        axis: int, or list, tuple, range or array of ints: the feature axes, which keep statistics of their own; all
+            others are reduced.
         momentum: weight of the OLD value in the moving averages, 0 to 1 (PyTorch's momentum is the weight of the new
-            value). None averages all training calls with equal weight.
+            value). None averages all training calls with equal weight. The attribute may be set, from one number to
+            another also when the layer is built: the next call follows it (a captured CUDA graph does not).
         epsilon: added to the variance.
         center, scale: whether there is a beta, a gamma.
         beta_initializer, gamma_initializer, moving_mean_initializer, moving_variance_initializer: Keras name,
@@ -33,8 +39,8 @@ class BatchNormalization(Weighted):
         beta_constraint, gamma_constraint: likewise; applied by apply_constraints(), after an optimizer's step.
         renorm: batch renormalization (Ioffe, 2017).
         renorm_clipping: dict with any of "rmax", "rmin", "dmax": numbers, or callables without arguments read at
-            each step.
-        renorm_momentum: weight of the old value in the statistics that renorm normalizes with.
+            each step. A UserWarning without renorm, which alone reads it.
+        renorm_momentum: weight of the old value in the statistics that renorm normalizes with. May be set, too.
         fused: True demands that TensorFlow's fused kernel could do this call (ValueError otherwise), False that it
             is not; this decides about Bessel's correction only. None: whatever is possible.
         trainable: a layer that is not trainable normalizes with its moving statistics, also in training.
@@ -42,13 +48,16 @@ class BatchNormalization(Weighted):
             virtual_batch_size).
         adjustment: callable of the input's shape that returns (a, b); in training x_hat becomes x_hat * a + b.
         name: a unique one is made if it is None.
-        dtype: "float16", "bfloat16", "float32" or "float64": inputs are cast to it. None follows the input.
-            Parameters and statistics are float32 for 16-bit dtypes.
+        dtype: "float16", "bfloat16", "float32" or "float64": inputs are cast to it, also bools and integers, as those
+            of images. None follows the input, which must be of such a dtype. Parameters and statistics are float32
+            for 16-bit dtypes.
         bessel_correction: whether the moving variance is the unbiased one. None does what TensorFlow does for this
             input: yes where its fused kernel runs (rank 4 or 5, one channel axis, not float64, none of the options
             above), else no.
-        activation: "relu" makes the output max(y, 0), after a `residual` of the call is added; None is none. Neither
-            costs another pass over memory.
+        activation: "relu" makes the output max(y, 0), after a `residual` of the call is added; None or "linear" is
+            none. Neither costs another pass over memory.
+        synchronized: Keras's: whether replicas share statistics. False and None are this layer; True is a ValueError,
+            because nbbn has no layer that does.
 
     The attributes gamma, beta, moving_mean, moving_variance and with renorm moving_stddev, renorm_mean,
     renorm_stddev are arrays in TensorFlow's shapes: (C,) for one axis, else the input's rank with 1 in every reduced
@@ -62,7 +71,7 @@ class BatchNormalization(Weighted):
 
     def __init__(
         self,
-        axis: int | Sequence[int] = -1,
+        axis: int | Sequence[int] | np.ndarray = -1,
         momentum: float | None = 0.99,
         epsilon: float = 1e-3,
         center: bool = True,
@@ -87,12 +96,13 @@ class BatchNormalization(Weighted):
         dtype: Any = None,
         bessel_correction: bool | None = None,
         activation: str | None = None,
+        synchronized: bool | None = None,
     ) -> None:
         options = Options(
             axis=axis,  # type: ignore[arg-type]  # Options takes any sequence and stores a tuple
             momentum=momentum,
             epsilon=epsilon,
-            renorm=bool(renorm),
+            renorm=renorm,
             renorm_clipping=renorm_clipping,
             renorm_momentum=renorm_momentum,
             fused=fused,
@@ -105,17 +115,26 @@ class BatchNormalization(Weighted):
         )
         self._dispatcher = Dispatcher(options)
         self.axis: int | list[int] = list(options.axis) if isinstance(options.axis, tuple) else options.axis
-        self.center, self.scale = bool(center), bool(scale)
-        self.beta_initializer = initializers.get(beta_initializer)
-        self.gamma_initializer = initializers.get(gamma_initializer)
-        self.moving_mean_initializer = initializers.get(moving_mean_initializer)
-        self.moving_variance_initializer = initializers.get(moving_variance_initializer)
-        self.beta_regularizer = regularizers.get(beta_regularizer)
-        self.gamma_regularizer = regularizers.get(gamma_regularizer)
-        self.beta_constraint = constraints.get(beta_constraint)
-        self.gamma_constraint = constraints.get(gamma_constraint)
+        self.center, self.scale = boolean("center", center), boolean("scale", scale)
+        self.beta_initializer = initializers.get(beta_initializer, "beta_initializer")
+        self.gamma_initializer = initializers.get(gamma_initializer, "gamma_initializer")
+        self.moving_mean_initializer = initializers.get(moving_mean_initializer, "moving_mean_initializer")
+        self.moving_variance_initializer = initializers.get(moving_variance_initializer, "moving_variance_initializer")
+        self.beta_regularizer = regularizers.get(beta_regularizer, "beta_regularizer")
+        self.gamma_regularizer = regularizers.get(gamma_regularizer, "gamma_regularizer")
+        self.beta_constraint = constraints.get(beta_constraint, "beta_constraint")
+        self.gamma_constraint = constraints.get(gamma_constraint, "gamma_constraint")
+        self.synchronized = None if synchronized is None else boolean("synchronized", synchronized)
+        if self.synchronized:
+            raise ValueError(
+                "synchronized must be False or None: nbbn has no layer yet that shares statistics with other replicas; "
+                f"received {synchronized!r}"
+            )
         self.trainable = trainable
         self.name = self._unique_name() if name is None else str(name)
+        if not options.renorm and any(v is not None for v in (options.renorm_clipping or {}).values()):
+            message = f"renorm_clipping has no effect on {self.name} without renorm=True; received {renorm_clipping!r}"
+            warnings.warn(message, stacklevel=2)
         super().__init__()
 
     def _unique_name(self) -> str:
@@ -128,4 +147,5 @@ class BatchNormalization(Weighted):
         return f"<{type(self).__name__} {self.name}: axis={self.axis}{shape}>"
 
     def compute_output_shape(self, input_shape: Iterable[int | None]) -> tuple[int | None, ...]:
-        return tuple(input_shape)
+        """The shape of the output, which is that of the input. Raises: TypeError, ValueError for what is no shape."""
+        return as_shape(input_shape, "input_shape")

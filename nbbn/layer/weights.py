@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -12,8 +12,8 @@ from nbbn.arrays import HOST
 from nbbn.call.gradients import Gradients
 from nbbn.layer import folding
 from nbbn.layer.config import Configured
-from nbbn.state.shapes import Shapes, derive_shapes
-from nbbn.state.variables import PARAMETERS, STATISTICS, Variables
+from nbbn.state.shapes import Shapes, as_shape, derive_shapes
+from nbbn.state.variables import PARAMETERS, STATISTICS, Variables, check_spreads
 
 
 def _variable(name: str) -> property:
@@ -42,11 +42,13 @@ class Weighted(Configured):
     def build(self, input_shape: Iterable[int | None]) -> None:
         """Create the weights for inputs of this shape; None stands for an unknown dimension. Does nothing when built.
 
-        Raises: ValueError if an axis is out of range, occurs twice, or its dimension is unknown.
+        Raises: TypeError, ValueError for what is no shape; ValueError if an axis is out of range, occurs twice, or its
+            dimension is unknown.
         """
+        shape = as_shape(input_shape, "input_shape")
         if self._variables is None:
             dtype = self.options.dtype or np.dtype(np.float32)
-            shapes = derive_shapes(self.options, tuple(input_shape), dtype)
+            shapes = derive_shapes(self.options, shape, dtype)
             with self._building:
                 if self._variables is None:
                     self._variables = self._make_variables(shapes)
@@ -55,13 +57,15 @@ class Weighted(Configured):
         """Variables with their initial values, on the host."""
 
         def initial(name: str) -> np.ndarray:
-            return initializers.initialize(getattr(self, f"{name}_initializer"), shapes.params, shapes.dtype)
+            argument = f"{name}_initializer"
+            return initializers.initialize(getattr(self, argument), shapes.params, shapes.dtype, argument)
 
         values = {"gamma": initial("gamma")} if self.scale else {}
         if self.center:
             values["beta"] = initial("beta")
         mean, variance = initial("moving_mean"), initial("moving_variance")
         values |= {"moving_mean": mean, "moving_variance": variance}
+        check_spreads(values)
         if self.options.renorm:
             sigma = np.sqrt(variance)
             values |= {"moving_stddev": sigma, "renorm_mean": mean, "renorm_stddev": sigma}
@@ -137,11 +141,24 @@ class Weighted(Configured):
         return [host[n].copy() for n in host.names]
 
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Set all weights, in the order and shapes of get_weights(). Raises: ValueError if they do not fit."""
+        """Set all weights, in the order and shapes of get_weights().
+
+        A variance or deviation must not be negative, and NaN only where its mean is NaN or infinite, too: that is what
+        training on such data leaves, and a checkpoint of it can be loaded. The attributes follow the same rule.
+
+        Raises: TypeError, ValueError if they do not fit; no weight has changed then.
+        """
         variables = self._built_variables("set_weights()")
         names = variables.names
+        takes = f"set_weights() takes a list of {len(names)} arrays ({', '.join(names)})"
+        if isinstance(weights, (Mapping, str)) or not isinstance(weights, Iterable):
+            received = f"a dict with the keys {list(weights)}" if isinstance(weights, Mapping) else repr(weights)
+            raise TypeError(f"{takes}; received {received}")
+        weights = list(weights)
         if len(weights) != len(names):
-            raise ValueError(f"set_weights() takes {len(names)} arrays ({', '.join(names)}); received {len(weights)}")
+            shapes = [getattr(w, "shape", type(w).__name__) for w in weights]
+            hint = ": PyTorch's num_batches_tracked is no weight" if () in shapes else ""
+            raise ValueError(f"{takes}; received {len(weights)}, of shapes {shapes}{hint}")
         variables.assign({n: variables.check(n, w) for n, w in zip(names, weights, strict=True)})
 
     def count_params(self) -> int:
@@ -167,7 +184,7 @@ class Weighted(Configured):
     @property
     def losses(self) -> list[float]:
         """The regularization losses, one per regularized weight; they depend on no input."""
-        return [regularizers.loss(r, w) for r, _, w in self._regularized()]
+        return [regularizers.loss(r, w, f"{n}_regularizer") for r, n, w in self._regularized()]
 
     def get_losses_for(self, inputs: Any = None) -> list[float]:
         """The losses that depend on `inputs`; None asks for those that depend on none."""
@@ -175,7 +192,7 @@ class Weighted(Configured):
 
     def regularization_gradients(self) -> Gradients:
         """The gradients of the sum of `losses` with respect to gamma and beta."""
-        found = {n: regularizers.gradient(r, w) for r, n, w in self._regularized()}
+        found = {n: regularizers.gradient(r, w, f"{n}_regularizer") for r, n, w in self._regularized()}
         return Gradients(gamma=found.get("gamma"), beta=found.get("beta"))
 
     def apply_constraints(self) -> None:
@@ -183,7 +200,7 @@ class Weighted(Configured):
         for name in PARAMETERS:
             constraint, weight = getattr(self, f"{name}_constraint"), self._on_host(name)
             if constraint is not None and weight is not None:
-                setattr(self, name, constraints.project(constraint, weight))
+                setattr(self, name, constraints.project(constraint, weight, f"{name}_constraint"))
 
     @property
     def updates(self) -> list[Any]:

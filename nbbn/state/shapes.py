@@ -1,7 +1,9 @@
 """What the first input of a layer fixes, and what later ones must agree with."""
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,20 @@ class Shapes:
     features: Mapping[int, int]
     params: Sizes
     dtype: np.dtype
+
+
+def as_shape(value: Any, argument: str) -> tuple[int | None, ...]:
+    """A shape that a user has passed; None stands for an unknown dimension.
+
+    Raises: TypeError for what is no sequence of integers and None, ValueError for a negative one.
+    """
+    try:
+        shape = tuple(None if n is None else operator.index(n) for n in value)
+    except TypeError:
+        raise TypeError(f"{argument} must be a shape, as (None, 8); received {value!r}") from None
+    if any(n is not None and n < 0 for n in shape):
+        raise ValueError(f"{argument} must have no negative dimension (None is an unknown one); received {shape}")
+    return shape
 
 
 def derive_shapes(options: Options, shape: tuple[int | None, ...], dtype: np.dtype) -> Shapes:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from nbbn.arrays import HOST, Array, Place, as_numpy, check_real
+from nbbn.arrays import HOST, Array, Place, as_numpy
 from nbbn.runtime import StateLock
 from nbbn.state.shapes import Shapes
 
@@ -23,6 +23,21 @@ PARTS = {
     "mean": ("moving_mean", "renorm_mean", "seen_mean"),
     "variance": ("moving_variance", "moving_stddev", "renorm_stddev", "seen_variance"),
 }
+# What is never negative, and the mean that belongs to it.
+SPREADS = {"moving_variance": "moving_mean", "moving_stddev": "moving_mean", "renorm_stddev": "renorm_mean"}
+
+
+def check_spreads(values: Mapping[str, np.ndarray]) -> None:
+    """Raises: ValueError for a variance or deviation among `values` that is negative, or NaN where its mean is finite.
+
+    Training on NaN or inf leaves a mean that is not finite, and such a state can be set again.
+    """
+    for name, mean in SPREADS.items():
+        if name in values:
+            spread = values[name]
+            bad = spread[(spread < 0) | (np.isnan(spread) & np.isfinite(values[mean]))]
+            if bad.size:
+                raise ValueError(f"{name} must not be negative, nor NaN where {mean} is finite; received {bad[0]}")
 
 
 class Variables:
@@ -70,16 +85,19 @@ class Variables:
 
     def check(self, name: str, value: Any) -> np.ndarray:
         """A copy of `value` in the variables' dtype, on the host. Raises: ValueError, TypeError if it does not fit."""
-        array = as_numpy(value)
+        array = as_numpy(value, name)
         if array.shape != self.shapes.params:
             raise ValueError(f"{name} must have shape {self.shapes.params}; received {array.shape}")
-        check_real(array, name)
         return array.astype(self.dtype)
 
     def assign(self, values: Mapping[str, np.ndarray]) -> None:
-        """Set variables from checked arrays; the statistics among them change together."""
+        """Set variables from checked arrays; the statistics among them change together.
+
+        Raises: ValueError as check_spreads().
+        """
         with self.lock:
             host = self.on_host()
+            check_spreads({name: host[name] for name in SPREADS.values() if name in self.names} | dict(values))
             state = np.array(host.state)
             for name, value in values.items():
                 if name in PARAMETERS:

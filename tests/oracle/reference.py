@@ -77,7 +77,7 @@ def spread_mask(mask: ArrayLike | None, shape: Sequence[int], features: Sequence
     w = np.asarray(mask, dtype=np.float64)
     if w.ndim < len(shape):
         plain = len(shape) - len(features)
-        w = w.reshape((1,) * (plain - w.ndim) + w.shape)
+        w = w.reshape(w.shape + (1,) * (plain - w.ndim))
         w = np.expand_dims(w, tuple(features))
     return np.broadcast_to(w, shape)
 

@@ -58,7 +58,7 @@ class Case:
     """One configuration and its data. residual_form: the memory layout of the residual; None is none.
 
     `mask` is None or (kind, form): kind "bool" or "weights"; form "plain" (the dimensions that are not
-    features), "trailing" (without the first of them), "thin" (with ones in them) or "full" (the input's
+    features), "leading" (without the last of them), "thin" (with ones in them) or "full" (the input's
     shape).
     """
 
@@ -129,7 +129,7 @@ class Case:
         plain = tuple(n for i, n in enumerate(self.shape) if i not in features)
         shapes = {
             "plain": plain,
-            "trailing": plain[1:],
+            "leading": plain[:-1],
             "thin": tuple(1 if i % 2 else n for i, n in enumerate(plain)),
             "full": self.shape,
         }
@@ -187,7 +187,7 @@ def cases(draw: Any, dtypes: list[Any] = DTYPES, forms: list[str] = FORMS, epilo
     options["bessel_correction"] = draw(st.sampled_from([None, None, False, *unbiased]))
     mask = draw(
         st.none()
-        | st.tuples(st.sampled_from(["bool", "weights"]), st.sampled_from(["plain", "trailing", "thin", "full"]))
+        | st.tuples(st.sampled_from(["bool", "weights"]), st.sampled_from(["plain", "leading", "thin", "full"]))
     )
     # A cumulative average counts the layer's steps: a statistic without valid elements in one is not drawn.
     momenta = [0.0, 0.5, 0.99, 1.0] + ([None] if mask is None else [])

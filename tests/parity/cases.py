@@ -38,7 +38,7 @@ CLIPPINGS = (
     {"rmax": 1.0, "rmin": 1.0, "dmax": 0.0},
 )
 ADJUSTMENTS = ("channel", "example", "element", "scalar")
-MASKS = ("full", "broadcast", "trailing", "weights")
+MASKS = ("full", "broadcast", "weights")
 # TensorFlow keeps 1 - momentum as float32 even for a float64 layer: exact only for these.
 FLOAT64_MOMENTA = (0.0, 0.5, 0.75, 0.875, 1.0)
 MOMENTA = (0.0, 0.3, 0.5, 0.9, 0.99, 1.0)
@@ -221,8 +221,6 @@ def draw_mask(rng: np.random.Generator, form: str | None, shape: tuple[int, ...]
     if form is None:
         return None
     masked = list(shape[:-1])
-    if form == "trailing":
-        masked = masked[int(rng.integers(len(masked))) :]
     if form == "broadcast":
         masked = [pick(rng, (1, n)) for n in masked]
     # Quarters are exact in every dtype: TensorFlow rounds real weights to the layer's dtype.

@@ -225,6 +225,13 @@ def name_of(array: np.ndarray, layer: Any) -> str:
     return found[0]
 
 
+def set_random_weights(layer: nbbn.BatchNormalization, seed: int) -> None:
+    """Of both signs, but for the variance, which is the last."""
+    rng = np.random.default_rng(seed)
+    *others, variance = (rng.normal(size=w.shape) for w in layer.get_weights())
+    layer.set_weights([*others, np.abs(variance)])
+
+
 def test_initial_state_with_renorm_follows_the_initializers() -> None:
     """moving_stddev and renorm_stddev start at the root of the moving variance, renorm_mean at the moving mean."""
     options = {"renorm": True, "moving_mean_initializer": "ones"}
@@ -250,7 +257,7 @@ def test_losses(version: str, center: bool, scale: bool) -> None:
     theirs, ours = LAYERS[version](**options), NBBN_LAYERS[version](**options)
     for layer in (theirs, ours):
         layer.build((4, 3))
-    ours.set_weights([np.random.default_rng(6).normal(size=w.shape) for w in ours.get_weights()])
+    set_random_weights(ours, 6)
     theirs.set_weights(ours.get_weights())
     expected = [float(loss) for loss in theirs.losses]
     assert len(expected) == center + scale
@@ -265,7 +272,7 @@ def test_regularization_gradients() -> None:
     theirs, ours = KerasLayer(**options), nbbn.BatchNormalization(**options)
     for layer in (theirs, ours):
         layer.build((4, 3))
-    ours.set_weights([np.random.default_rng(7).normal(size=w.shape) for w in ours.get_weights()])
+    set_random_weights(ours, 7)
     theirs.set_weights(ours.get_weights())
     with tf.GradientTape() as tape:
         loss = tf.add_n(theirs.losses)
@@ -280,7 +287,7 @@ def test_constraints_apply_after_a_step() -> None:
     theirs, ours = KerasLayer(**options), nbbn.BatchNormalization(**options)
     for layer in (theirs, ours):
         layer.build((4, 3))
-    ours.set_weights([np.random.default_rng(8).normal(size=w.shape) for w in ours.get_weights()])
+    set_random_weights(ours, 8)
     theirs.set_weights(ours.get_weights())
     optimizer = tf_keras.optimizers.legacy.SGD(0.0)
     optimizer.apply_gradients([(tf.zeros_like(v), v) for v in theirs.trainable_weights])

@@ -64,6 +64,20 @@ def test_deviation_mask_works_for_every_axis(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(ours.moving_mean, right, atol=1e-6)
 
 
+def test_deviation_a_mask_of_samples_counts_samples(rng: np.random.Generator) -> None:
+    """tf_keras aligns a mask of fewer dimensions with the last ones: one of samples counts steps, or is an error."""
+    x, mask = rng.normal(size=(4, 4, 3)).astype(np.float32), np.array([True, False, True, True])
+    theirs, ours = KerasV2(momentum=0.0), nbbn.BatchNormalization(momentum=0.0)
+    theirs(x, training=True, mask=mask)
+    ours(x, training=True, mask=mask)
+    # Float32 sums of a dozen values of size 1.
+    np.testing.assert_allclose(theirs.moving_mean.numpy(), x[:, mask].mean((0, 1)), atol=1e-6)
+    np.testing.assert_allclose(ours.moving_mean, x[mask].mean((0, 1)), atol=1e-6)
+    assert np.abs(x[mask].mean((0, 1)) - x[:, mask].mean((0, 1))).max() > 0.05
+    with pytest.raises(tf.errors.InvalidArgumentError, match="Incompatible shapes"):
+        KerasV2()(np.ones((4, 5, 3), np.float32), training=True, mask=np.ones(4, bool))
+
+
 def test_deviation_mask_counts_when_fused(rng: np.random.Generator) -> None:
     """tf_keras's fused path warns and ignores the mask; nbbn applies it."""
     x = rng.normal(size=(4, 3, 5, 3)).astype(np.float32)
