@@ -386,3 +386,48 @@ def test_virtual_batch_without_a_valid_element_is_left_out_of_the_average():
     means = [x[[0, 3]].mean(0), x[[2, 5]].mean(0)]
     # Two float32 means and their average: a few roundings of numbers up to 8.
     np.testing.assert_allclose(layer.moving_mean.ravel(), np.mean(means, axis=0), rtol=1e-6, atol=1e-6)
+
+
+# --- weights, masks and the state ---------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1.0, 1e6])
+def test_the_scale_of_weights_means_nothing(scale):
+    """Also to Bessel's factor: frequencies are counted, reliabilities are not."""
+    rng = np.random.default_rng(21)
+    x, mask = rng.normal(size=(40, 3)), rng.integers(0, 4, (40, 1)).astype(float)
+    layers = [nbbn.BatchNormalization(momentum=0, bessel_correction=True) for _ in range(2)]
+    for layer, weights in zip(layers, (mask, mask * scale), strict=True):
+        layer(x, training=True, mask=weights)
+    np.testing.assert_allclose(layers[1].moving_variance, layers[0].moving_variance, rtol=1e-13)
+    equal = nbbn.BatchNormalization(momentum=0, bessel_correction=True)
+    equal(x, training=True, mask=np.full((40, 1), scale))
+    np.testing.assert_allclose(equal.moving_variance, x.var(0, ddof=1), rtol=1e-13)
+
+
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf])
+def test_gradients_of_an_adjustment_beside_what_a_mask_excludes(spoilt):
+    rng = np.random.default_rng(22)
+    x, dy = rng.normal(size=(2, 6, 3))
+    mask = np.array([True, True, False, True, True, True])
+    layer = nbbn.BatchNormalization(adjustment=lambda shape: (np.full(shape, 1.5), np.full((1, 3), 0.5)))
+    dy[~mask] = 0
+    expected = layer.vjp(x, training=True, mask=mask)[1](dy)
+    x[~mask] = spoilt
+    found = layer.vjp(x, training=True, mask=mask)[1](dy)
+    for one, two in zip(found.adjustment, expected.adjustment, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_an_input_of_another_dtype_rounds_no_state():
+    layer = nbbn.BatchNormalization(momentum=1.0)
+    layer(np.zeros((2, 3)))
+    values = [np.ones(3), np.zeros(3), np.array([0.1, -1e-300, 1e200]), np.array([1e300, 1 / 3, 0.0])]
+    layer.set_weights(values)
+    for dtype in (np.float32, np.float16, bfloat16):
+        x = np.ones((4, 3), dtype)
+        for _ in range(3):  # the third takes a bound step, where there is one
+            layer(x, training=True)
+            layer(x)
+        for found, value in zip(layer.get_weights(), values, strict=True):
+            np.testing.assert_array_equal(found, value, strict=True)
