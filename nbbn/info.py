@@ -1,7 +1,6 @@
 """What `python -m nbbn info` prints: everything about this machine and process that decides how nbbn runs."""
 
 import importlib
-import os
 import platform
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +14,7 @@ import numpy as np
 import nbbn
 from nbbn.arrays import availability
 from nbbn.kernels.cpu.scalars import HALF_INSTRUCTIONS
-from nbbn.runtime import cache_folder, start_pool, thread_limit
+from nbbn.runtime import find_cache, start_pool, thread_limits
 
 FEATURES = ("avx2", "avx512f", "f16c")
 
@@ -33,7 +32,7 @@ def lines() -> list[str]:
         "CPU features": cpu_features,
         "float16": lambda: f"converted by {'half instructions' if HALF_INSTRUCTIONS else 'integer arithmetic'}",
         "threading layer": threading_layer,
-        "threads": lambda: f"{thread_limit()}",
+        "threads": threads,
         "kernel cache": kernel_cache,
         "GPU": gpus,
     }
@@ -80,13 +79,21 @@ def threading_layer() -> str:
     return start_pool() or "none: Numba can load no threading layer"
 
 
+def threads() -> str:
+    """The limit, what sets it, and all other limits."""
+    limits = thread_limits()
+    least = min(limits.values())
+    deciding = ", ".join(name for name, limit in limits.items() if limit == least)
+    others = "".join(f"; {name}: {limit}" for name, limit in limits.items() if limit > least)
+    return f"{least} (by {deciding}{others})"
+
+
 def kernel_cache() -> str:
-    folder = cache_folder()
+    folder, why = find_cache()
     if folder is None:
-        off = os.environ.get("NBBN_CACHE_DIR") == ""
-        return "off (NBBN_CACHE_DIR is empty)" if off else "none: no folder that this user alone can write to"
+        return f"none: {why}"
     sizes = [file.stat().st_size for file in folder.glob("*.kernel")]
-    return f"{folder} ({len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB)"
+    return f"{folder} ({', '.join(filter(None, [f'{len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB', why]))})"
 
 
 def gpus() -> list[str]:

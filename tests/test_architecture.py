@@ -26,6 +26,7 @@ ROOMS = {
     "core": set(),
     "runtime": {"core"},
     "_registry": set(),
+    "__pyinstaller": set(),
     "initializers": {"_registry"},
     "regularizers": {"_registry"},
     "constraints": {"_registry"},
@@ -79,7 +80,10 @@ ROOMS = {
 FILES = {"__init__.py", "__main__.py", "_registry.py", "info.py", "nn.py"} | {
     *("constraints.py", "initializers.py", "regularizers.py"),
 }
-FOLDERS = {*("arrays", "call", "compat", "core", "demo", "deploy"), *("engine", "kernels", "layer", "runtime", "state")}
+FOLDERS = {
+    *("__pyinstaller", "arrays", "call", "compat", "core", "demo", "deploy"),
+    *("engine", "kernels", "layer", "runtime", "state"),
+}
 
 ALWAYS_INSTALLED = {"numba", "numpy", "llvmlite"}
 # What else a room may import, and only inside a function.

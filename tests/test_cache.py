@@ -1,9 +1,11 @@
 """The cache of compiled kernels: what damages it, who may write to it, what its keys depend on."""
 
+import compileall
 import os
 import pickle
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -15,7 +17,7 @@ from numba import types
 
 from nbbn.runtime import cache
 from tests.helpers.imports import MODULES, is_in, reachable
-from tests.helpers.processes import PACKAGE, check, run
+from tests.helpers.processes import PACKAGE, check, in_child, run
 
 # --- the cache of compiled kernels, seen from one kernel that is quickly compiled ---------
 
@@ -48,7 +50,7 @@ def use_folder(monkeypatch):
         cache.cache_folder.cache_clear()
         with warnings.catch_warnings(record=True, action="always") as caught:
             found = cache.cache_folder()
-        expected = [] if found or not str(folder) else [f"NBBN_CACHE_DIR={str(folder)!r} is not a folder that"]
+        expected = [] if found or not str(folder) else [f"NBBN_CACHE_DIR={str(folder)!r}: {folder} "]
         assert [str(w.message)[: len(e)] for w, e in zip(caught, expected, strict=True)] == expected
         return found
 
@@ -229,14 +231,71 @@ def test_a_folder_that_others_can_write_to_is_not_used(use_folder, tmp_path, mod
 def test_a_folder_of_somebody_else_is_not_used(use_folder, tmp_path):
     os.chown(tmp_path, 12345, 12345)
     assert use_folder(tmp_path) is None
+    assert cache.find_cache() == (None, f"{tmp_path} belongs to user 12345, neither to this one, 0, nor to root")
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root can write everywhere")
-def test_an_unwritable_folder_is_not_used(use_folder, tmp_path):
-    tmp_path.chmod(0o500)
-    assert use_folder(tmp_path) is None
-    assert use_folder(tmp_path / "deeper") is None
+READ_ONLY = pytest.mark.skipif(not hasattr(os, "getuid"), reason="permissions are POSIX's")
+
+
+def as_reader(folder, function):
+    """Run `function` in a child that can read the folder, and not write to it: where root has filled it, as nobody."""
+    folder.chmod(0o555)
+
+    def work():
+        if os.getuid() == 0:
+            os.setuid(65534)
+        function()
+
+    in_child(work)
+
+
+@pytest.fixture
+def prefilled(use_folder):
+    """A cache with one kernel in it, where any user can get to."""
+    with tempfile.TemporaryDirectory() as name:
+        parent = Path(name)
+        parent.chmod(0o755)
+        folder = use_folder(parent / "cache")
+        compile_add(1)
+        yield folder
+        folder.chmod(0o755)
+
+
+@READ_ONLY
+def test_a_prefilled_cache_may_be_read_only(prefilled):
+    """Kernels are loaded from it, and what is missing is compiled; nothing is written, not even a time."""
+    before = [(p, p.stat().st_mtime_ns) for p in files(prefilled)]
+
+    def load():
+        cache.cache_folder.cache_clear()
+        assert cache.find_cache() == (prefilled, "read-only")
+        assert compile_add(1) == (ADDED, True)
+        assert compile_add(2) == ([2.0, 2.0, 2.0], False)
+        assert cache._place() == f"not kept: {prefilled} is read-only"
+
+    as_reader(prefilled, load)
+    assert [(p, p.stat().st_mtime_ns) for p in files(prefilled)] == before
+
+
+@READ_ONLY
+def test_a_cache_that_cannot_be_read(prefilled):
+    def look():
+        prefilled.chmod(0o300)
+        if os.getuid() == 0:
+            os.setuid(65534)
+        assert cache.find_cache() == (None, f"{prefilled} cannot be read by this user")
+
+    in_child(look)
+
+
+@READ_ONLY
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_a_file_that_others_can_write_to_is_not_loaded(folder, mode):
+    compile_add(1)
+    (path,) = files(folder)
+    path.chmod(mode)
     assert compile_add(1) == (ADDED, False)
+    assert compile_add(1) == (ADDED, True)  # it was written anew
 
 
 @pytest.mark.parametrize("name", ["file", "file/deeper"])
@@ -317,12 +376,55 @@ def test_an_edited_rule_is_compiled_anew(tmp_path):
     assert result() == (0, pytest.approx(USED))
 
 
+def as_zip(package, root):
+    return shutil.make_archive(str(root / "app"), "zip", package.parent, package.name)
+
+
+def as_byte_code(package, root):
+    """A tree with .pyc files in the place of sources."""
+    shutil.copytree(package, root / "nbbn", ignore=shutil.ignore_patterns("__pycache__"))
+    compileall.compile_dir(root, quiet=1, legacy=True)
+    for path in root.rglob("*.py"):
+        path.unlink()
+    return root
+
+
+@pytest.mark.parametrize("ship", [as_zip, as_byte_code])
+def test_a_cache_without_source_files(tmp_path, ship):
+    """The second process finds what the first one has compiled; nothing is said."""
+    root = ship(PACKAGE, tmp_path)
+    for compiled in (1, 0):
+        done = run(LAYER, root=root, NBBN_CACHE_DIR=str(tmp_path / "cache"))
+        folder, count, _ = done.stdout.split(maxsplit=2)
+        assert (folder, int(count), done.stderr) == (str(tmp_path / "cache"), compiled, "")
+
+
+def test_code_that_cannot_be_read(monkeypatch):
+    """As of a module that was compiled to machine code."""
+    monkeypatch.setattr(cache, "code_hash", lambda: None)
+    assert cache.find_cache()[1].startswith("the code of the kernels")
+    monkeypatch.setenv("NBBN_CACHE_DIR", "")
+    assert cache.find_cache() == (None, "NBBN_CACHE_DIR is empty")
+
+
+def test_the_hash_of_byte_code():
+    """The same wherever it lies, and another one for another constant, name or nested function."""
+
+    def facts(text, file="a.py"):
+        return cache._facts(compile(text, file, "exec"))
+
+    text = "def f(x):\n    return lambda: x in {'a', 'b', 3} and (1.0, -0.0)"
+    assert facts(text) == facts(text, "b.py") == facts(f"# a comment\n{text}")
+    changes = [("-0.0", "0.0"), ("1.0", "1"), ("'b'", "'c'"), ("f(x)", "f(x, y=1)"), ("lambda:", "lambda y:")]
+    assert len({facts(text), *(facts(text.replace(*c)) for c in changes)}) == len(changes) + 1
+
+
 def test_the_key_covers_what_kernels_import():
     """Whatever else they imported could change their machine code unnoticed."""
     assert reachable("kernels.cpu.steps") > {"core.rules", "kernels.cpu.rows", "runtime.linking"}
     for module in (m for m in MODULES if is_in(m, "kernels")):
         needed = [m for m in reachable(module) if not is_in(m, "kernels") and not is_in(m, "runtime")]
-        assert set(needed) <= {"core.rules"}, module
+        assert set(needed) <= {"core.rules", "core.dtypes"}, module  # of dtypes, names for messages
 
 
 def test_processes_that_start_together_share_a_cold_cache(tmp_path):

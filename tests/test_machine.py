@@ -1,4 +1,4 @@
-"""What the system tells about the processor's caches, and what is assumed where it does not."""
+"""What the system tells about the processor, and what is assumed where it does not."""
 
 import pytest
 
@@ -28,3 +28,54 @@ def test_cache_sizes(tmp_path, caches, expected):
 
 def test_last_level_cache():
     assert last_level_cache() == max(machine.cache_sizes().values()) >= 2**15
+
+
+# What the files of control groups say, the group of the process, and how many CPUs that is. V1, V2: how
+# /proc/self/cgroup names it in either version.
+V1, V2 = "3:cpuset:/x\n2:cpu,cpuacct:{}\n", "1:name=systemd:/x\n0::{}\n"
+GROUPS = [
+    ({"cpu.max": "150000 100000\n"}, "", 2),
+    ({"cpu.max": "100000 100000\n"}, "", 1),
+    ({"cpu.max": "1600000 100000\n"}, V2.format("/"), 16),
+    ({"cpu.max": "1000 100000\n"}, "", 1),
+    ({"cpu.max": "max 100000\n"}, "", None),
+    ({"cpu.max": ""}, "", None),
+    ({"cpu.max": "max\n"}, "", None),
+    ({"cpu.max": "nonsense 100000\n"}, "nonsense", None),
+    ({"cpu.max": "100000 0\n"}, "", None),
+    ({"cpu/cpu.cfs_quota_us": "350000\n", "cpu/cpu.cfs_period_us": "100000\n"}, "", 4),
+    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, V1.format("/"), None),
+    ({"cpu/cpu.cfs_quota_us": "350000\n"}, "", None),
+    ({}, "", None),
+    # nested: the smallest on the way up counts
+    ({"a/b/cpu.max": "300000 100000\n", "a/cpu.max": "200000 100000\n"}, V2.format("/a/b"), 2),
+    ({"a/b/cpu.max": "100000 100000\n", "a/cpu.max": "200000 100000\n"}, V2.format("/a/b"), 1),
+    ({"a/b/cpu.max": "max 100000\n", "a/cpu.max": "200000 100000\n"}, V2.format("/a/b"), 2),
+    ({"a/b/cpu.max": "100000 100000\n", "a/cpu.max": "200000 100000\n"}, V2.format("/a"), 2),
+    ({"cpu.max": "500000 100000\n"}, V2.format("/not/seen/in/here"), 5),
+    ({"cpu.max": "500000 100000\n"}, V2.format("/../../elsewhere"), 5),
+    (
+        {
+            **{"cpu/a/b/cpu.cfs_quota_us": "350000", "cpu/a/b/cpu.cfs_period_us": "100000"},
+            **{"cpu/a/cpu.cfs_quota_us": "100000", "cpu/a/cpu.cfs_period_us": "50000"},
+        },
+        V1.format("/a/b"),
+        2,
+    ),
+]
+
+
+@pytest.mark.parametrize(("contents", "group", "expected"), GROUPS, ids=str)
+def test_cpu_quota(tmp_path, contents, group, expected):
+    root, own = tmp_path / "root", tmp_path / "own"
+    for name, text in contents.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    if group:
+        own.write_text(group)
+    cpus, file = machine.cpu_quota(root, own)
+    if expected is None:
+        assert (cpus >= 1 << 20, file) == (True, None)
+    else:
+        assert cpus == expected
+        assert str(file.relative_to(root)) in contents

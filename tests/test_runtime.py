@@ -6,6 +6,7 @@ import pickle
 import textwrap
 import threading
 from importlib import metadata
+from importlib.util import find_spec
 
 import numba
 import pytest
@@ -79,35 +80,52 @@ def test_bad_number_of_threads(ask_for, value):
 
 def test_number_of_threads(ask_for, monkeypatch):
     monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 4)
-    monkeypatch.setattr(threads, "_cgroup_cpus", lambda: 3)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "cpu_quota", lambda: (3, "cpu.max"))
     assert [ask_for(v) for v in ("", "1", "2", "3", "100")] == [3, 1, 2, 3, 3]
-    monkeypatch.setattr(threads, "_cgroup_cpus", lambda: 100)
+    monkeypatch.setattr(threads, "cpu_quota", lambda: (100, "cpu.max"))
     assert ask_for("100") == 4
 
 
-UNLIMITED = 1 << 20
-CGROUPS = [
-    ({"cpu.max": "150000 100000\n"}, 2),
-    ({"cpu.max": "100000 100000\n"}, 1),
-    ({"cpu.max": "1600000 100000\n"}, 16),
-    ({"cpu.max": "1000 100000\n"}, 1),
-    ({"cpu.max": "max 100000\n"}, UNLIMITED),
-    ({"cpu.max": ""}, UNLIMITED),
-    ({"cpu.max": "max\n"}, UNLIMITED),
-    ({"cpu.max": "nonsense 100000\n"}, UNLIMITED),
-    ({"cpu/cpu.cfs_quota_us": "350000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
-    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, UNLIMITED),
-    ({"cpu/cpu.cfs_quota_us": "350000\n"}, UNLIMITED),
-    ({}, UNLIMITED),
-]
+@pytest.mark.parametrize(
+    ("value", "limit"),
+    [("1", 1), ("3", 3), ("9", 4), ("2,1", 2), (" 2 ", 2), ("", 4), ("0", 4), ("-1", 4), ("many", 4)],
+)
+def test_openmp_has_a_say(ask_for, monkeypatch, value, limit):
+    """What OpenMP would pass over counts for nothing here, too."""
+    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 4)
+    monkeypatch.setattr(threads, "cpu_quota", lambda: (100, None))
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert ask_for("") == limit
+    assert ask_for("1") == 1
 
 
-@pytest.mark.parametrize(("contents", "expected"), CGROUPS, ids=[str(c[0]) for c in CGROUPS])
-def test_cgroup(tmp_path, contents, expected):
-    for name, text in contents.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert threads._cgroup_cpus(tmp_path) == expected
+LIMITED = """
+import numba
+from threadpoolctl import threadpool_limits
+from nbbn.runtime import parallel_region, start_pool
+def threads():
+    with parallel_region():
+        return numba.get_num_threads()
+start_pool()
+found = [threads()]
+for api in ("openmp", "blas"):
+    with threadpool_limits(1, user_api=api):
+        found.append(threads())
+numba.set_num_threads(1)
+print(*found, threads())
+"""
+
+
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="Numba has one thread on this machine")
+@pytest.mark.skipif(find_spec("threadpoolctl") is None, reason="threadpoolctl is not installed")
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_threadpoolctl_reaches_openmp(layer):
+    """And numba.set_num_threads() every layer."""
+    done = run(LIMITED, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2")
+    if "No threading layer could be loaded" in done.stderr:
+        pytest.skip(f"Numba finds no threading layer {layer}")
+    assert done.stdout == ("2 1 2 1\n" if layer == "omp" else "2 2 2 1\n"), done.stderr
 
 
 # --- which pool --------------------------------------------------------------------------------------------

@@ -315,16 +315,26 @@ except RuntimeError as error:
 
 def test_without_a_cache_the_command_says_so(tmp_path):
     (tmp_path / "file").write_text("")
-    for name, why in (("", "NBBN_CACHE_DIR is empty"), (tmp_path / "file", "no folder that this user alone can write")):
+    for name, why in (("", "NBBN_CACHE_DIR is empty"), (tmp_path / "file", f"{tmp_path / 'file'} cannot be made")):
         done = warmup(name)
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.splitlines()[-1].startswith(f"the kernel cache is off ({why}")
+        assert done.stderr.splitlines()[-1].startswith(f"there is no kernel cache ({why}")
 
 
 def test_without_a_cache_the_function_says_so(monkeypatch):
     monkeypatch.setattr(warming, "cache_folder", lambda: None)
-    with pytest.raises(RuntimeError, match="the kernel cache is off"):
+    with pytest.raises(RuntimeError, match="there is no kernel cache"):
         nbbn.warmup(LAYER, (4, 4, 4, 4))
+
+
+def test_a_frozen_program_is_not_started_again(monkeypatch):
+    """Its executable would do all that the program does once more, the warmup too."""
+    compiled = []
+    monkeypatch.setattr(warming, "compiled", lambda *kernel: compiled.append(kernel))
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr("subprocess.run", None)
+    warming._compile_elsewhere([("train", "rows"), ("infer", "rows")])
+    assert compiled == [("train", "rows"), ("infer", "rows")]
 
 
 def test_a_full_disk(tmp_path):

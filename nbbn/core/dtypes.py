@@ -91,7 +91,11 @@ def as_float_array(value: Any, argument: str) -> np.ndarray:
     return as_numbers(value, argument, floats=True)
 
 
+# What Numba types in the place of a 16-bit float.
+CARRIERS = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}
+
+
 @lru_cache(maxsize=64)
 def carrier(dtype: np.dtype) -> np.dtype:
     """The dtype of the same size that Numba types: uint16 stands for float16, int16 for bfloat16."""
-    return {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}.get(dtype.name, dtype)
+    return CARRIERS.get(dtype.name, dtype)

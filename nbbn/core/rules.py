@@ -82,7 +82,7 @@ def moving_average(old, new, momentum):
 @register_jitable
 def stddev(variance, epsilon):
     """sigma = sqrt(variance + epsilon)."""
-    return math.sqrt(variance + epsilon)
+    return type(variance)(math.sqrt(variance + epsilon))  # a Python float, in plain Python, would raise for 1 / 0
 
 
 @register_jitable

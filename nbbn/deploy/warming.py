@@ -1,5 +1,6 @@
 """Compiling ahead, into the kernel cache, what calls will need."""
 
+import logging
 import os
 import pickle
 import sys
@@ -11,7 +12,7 @@ from nbbn.core.layout import Sizes
 from nbbn.deploy.needed import Kernel, Kernels, kernels
 from nbbn.kernels.cpu.steps import compiled
 from nbbn.layer.layer import BatchNormalization
-from nbbn.runtime import cache_folder
+from nbbn.runtime import LOGGER, cache_folder, find_cache
 
 MODES: dict[str, dict[str, bool]] = {
     "inference": {},
@@ -96,6 +97,10 @@ def _compile_elsewhere(parallel: list[Kernel]) -> None:
     and a child that inherits one cannot use it."""
     if not parallel:
         return
+    if getattr(sys, "frozen", False):  # that executable is this very program, and would do all it does once more
+        for kernel in parallel:
+            compiled(*kernel)
+        return
     import subprocess
     from multiprocessing import spawn
 
@@ -111,9 +116,7 @@ def _compile_elsewhere(parallel: list[Kernel]) -> None:
 
 
 def _why_off() -> str:
-    empty = os.environ.get("NBBN_CACHE_DIR") == ""
-    why = "NBBN_CACHE_DIR is empty" if empty else "no folder that this user alone can write to"
-    return f"the kernel cache is off ({why}): what is compiled now would be lost"
+    return f"there is no kernel cache ({find_cache()[1]}): what is compiled now would be lost"
 
 
 def run(
@@ -130,6 +133,7 @@ def run(
     if folder is None:
         print(_why_off(), file=sys.stderr)
         return 1
+    LOGGER.addHandler(logging.NullHandler())  # the progress is shown below
     start = perf_counter()
     calls = DEFAULT_CALLS if shapes is None else [(-1 if axis is None else axis, shape) for shape in shapes]
     found: Kernels = {}

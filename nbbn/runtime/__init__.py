@@ -1,17 +1,26 @@
 """What keeps the host process alive and quick: threads, forks and compiled kernels on disk."""
 
-from nbbn.runtime.cache import cache_folder, compile_kernel, entry_point
+from nbbn.runtime.cache import cache_folder, code_hash, compile_kernel, entry_point, find_cache
 from nbbn.runtime.machine import last_level_cache
+from nbbn.runtime.plain import PLAIN, intrinsic, run_by_python
+from nbbn.runtime.progress import LOGGER
 from nbbn.runtime.threadpool import start_pool
-from nbbn.runtime.threads import StateLock, parallel_region, thread_limit
+from nbbn.runtime.threads import StateLock, parallel_region, thread_limit, thread_limits
 
 __all__ = [
+    "LOGGER",
+    "PLAIN",
     "StateLock",
     "cache_folder",
+    "code_hash",
     "compile_kernel",
     "entry_point",
+    "find_cache",
+    "intrinsic",
     "last_level_cache",
     "parallel_region",
+    "run_by_python",
     "start_pool",
     "thread_limit",
+    "thread_limits",
 ]

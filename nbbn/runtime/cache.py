@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from time import perf_counter
+from types import CodeType
 from typing import Any
 
 import llvmlite
@@ -28,54 +30,92 @@ from numba.core.compiler import CompileResult
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.serialize import dumps
 
+from nbbn.runtime.plain import PLAIN
+from nbbn.runtime.progress import LOGGER, compiling, in_short
 from nbbn.runtime.threadpool import start_pool
 
 
-def _hash_sources() -> str | None:
-    """A hash of all that kernels import, taken at import so that it describes the code that runs; None without."""
-    package = Path(__file__).parent.parent
+@lru_cache(maxsize=1)
+def code_hash() -> str | None:
+    """A hash of all that the machine code of kernels is made from; None where it cannot be read.
+
+    Taken when the kernels are imported, so that it describes the code that runs: a file may change later. Of the source
+    where there is one, else of what the import system has in its place, as for .pyc files and frozen programs.
+    """
     digest = hashlib.sha256()
-    try:
-        kernels, runtime = (package / "kernels").rglob("*.py"), (package / "runtime").rglob("*.py")
-        for path in sorted([package / "core" / "rules.py", *kernels, *runtime]):
-            digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    except OSError:
-        return None
+    for name in sorted(n for n in sys.modules if n.startswith(_HASHED)):
+        try:
+            loader: Any = sys.modules[name].__spec__.loader  # type: ignore[union-attr]
+            source = loader.get_source(name)
+            digest.update(f"{name}\0{_facts(loader.get_code(name)) if source is None else source}\0".encode())
+        except (AttributeError, ImportError, OSError):
+            return None
     return digest.hexdigest()
 
 
-_SOURCES = _hash_sources()
+_HASHED = ("nbbn.core.rules", "nbbn.kernels", "nbbn.runtime")
+
+
+def _facts(code: CodeType) -> str:
+    """What a code object does, without where it lies and in an order that every process sees."""
+    constants = [
+        _facts(c) if isinstance(c, CodeType) else repr(sorted(map(repr, c)) if isinstance(c, frozenset) else c)
+        for c in code.co_consts
+    ]
+    names = code.co_name, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
+    arguments = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
+    return repr((names, arguments, code.co_code, code.co_exceptiontable, constants))
 
 
 @lru_cache(maxsize=1)
 def cache_folder() -> Path | None:
-    """The folder of compiled kernels: NBBN_CACHE_DIR, else the user's cache folder; None where it cannot be written.
+    """The folder of compiled kernels, as find_cache() gives it at the first call. Warns where NBBN_CACHE_DIR names one
+    that cannot be used."""
+    folder, why = find_cache()
+    named = os.environ.get("NBBN_CACHE_DIR")
+    if folder is None and named and not PLAIN:
+        consequence = "there is no kernel cache: every process compiles its kernels anew"
+        warnings.warn(f"NBBN_CACHE_DIR={named!r}: {why}; {consequence}", RuntimeWarning, stacklevel=2)
+    return folder
 
-    The files are unpickled, so a folder that somebody else owns or can write to is not used. NBBN_CACHE_DIR="" switches
-    the cache off.
+
+def find_cache() -> tuple[Path | None, str]:
+    """The folder of compiled kernels, and what is wrong with it: NBBN_CACHE_DIR, else the user's cache folder; None
+    where kernels cannot be loaded from it.
+
+    The files are unpickled, so a folder that others own or can write to is not used; one of root's is as good as the
+    user's own. Nothing is written to a folder that is read-only. NBBN_CACHE_DIR="" switches the cache off.
     """
     named = os.environ.get("NBBN_CACHE_DIR")
-    if named == "" or _SOURCES is None:
-        return None
+    if PLAIN or named == "":
+        return None, "NUMBA_DISABLE_JIT is set" if PLAIN else "NBBN_CACHE_DIR is empty"
+    if code_hash() is None:
+        return None, "the code of the kernels, which the names of the files depend on, cannot be read here"
     try:
         folder = Path(named) if named else _user_cache() / "nbbn"
+    except RuntimeError as error:  # there is no home folder
+        return None, str(error)
+    try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if _is_private(folder.stat()) and os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
-        pass
-    if named:
-        warnings.warn(
-            f"NBBN_CACHE_DIR={named!r} is not a folder that this user alone can write to: "
-            "every process compiles its kernels anew",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        fault = _fault(folder.stat())
+    except OSError as error:
+        return None, f"{folder} cannot be made or looked at: {error.strerror}"
+    if fault is None and not os.access(folder, os.R_OK | os.X_OK):
+        fault = "cannot be read by this user"
+    if fault is not None:
+        return None, f"{folder} {fault}"
+    return folder, "" if os.access(folder, os.W_OK) else "read-only"
+
+
+def _fault(status: os.stat_result) -> str | None:
+    """Why the content of a file or folder cannot be trusted; None if it can."""
+    if not hasattr(os, "getuid"):
+        return None
+    if status.st_uid not in (os.getuid(), 0):
+        return f"belongs to user {status.st_uid}, neither to this one, {os.getuid()}, nor to root"
+    if status.st_mode & 0o022:
+        return f"can be written to by others than its owner (mode {status.st_mode & 0o777:o}; chmod go-w)"
     return None
-
-
-def _is_private(status: os.stat_result) -> bool:
-    return not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
 
 
 def _user_cache() -> Path:
@@ -104,10 +144,12 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
             return None
         path, key = entry
         try:
-            content = path.read_bytes()
+            with path.open("rb") as file:
+                content = b"" if _fault(os.fstat(file.fileno())) else file.read()
             if content[:64] != _seal(key, content[64:]):
                 return None
-            os.utime(path)  # _prune() deletes what nobody has used
+            with contextlib.suppress(OSError):  # the folder may be read-only
+                os.utime(path)  # _prune() deletes what nobody has used
             return CompileResult._rebuild(target_context, *pickle.loads(content[64:]))
         except Exception:  # a damaged file, or one that this Numba cannot read, only costs a compilation
             return None
@@ -124,6 +166,7 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
             try:
                 file.write(_seal(key, payload) + payload)
                 file.close()
+                os.chmod(file.name, 0o644)  # for whoever can enter the folder: root may have filled it for a service
                 os.replace(file.name, path)
             except OSError:
                 os.unlink(file.name)
@@ -133,7 +176,7 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
         folder = cache_folder()
         if folder is None:
             return None
-        versions = _SOURCES, numba.__version__, llvmlite.__version__, sys.implementation.cache_tag
+        versions = code_hash(), numba.__version__, llvmlite.__version__, sys.implementation.cache_tag
         key = repr((self._name, str(sig), codegen.magic_tuple(), versions, numba.config.BOUNDSCHECK))
         return folder / f"{hashlib.sha256(key.encode()).hexdigest()}.kernel", key
 
@@ -184,10 +227,20 @@ def compile_kernel(function: Callable[..., Any], name: str, signature: Any, para
     function.__qualname__ = name  # part of the symbol's name: two cached kernels must never share one
     dispatcher = numba.njit(nogil=True, error_model="numpy", parallel=parallel)(function)
     dispatcher._cache = KernelCache(name)
-    with _unique_symbols():
+    start, place = perf_counter(), _place()
+    with _unique_symbols(), compiling(place):
         dispatcher.compile(signature)
+    if not dispatcher.stats.cache_hits:
+        seconds = perf_counter() - start
+        LOGGER.info("compiled %s (%s) in %.1f s; %s", name, in_short(function, signature), seconds, place)
     dispatcher.disable_compile()
     return dispatcher  # type: ignore[no-any-return]
+
+
+def _place() -> str:
+    """Where a compiled kernel goes, for the reader of a message."""
+    folder, why = find_cache()
+    return f"kept in {folder}" if not why else f"not kept: {f'{folder} is read-only' if folder else why}"
 
 
 def entry_point(kernel: Any) -> Callable[..., Any]:
@@ -195,5 +248,7 @@ def entry_point(kernel: Any) -> Callable[..., Any]:
 
     Only for arguments of the very types that the kernel has been called with.
     """
+    if PLAIN:
+        return kernel  # type: ignore[no-any-return]
     (overload,) = kernel.overloads.values()
     return overload.entry_point  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""What the processor's caches hold."""
+"""What the system tells about the processor: what its caches hold, and how much of it this process may use."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -23,3 +23,42 @@ def cache_sizes(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict
 def last_level_cache() -> int:
     """Bytes of the largest cache."""
     return max(cache_sizes().values())
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> tuple[int, Path | None]:
+    """How many CPUs' time the control groups of this process leave it, rounded up, and the file that says so.
+
+    Every group on the way up to the root has a say, and the smallest quota counts. A huge number and None without any.
+    """
+    # A container may see its own group as the root, where the path of `own` does not exist.
+    found = [q for base, path in _groups(root, own) for f in ("", *_prefixes(path)) if (q := _quota(base / f))]
+    return min(found, default=(1 << 20, None))
+
+
+def _groups(root: Path, own: Path) -> list[tuple[Path, str]]:
+    """Where each version of control groups has its root, and the path of this process's group below it."""
+    paths: dict[str, str] = {}
+    try:
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            paths |= dict.fromkeys(controllers.split(","), path)
+    except (OSError, ValueError):
+        pass
+    return [(root, paths.get("", "")), (root / "cpu", paths.get("cpu", ""))]
+
+
+def _prefixes(path: str) -> list[str]:
+    """a, a/b, a/b/c of /a/b/c."""
+    parts = path.strip("/").split("/")
+    return ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]
+
+
+def _quota(group: Path) -> tuple[int, Path] | None:
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # of version 2, and of version 1
+        try:
+            quota, period = map(int, " ".join((group / name).read_text() for name in names).split())
+        except (OSError, ValueError):  # "max" is no number
+            continue
+        if quota > 0 and period > 0:  # -1: none, in version 1
+            return -(-quota // period), group / names[0]
+    return None

@@ -53,6 +53,23 @@ def _offer_tbb() -> None:
                 ctypes.CDLL(str(file.locate()))
 
 
+def openmp_threads() -> int:
+    """How many threads OpenMP would take for this Python thread now, where Numba's layer is omp; else a huge number.
+
+    Numba tells OpenMP how many it wants, past the limits that threadpoolctl and others set. Costs less than 1 us.
+    """
+    return _openmp_limit(numba_pool._threading_layer)()
+
+
+@lru_cache(maxsize=2)
+def _openmp_limit(layer: str | None) -> Callable[[], int]:
+    if layer == "omp":
+        # The very runtime that the layer is linked with: other libraries bring their own. Windows does not look there.
+        with contextlib.suppress(OSError, AttributeError):
+            return ctypes.PyDLL(sys.modules["numba.np.ufunc.omppool"].__file__).omp_get_max_threads
+    return lambda: 1 << 20
+
+
 def leave_pool() -> None:
     """To be called by a thread after its parallel kernel: it gives up what TBB keeps for it.
 

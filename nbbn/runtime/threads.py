@@ -6,21 +6,21 @@ waiting runs in parallel, everybody else runs the twin at once.
 """
 
 import _thread
-import math
 import os
 import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from time import perf_counter
 
 import numba
 from numba.core.compiler_lock import global_compiler_lock
 from numba.np.ufunc import parallel as numba_pool
 
-from nbbn.runtime.threadpool import leave_pool, start_pool
+from nbbn.runtime.machine import cpu_quota
+from nbbn.runtime.plain import PLAIN
+from nbbn.runtime.threadpool import leave_pool, openmp_threads, start_pool
 
 _pool = threading.RLock()
 _is_in_region = _pool._is_owned  # type: ignore[attr-defined]  # what threading.Condition uses, too
@@ -31,34 +31,30 @@ _serial_until = 0.0  # of perf_counter()
 
 @lru_cache(maxsize=1)
 def thread_limit() -> int:
-    """The most threads a kernel may use: Numba's number, NBBN_NUM_THREADS and the cgroup's CPU quota, whichever is
-    least.
+    """The most threads a kernel may use: the least of thread_limits(), as it is at the first call."""
+    return min(thread_limits().values())
+
+
+def thread_limits() -> dict[str, int]:
+    """All that limits the threads of every kernel, by its name.
 
     Raises: ValueError if NBBN_NUM_THREADS is not a positive integer.
     """
-    limits: list[int] = [numba.config.NUMBA_NUM_THREADS, _cgroup_cpus()]
+    if PLAIN:
+        return {"NUMBA_DISABLE_JIT": 1}
+    limits: dict[str, int] = {"numba.config.NUMBA_NUM_THREADS": numba.config.NUMBA_NUM_THREADS}
+    quota, file = cpu_quota()
+    if file is not None:
+        limits[f"the CPU quota in {file}"] = quota
     asked = os.environ.get("NBBN_NUM_THREADS", "")
     if asked:
         if not asked.isdecimal() or int(asked) < 1:
             raise ValueError(f"NBBN_NUM_THREADS must be a positive integer; received {asked!r}")
-        limits.append(int(asked))
-    return min(limits)
-
-
-def _cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """The CPU quota of this process's control group, rounded up; a huge number where there is none."""
-    unlimited = 1 << 20
-    try:
-        quota, period = (root / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
-            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return unlimited
-    if not quota.isdecimal() or not period.isdecimal():  # "max", or -1 in version 1
-        return unlimited
-    return max(1, math.ceil(int(quota) / int(period)))
+        limits["NBBN_NUM_THREADS"] = int(asked)
+    outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list has a number per nesting level
+    if outermost.isdecimal() and int(outermost) > 0:  # OpenMP passes over what it does not understand, too
+        limits["OMP_NUM_THREADS"] = int(outermost)
+    return limits
 
 
 @contextmanager
@@ -108,8 +104,8 @@ def _note_run(seconds: float, elements: int) -> None:
 
 
 def _limit_thread_count() -> int | None:
-    """Keep this thread's kernels to the limit. Returns the number of threads to be restored, None if it is the same."""
-    limit = thread_limit()
+    """Keep this thread's kernels to the limits. Returns the number of threads to restore, None if it is the same."""
+    limit = min(thread_limit(), openmp_threads())
     if limit >= numba.config.NUMBA_NUM_THREADS:
         return None  # without asking Numba, which takes 0.7 us
     before: int = numba.get_num_threads()

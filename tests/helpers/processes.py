@@ -12,7 +12,10 @@ import nbbn
 PACKAGE = Path(nbbn.__file__).parent
 TESTS = Path(__file__).parents[1]
 # The tests set what they need.
-FROM_OUTSIDE = ("NBBN_NUM_THREADS", "NUMBA_THREADING_LAYER", "NUMBA_THREADING_LAYER_PRIORITY", "NUMBA_CPU_NAME")
+FROM_OUTSIDE = {
+    *("NBBN_NUM_THREADS", "NUMBA_THREADING_LAYER", "NUMBA_THREADING_LAYER_PRIORITY", "NUMBA_CPU_NAME"),
+    *("NUMBA_DISABLE_JIT", "OMP_NUM_THREADS"),
+}
 
 
 def run(code: str, *arguments: str, timeout: float = 60, root: Path | None = None, **variables: str | None):

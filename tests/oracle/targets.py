@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nbbn.core import dtypes
 from nbbn.kernels.cpu.memory import STREAMED
 from nbbn.kernels.cpu.scalars import load, store
+from nbbn.runtime import PLAIN, run_by_python
 from tests.oracle.face import Target
 
 Array = NDArray[Any]
@@ -30,6 +31,15 @@ class Cpu(Target):
         ]
 
 
+def _compiled(function: Any) -> Any:
+    return run_by_python(function) if PLAIN else numba.njit(function)
+
+
+def _carried(stored: Array) -> Array:
+    """As the loops get it."""
+    return stored if PLAIN else stored.view(dtypes.carrier(stored.dtype))
+
+
 class CpuScalars:
     """How a target reads and writes the elements of one 16-bit dtype."""
 
@@ -38,12 +48,12 @@ class CpuScalars:
 
     @cached_property
     def _loops(self) -> Any:
-        @numba.njit
+        @_compiled
         def read(stored, values):
             for i in range(stored.size):
                 values[i] = load(stored, i)
 
-        @numba.njit
+        @_compiled
         def write(values, stored):
             for i in range(stored.size):
                 store(stored, i, values[i])
@@ -53,13 +63,13 @@ class CpuScalars:
     def read(self, stored: Array) -> Array:
         """float32 values of (n,) elements."""
         values = np.empty(stored.shape, np.float32)
-        self._loops[0](stored.view(dtypes.carrier(stored.dtype)), values)
+        self._loops[0](_carried(stored), values)
         return values
 
     def write(self, values: Array) -> Array:
         """(n,) elements for float32 values."""
         stored = np.empty(values.shape, self.dtype)
-        self._loops[1](values, stored.view(dtypes.carrier(stored.dtype)))
+        self._loops[1](values, _carried(stored))
         return stored
 
 

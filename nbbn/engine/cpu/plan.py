@@ -15,7 +15,7 @@ from nbbn.engine.base import Copied
 from nbbn.engine.cpu.schedule import Schedule
 from nbbn.kernels.cpu.memory import STREAMED
 from nbbn.kernels.cpu.steps import WRITES, Step, compiled, names_of
-from nbbn.runtime import entry_point, parallel_region, thread_limit
+from nbbn.runtime import PLAIN, entry_point, parallel_region, thread_limit
 
 Array = np.ndarray
 
@@ -42,7 +42,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         carrier = dtypes.carrier(self.dtype)
-        self.carrier = None if carrier is self.dtype else carrier
+        self.carrier = None if PLAIN or carrier is self.dtype else carrier  # plain Python needs no stand-in
         self.names = names_of(self.step)
 
     def variant(self, parallel: bool) -> tuple[Any, ...]:

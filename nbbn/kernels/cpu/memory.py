@@ -4,14 +4,15 @@ An array on the stack cannot overlap with anything else, which the compiler know
 without the run-time checks that several arrays of the heap would need.
 """
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
 from nbbn.kernels.cpu.elements import element
 from nbbn.kernels.cpu.scalars import load, store
+from nbbn.runtime import intrinsic
 
 BLOCK = 1024  # elements of a local array: a few of them fit into a core's L1
 LINE = 64  # bytes
@@ -52,19 +53,25 @@ def _block(given, dtype):
     return result(given), emit
 
 
-@intrinsic
+@intrinsic(plain=lambda like: None if like is None else np.empty(BLOCK, like.dtype))
 def local(typingctx, like):
     """A block with the dtype of the array `like`; None of None."""
     return _block(like, getattr(like, "dtype", None))
 
 
-@intrinsic
+@intrinsic(plain=lambda beside: None if beside is None else np.empty(BLOCK))
 def local_sums(typingctx, beside):
     """A block of float64, for sums that there are if `beside` is there; None of None."""
     return _block(beside, types.float64)
 
 
-@intrinsic
+def _plain_segment(array, place, begin, end):
+    if array is None or place[:1] == array.shape[:1]:  # ahead() may be asked for what follows the last row
+        return None
+    return array[(*place, slice(begin, end))]
+
+
+@intrinsic(plain=_plain_segment)
 def segment(typingctx, array, place, begin, end):
     """array[(*place, slice(begin, end))], one-dimensional; None of None.
 
@@ -96,7 +103,7 @@ def segment(typingctx, array, place, begin, end):
     return result(array, place, begin, end), emit
 
 
-@intrinsic
+@intrinsic(plain=lambda array: array.ctypes.data)
 def _address(typingctx, array):
     def emit(context, builder, signature, args):
         return builder.ptrtoint(context.make_array(array)(context, builder, args[0]).data, _I64)
@@ -104,7 +111,12 @@ def _address(typingctx, array):
     return types.int64(array), emit
 
 
-@intrinsic
+def _plain_stream_line(target, source, byte):
+    line = slice(byte, byte + LINE)
+    target.view(np.uint8)[line] = source.view(np.uint8)[line]
+
+
+@intrinsic(plain=_plain_stream_line)
 def _stream_line(typingctx, target, source, byte):
     """Copy LINE bytes, past the caches; the place in `target` is aligned to LINE."""
 
@@ -123,7 +135,7 @@ def _stream_line(typingctx, target, source, byte):
     return types.void(target, source, types.int64), emit
 
 
-@intrinsic
+@intrinsic(plain=lambda array, index: None)
 def _prefetch(typingctx, array, index):
     """Have the line of an element ready for writing. The element need not exist."""
 
@@ -162,7 +174,7 @@ def expect(target, mode):
         _prefetch(target, target.size - 1)
 
 
-@intrinsic
+@intrinsic(plain=lambda: None)
 def fence(typingctx):
     """What was streamed before is seen by every thread that this one gives a signal to."""
 

@@ -279,7 +279,7 @@ def loops(columns: SimpleNamespace) -> SimpleNamespace:
             fence()
 
     functions = (shifts, moments, normalize, gradient_sums, input_gradient)
-    return SimpleNamespace(extent=extent, statistics=statistics, **{f.py_func.__name__: f for f in functions})
+    return SimpleNamespace(extent=extent, statistics=statistics, **{f.__name__: f for f in functions})
 
 
 PLAIN_ROWS, FOLDED_ROWS = loops(PLAIN), loops(FOLDED)

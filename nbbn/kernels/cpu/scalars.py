@@ -7,11 +7,12 @@ Numba cannot type 16-bit floats on the CPU: arrays of uint16 carry float16 and a
 import platform
 
 import llvmlite.binding
+import numpy as np
 from numba import types
 from numba.core import cgutils, config
-from numba.extending import intrinsic
 
 from nbbn.kernels import conversions
+from nbbn.runtime import intrinsic
 
 
 def _has_half_instructions() -> bool:
@@ -28,7 +29,18 @@ def _has_half_instructions() -> bool:
 HALF_INSTRUCTIONS = _has_half_instructions()
 
 
-@intrinsic
+def _plain_load(array, i):
+    if array is None:
+        return None
+    return np.float32(array[i]) if array.itemsize == 2 else array[i]
+
+
+def _plain_store(array, i, value):
+    if array is not None:
+        array[i] = value
+
+
+@intrinsic(plain=_plain_load)
 def load(typingctx, array, i):
     """The i-th element of a one-dimensional array as a float that arithmetic can use; None of None. 0 <= i."""
     if isinstance(array, types.NoneType):
@@ -41,7 +53,7 @@ def load(typingctx, array, i):
     return result(array, i), emit
 
 
-@intrinsic
+@intrinsic(plain=_plain_store)
 def store(typingctx, array, i, value):
     """Write the i-th element of a one-dimensional array, rounded to nearest even; nothing to None. 0 <= i."""
     if isinstance(array, types.NoneType):

@@ -19,11 +19,13 @@ from nbbn.kernels.channel import BATCH_MEAN, DX_MEAN, EPSILON, MOMENT_ROWS, PLAI
 from nbbn.kernels.cpu import channel, flat, planes, rows
 from nbbn.kernels.cpu.elements import INTERNAL, bounds_of, chunk_and_tile, chunks_and_tiles, element
 from nbbn.kernels.tasks import Grid
-from nbbn.runtime import compile_kernel
+from nbbn.runtime import PLAIN, code_hash, compile_kernel, run_by_python
 
 SCHEDULES: dict[str, Any] = {"planes": planes, "flat": flat, "rows": rows.PLAIN_ROWS, "folded": rows.FOLDED_ROWS}
 
 Step = Callable[..., Any]
+
+code_hash()  # all that it covers is imported now
 
 # What an argument of a step is, by its name. X is an array of the input's dtype, S one of the statistics' dtype, both
 # canonical views of the schedule's rank and layout; s is an array of the statistics' dtype, t one of the state's own, d
@@ -295,6 +297,13 @@ def compiled(
     absent: frozenset[str],
 ) -> Step:
     """A step compiled for one combination of types. `absent`: the names of the arguments that are None."""
+    if step in MIDDLE_STAGES:
+        function, name = MIDDLE_STAGES[step], step
+    else:
+        function, passes = steps(schedule, one_pass, parallel)[step], "one_pass" if one_pass else "two_passes"
+        name = f"{schedule}_{step}_{passes}_{'parallel' if parallel else 'serial'}"
+    if PLAIN:
+        return run_by_python(function)
     rank = 3 if schedule in ("planes", "flat") else 4
     scalar = {"X": numba.from_dtype(dtype), "S": numba.from_dtype(statistic), "d": types.float64}
     scalar |= {"s": scalar["S"], "t": numba.from_dtype(state)}
@@ -312,8 +321,4 @@ def compiled(
         return types.Array(scalar[kind[0]], rank if view else int(kind[1]), layout, readonly=name not in WRITES[step])
 
     signature = types.void(*[argument(name) for name in names_of(step)])
-    if step in MIDDLE_STAGES:
-        return compile_kernel(MIDDLE_STAGES[step], step, signature, parallel=False)
-    passes = "one_pass" if one_pass else "two_passes"
-    name = f"{schedule}_{step}_{passes}_{'parallel' if parallel else 'serial'}"
-    return compile_kernel(steps(schedule, one_pass, parallel)[step], name, signature, parallel)
+    return compile_kernel(function, name, signature, parallel)
