@@ -67,8 +67,9 @@ ROOMS = {
         *("call", "core", "engine", "engine.cpu", "engine.dispatcher"),
         *("kernels.cpu", "layer", "runtime", "state"),
     },
+    "exchange": {"arrays", "core", "layer", "state"},
     "nbbn": {
-        *("call", "core", "deploy", "engine", "engine.dispatcher", "layer", "nn", "runtime"),
+        *("call", "core", "deploy", "engine", "engine.dispatcher", "exchange", "layer", "nn", "runtime"),
         *("initializers", "regularizers", "constraints"),
     },
     "compat": {"arrays", "core", "layer", "regularizers", "runtime", "state"},
@@ -79,12 +80,17 @@ ROOMS = {
 FILES = {"__init__.py", "__main__.py", "_registry.py", "info.py", "nn.py"} | {
     *("constraints.py", "initializers.py", "regularizers.py"),
 }
-FOLDERS = {*("arrays", "call", "compat", "core", "demo", "deploy"), *("engine", "kernels", "layer", "runtime", "state")}
+FOLDERS = {
+    *("arrays", "call", "compat", "core", "demo", "deploy"),
+    *("engine", "exchange", "kernels", "layer", "runtime", "state"),
+}
 
 ALWAYS_INSTALLED = {"numba", "numpy", "llvmlite"}
 # What else a room may import, and only inside a function.
 OPTIONAL = {
     "core": {"ml_dtypes"},
+    "layer": {"safetensors"},
+    "exchange": {"h5py", "onnx"},
     "deploy": {"tqdm"},
     "info": {"ml_dtypes"},
     "demo": {"matplotlib", "sklearn", "threadpoolctl", "tqdm"},
@@ -313,7 +319,7 @@ def test_nothing_is_imported_by_a_computed_name(module):
 
 FOREIGN = {
     *("numba.cuda", "numba_cuda", "cuda", "torch", "cupy", "jax", "jaxlib", "tensorflow", "keras", "tf_keras"),
-    *("ml_dtypes", "sklearn", "matplotlib", "threadpoolctl", "tqdm"),
+    *("ml_dtypes", "sklearn", "matplotlib", "threadpoolctl", "tqdm", "safetensors", "h5py", "onnx"),
 }
 
 

@@ -8,12 +8,12 @@ from nbbn import constraints, initializers, regularizers
 from nbbn.core import dtypes
 from nbbn.core.options import Options
 from nbbn.engine.dispatcher import Dispatcher
-from nbbn.layer.weights import Weighted
+from nbbn.layer.saving import Saved
 
 _named = itertools.count()
 
 
-class BatchNormalization(Weighted):
+class BatchNormalization(Saved):
     """Batch normalization with every option of TensorFlow 1 and 2, on NumPy arrays and on those of a GPU.
 
         y = (x - mean) / sqrt(variance + epsilon) * gamma + beta
