@@ -67,7 +67,7 @@ def to_keras(layer: BatchNormalization, path: str | os.PathLike[str], name: str 
     Args:
         path, name: as for from_keras().
     Raises: ValueError if it is no such file, if no such layer is in it, or if it has other weights, other shapes or
-        another epsilon; ModuleNotFoundError without h5py; OSError.
+        another epsilon, than this; ModuleNotFoundError without h5py; OSError.
     """
     import h5py
 
@@ -77,14 +77,14 @@ def to_keras(layer: BatchNormalization, path: str | os.PathLike[str], name: str 
     weights = {n: w for n, w in layer.get_state().items() if n not in COUNTS}
     with h5py.File(buffer, "r+") as file:
         stored = _find(file, members, name, path)
-        has, needs = ([w.shape for w in ws] for ws in (stored.weights, weights.values()))
-        if has != needs:
+        for option, has in {} if stored.serialized is None else stored.serialized["config"].items():
+            if option in ("center", "scale", "epsilon") and has != (given := getattr(layer, option)):
+                raise ValueError(f"the layer in {os.fspath(path)} has {option}={has}; received one with {given}")
+        shapes, ours = ([w.shape for w in ws] for ws in (stored.weights, weights.values()))
+        if shapes != ours:
             raise ValueError(
-                f"the layer in {os.fspath(path)} has weights of {has}; received {needs} ({', '.join(weights)})"
+                f"the layer in {os.fspath(path)} has weights {shapes}; received {ours} ({', '.join(weights)})"
             )
-        epsilon = layer.epsilon if stored.serialized is None else stored.serialized["config"]["epsilon"]
-        if epsilon != layer.epsilon:
-            raise ValueError(f"the layer in {os.fspath(path)} has epsilon={epsilon}; received one with {layer.epsilon}")
         for dataset, weight in zip(stored.weights, weights.values(), strict=True):
             dataset[...] = weight
     replace(Path(path), _packed(members | {_WEIGHTS: buffer.getvalue()}))

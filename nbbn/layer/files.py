@@ -37,9 +37,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
         safetensors; OSError.
     """
     source = _checked(path)
-    content = source.read_bytes()
     try:
-        arrays, text = _from_npz(content) if source.suffix == ".npz" else _from_safetensors(content)
+        arrays, text = _from_npz(source) if source.suffix == ".npz" else _from_safetensors(source)
         return arrays, dict(json.loads(text))
     except (ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise ValueError(f"{os.fspath(path)} is no file of layer.save(), or damaged: {error!r}") from error
@@ -74,20 +73,17 @@ def _checked(path: str | os.PathLike[str]) -> Path:
     return checked
 
 
-def _from_npz(content: bytes) -> tuple[dict[str, np.ndarray], str]:
-    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+def _from_npz(source: Path) -> tuple[dict[str, np.ndarray], str]:
+    with source.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
         arrays = dict(file)
     return arrays, str(arrays.pop(_DESCRIPTION))
 
 
-def _from_safetensors(content: bytes) -> tuple[dict[str, np.ndarray], str]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
+def _from_safetensors(source: Path) -> tuple[dict[str, np.ndarray], str]:
+    from safetensors import SafetensorError, safe_open
 
     try:
-        arrays = load(content)
+        with safe_open(source, framework="np") as file:
+            return {n: file.get_tensor(n) for n in file.keys()}, file.metadata()[_DESCRIPTION]  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(str(error)) from error
-    # safetensors gives the metadata of a file that it opens itself only; they are JSON, behind 8 bytes with its length.
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return arrays, header["__metadata__"][_DESCRIPTION]

@@ -59,9 +59,7 @@ class Saved(Weighted):
         wanted, found = cls._class(), {k: described.get(k) for k in ("module", "class_name")}
         if found != wanted:
             their, our = (".".join(filter(None, map(str, c.values()))) for c in (found, wanted))
-            raise ValueError(
-                f"{os.fspath(path)} has a layer of the class {their}: call the load() of that; it was {our}'s"
-            )
+            raise ValueError(f"{os.fspath(path)} has a {their}: call the load() of that class; received {our}")
         layer = cls.from_config({**described, "config": {**described["config"], **options}})
         if layer.built:
             try:

@@ -270,6 +270,10 @@ def test_keras_model_file(kind: str, ending: str, tmp_path: Path) -> None:
         exchange.to_keras(ours, path, name)
         again = in_keras(keras.models.load_model(path, compile=False))[name]
         assert_same(ours, LAST, again(LAST))
+        own = {n: getattr(ours, n) for n in ("axis", "epsilon", "center", "scale")}
+        for change in ({"epsilon": 0.5}, {"center": not ours.center, "scale": not ours.scale}, {"renorm": True}):
+            with pytest.raises(ValueError, match=next(iter(change)).replace("renorm", "moving_stddev")):
+                exchange.to_keras(filled(LAST, **{**own, **change}), path, name)
 
 
 @pytest.mark.filterwarnings(KERAS_3_READS)
@@ -295,6 +299,21 @@ def test_keras_weights_file(kind: str, ending: str, tmp_path: Path) -> None:
         exchange.to_keras(ours, path, key)
         model.load_weights(path)
         assert_same(ours, LAST, theirs(LAST))
+
+
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+@pytest.mark.parametrize("axis", [1, -1, [1, 3]], ids=str)
+@pytest.mark.parametrize("ending", [".keras", ".h5"])
+def test_keras_file_of_ghost_batches(axis: Any, ending: str, tmp_path: Path) -> None:
+    """Whose axis is that of an input with one dimension more; the rank is that of the weights."""
+    theirs = tf_keras.layers.BatchNormalization(axis=axis, virtual_batch_size=4, renorm=True, momentum=0.5)
+    model = tf_keras.Sequential([tf_keras.Input(LAST.shape[1:], LAST.shape[0]), theirs])
+    model(LAST, training=True)
+    model.save(tmp_path / f"model{ending}")
+    ours = exchange.from_keras(tmp_path / f"model{ending}")
+    for one, other in zip(ours.get_weights(), theirs.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert_same(ours, LAST, theirs(LAST))
 
 
 @pytest.mark.filterwarnings(KERAS_3_READS)
