@@ -1,6 +1,6 @@
 """Batch normalization for Python arrays, complete and fast."""
 
-from nbbn import constraints, initializers, nn, regularizers
+from nbbn import constraints, exchange, initializers, nn, regularizers
 from nbbn.call.gradients import Gradients
 from nbbn.core.options import Options
 from nbbn.deploy.inspection import explain, force
@@ -13,6 +13,8 @@ from nbbn.runtime import buffers
 
 __version__ = "0.1.0"
 
+load = BatchNormalization.load
+
 __all__ = [
     "BatchNormalization",
     "Dispatcher",
@@ -21,10 +23,12 @@ __all__ = [
     "Options",
     "buffers",
     "constraints",
+    "exchange",
     "explain",
     "fold_into",
     "force",
     "initializers",
+    "load",
     "nn",
     "regularizers",
     "warmup",

@@ -68,8 +68,9 @@ ROOMS = {
         *("call", "core", "engine", "engine.cpu", "engine.dispatcher"),
         *("kernels.cpu", "layer", "runtime", "state"),
     },
+    "exchange": {"arrays", "core", "layer", "state"},
     "nbbn": {
-        *("call", "core", "deploy", "engine", "engine.dispatcher", "layer", "nn", "runtime"),
+        *("call", "core", "deploy", "engine", "engine.dispatcher", "exchange", "layer", "nn", "runtime"),
         *("initializers", "regularizers", "constraints"),
     },
     "compat": {"arrays", "call", "core", "layer", "regularizers", "runtime", "state"},
@@ -82,13 +83,15 @@ FILES = {"__init__.py", "__main__.py", "_registry.py", "info.py", "nn.py"} | {
 }
 FOLDERS = {
     *("__pyinstaller", "arrays", "call", "compat", "core", "demo", "deploy"),
-    *("engine", "kernels", "layer", "runtime", "state"),
+    *("engine", "exchange", "kernels", "layer", "runtime", "state"),
 }
 
 ALWAYS_INSTALLED = {"numba", "numpy", "llvmlite"}
 # What else a room may import, and only inside a function.
 OPTIONAL = {
     "core": {"ml_dtypes"},
+    "layer": {"safetensors"},
+    "exchange": {"h5py", "onnx"},
     "deploy": {"tqdm"},
     "info": {"ml_dtypes"},
     "demo": {"matplotlib", "sklearn", "threadpoolctl", "tqdm"},
@@ -317,7 +320,7 @@ def test_nothing_is_imported_by_a_computed_name(module):
 
 FOREIGN = {
     *("numba.cuda", "numba_cuda", "cuda", "torch", "cupy", "jax", "jaxlib", "tensorflow", "keras", "tf_keras"),
-    *("ml_dtypes", "sklearn", "matplotlib", "threadpoolctl", "tqdm"),
+    *("ml_dtypes", "sklearn", "matplotlib", "threadpoolctl", "tqdm", "safetensors", "h5py", "onnx"),
 }
 
 

@@ -22,16 +22,11 @@ def trained(shape, seed=0, kind=BatchNormalization, **options):
     layer.build(shape)
     rng = np.random.default_rng(seed)
     values = []
-    for name, weight in zip(layer_names(layer), layer.weights, strict=True):
-        sign = 1 if "variance" in name or "stddev" in name else rng.choice([-1, 1], weight.shape)
+    for name, weight in layer.get_state().items():
+        sign = 1 if any(what in name for what in ("variance", "stddev", "seen")) else rng.choice([-1, 1], weight.shape)
         values.append(sign * rng.uniform(0.25, 2, weight.shape))
     layer.set_weights(values)
     return layer
-
-
-def layer_names(layer):
-    names = ["gamma"] * layer.scale + ["beta"] * layer.center + ["moving_mean", "moving_variance"]
-    return names + ["moving_stddev", "renorm_mean", "renorm_stddev"] * layer.renorm
 
 
 def per_channel(layer, values, rank):

@@ -413,6 +413,23 @@ def test_copies_stay_on_the_gpu_and_are_others(copied):
     assert before == [a.tobytes() for a in pair.gpu.get_weights()]
 
 
+def test_a_file_of_a_layer_on_the_gpu(tmp_path):
+    """Its state is copied to the host, where it is loaded; back on the GPU it goes on where it was."""
+    layer = new_layer(momentum=None)
+    x = device(np.random.default_rng(0).normal(1, 2, size=(4, 3)).astype(np.float32))
+    layer(x, training=True)
+    layer.save(tmp_path / "layer.npz")
+    twin = nbbn.load(tmp_path / "layer.npz")
+    assert twin.device == "cpu"
+    few_threads(twin.to("cuda"))
+    for one in (layer, twin):
+        one(x, training=True)
+    assert [a.tobytes() for a in layer.get_weights()] == [a.tobytes() for a in twin.get_weights()]
+    np.testing.assert_array_equal(twin.get_state()["seen_mean"], [2, 2, 2])
+    layer.set_state({n: a + 1 for n, a in twin.get_state().items()})
+    np.testing.assert_array_equal(host(layer.seen_variance), [3, 3, 3])
+
+
 def test_folding_losses_and_constraints():
     layer = new_layer(gamma_regularizer="l2", gamma_constraint="non_neg")
     x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)

@@ -55,7 +55,7 @@ EPILOGUES = {"relu and residual": (True, "relu"), "relu": (False, "relu"), "resi
 
 def oracle_of(layer: nbbn.BatchNormalization, mode: str, activation: str | None) -> Reference:
     oracle = Reference(**MODES[mode], activation=activation).build(SHAPE)
-    oracle.set_weights(layer.get_weights())
+    oracle.set_weights([getattr(layer, name) for name in oracle.weight_names])
     return oracle
 
 

@@ -391,8 +391,8 @@ def test_gradient_of_the_output(dy, error, fragments, training):
 @pytest.mark.parametrize(
     ("change", "fragments"),
     [
-        (lambda w: w[:-1], ("set_weights", "4", "3")),
-        (lambda w: [*w, w[0]], ("set_weights", "4", "5")),
+        (lambda w: w[:3], ("set_weights", "4", "seen_mean", "3")),
+        (lambda w: w[:5], ("set_weights", "4", "seen_mean", "5")),
         (lambda w: [], ("set_weights", "4", "0")),
         (lambda w: [2 * w[0], 2 * w[1], 2 * w[2], np.ones(4)], ("moving_variance", "(4,)", "(3,)")),
         (lambda w: [2 * w[0], 2 * w[1], np.ones((1, 3)), w[3]], ("moving_mean", "(1, 3)", "(3,)")),

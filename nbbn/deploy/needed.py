@@ -14,7 +14,7 @@ from nbbn.engine.cpu.plan import Plan
 from nbbn.engine.dispatcher import Dispatcher
 from nbbn.layer.layer import BatchNormalization
 from nbbn.state.shapes import derive_shapes
-from nbbn.state.variables import STATISTICS, Variables
+from nbbn.state.variables import Variables, state_names
 
 Kernel = tuple[Any, ...]  # the arguments of steps.compiled()
 Kernels = dict[Kernel, bool]  # in the order in which calls need them; whether they are parallel
@@ -46,9 +46,8 @@ def kernels(
     if twin._variables is None:
         shapes = derive_shapes(twin.options, x.shape, x.dtype)
         # Without a call of the layer's initializers.
-        statistics = STATISTICS if layer.options.renorm else STATISTICS[:2]
-        values = dict.fromkeys(statistics, np.ones(shapes.params, shapes.dtype))
-        twin._variables = Variables(shapes, values, layer.options.momentum is None)
+        names = state_names(twin.options.renorm, twin.options.momentum is None)
+        twin._variables = Variables(shapes, dict.fromkeys(names, np.ones(shapes.params, shapes.dtype)))
     # NumPy meets whatever is in statistics that nobody has computed.
     with np.errstate(all="ignore"), contextlib.suppress(_Known):
         operands = {"mask": mask, "update_statistics": False, "residual": other if residual else None}

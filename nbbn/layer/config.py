@@ -1,8 +1,7 @@
 """What a layer was asked for: its options, and its config in Keras's terms."""
 
 import warnings
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +12,6 @@ from nbbn.core.options import Options, boolean
 _INITIALIZERS = ("beta_initializer", "gamma_initializer", "moving_mean_initializer", "moving_variance_initializer")
 _REGULARIZERS = ("beta_regularizer", "gamma_regularizer")
 _CONSTRAINTS = ("beta_constraint", "gamma_constraint")
-# What other frameworks put into a config and what has no effect here.
-_FOREIGN_KEYS = ("batch_input_shape", "build_input_shape")
 
 
 def _momentum(name: str) -> property:
@@ -35,7 +32,7 @@ def _momentum(name: str) -> property:
 
 
 class Configured(Normalizer):
-    """A layer that tells what it was asked for, and can be made again from that."""
+    """A layer that tells what it was asked for."""
 
     axis: int | list[int]
     synchronized: bool | None
@@ -92,17 +89,6 @@ class Configured(Normalizer):
             message = f"the config of {self.name} leaves out the {what}, which cannot be serialized"
             warnings.warn(message, stacklevel=2)
         return config
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """A layer from get_config(), or from that of a Keras or tf_keras layer."""
-        arguments = {k: v for k, v in config.items() if k not in _FOREIGN_KEYS}
-        dtype = arguments.get("dtype")
-        if isinstance(dtype, Mapping):  # Keras's serialized dtype policy
-            dtype = arguments["dtype"] = dtype["config"]["name"]
-        if isinstance(dtype, str):  # float32 parameters for 16-bit inputs are what "mixed" means
-            arguments["dtype"] = dtype.removeprefix("mixed_")
-        return cls(**arguments)
 
 
 def _clips_of(options: Options) -> dict[str, float]:

@@ -11,13 +11,13 @@ from nbbn import constraints, initializers, regularizers
 from nbbn.core import dtypes
 from nbbn.core.options import Options, boolean
 from nbbn.engine.dispatcher import Dispatcher
-from nbbn.layer.weights import Weighted
+from nbbn.layer.saving import Saved
 from nbbn.state.shapes import as_shape
 
 _named = itertools.count()
 
 
-class BatchNormalization(Weighted):
+class BatchNormalization(Saved):
     """Batch normalization with every option of TensorFlow 1 and 2, on NumPy arrays and on those of a GPU.
 
         y = (x - mean) / sqrt(variance + epsilon) * gamma + beta
@@ -61,7 +61,8 @@ class BatchNormalization(Weighted):
 
     The attributes gamma, beta, moving_mean, moving_variance and with renorm moving_stddev, renorm_mean,
     renorm_stddev are arrays in TensorFlow's shapes: (C,) for one axis, else the input's rank with 1 in every reduced
-    dimension, and with virtual batches one more 1 at index 1. gamma and beta may be changed in place; a training
+    dimension, and with virtual batches one more 1 at index 1. With momentum=None there are also seen_mean and
+    seen_variance, how many batches are in each average. gamma and beta may be changed in place; a training
     call replaces the moving statistics by new arrays, all at once, so that another thread never sees a mix.
 
     Raises: TypeError, ValueError for arguments that are not possible; the message names the argument and its value.

@@ -10,10 +10,13 @@ import numpy as np
 from nbbn import constraints, initializers, regularizers
 from nbbn.arrays import HOST
 from nbbn.call.gradients import Gradients
+from nbbn.core import dtypes
 from nbbn.layer import folding
 from nbbn.layer.config import Configured
 from nbbn.state.shapes import Shapes, as_shape, derive_shapes
-from nbbn.state.variables import PARAMETERS, STATISTICS, Variables, check_spreads
+from nbbn.state.variables import COUNTS, PARAMETERS, STATISTICS, Variables, check_spreads
+
+_STATE = (*STATISTICS, *COUNTS)
 
 
 def _variable(name: str) -> property:
@@ -39,15 +42,17 @@ class Weighted(Configured):
     def built(self) -> bool:
         return self._variables is not None
 
-    def build(self, input_shape: Iterable[int | None]) -> None:
+    def build(self, input_shape: Iterable[int | None], dtype: Any = None) -> None:
         """Create the weights for inputs of this shape; None stands for an unknown dimension. Does nothing when built.
 
+        Args:
+            dtype: of the inputs, where the layer has no dtype of its own; None is float32.
         Raises: TypeError, ValueError for what is no shape; ValueError if an axis is out of range, occurs twice, or its
             dimension is unknown.
         """
         shape = as_shape(input_shape, "input_shape")
         if self._variables is None:
-            dtype = self.options.dtype or np.dtype(np.float32)
+            dtype = self.options.dtype or dtypes.resolve("float32" if dtype is None else dtype)
             shapes = derive_shapes(self.options, shape, dtype)
             with self._building:
                 if self._variables is None:
@@ -69,7 +74,9 @@ class Weighted(Configured):
         if self.options.renorm:
             sigma = np.sqrt(variance)
             values |= {"moving_stddev": sigma, "renorm_mean": mean, "renorm_stddev": sigma}
-        return Variables(shapes, values, cumulative=self.options.momentum is None)
+        if self.options.momentum is None:
+            values |= {n: np.zeros(shapes.params, shapes.dtype) for n in COUNTS}
+        return Variables(shapes, values)
 
     # -- where they are ------------------------------------------------------------------------------------------------
 
@@ -110,6 +117,8 @@ class Weighted(Configured):
     moving_stddev = _variable("moving_stddev")
     renorm_mean = _variable("renorm_mean")
     renorm_stddev = _variable("renorm_stddev")
+    seen_mean = _variable("seen_mean")
+    seen_variance = _variable("seen_variance")
 
     def _weights(self, names: Iterable[str]) -> list[Any]:
         v = self._variables
@@ -118,8 +127,9 @@ class Weighted(Configured):
     @property
     def weights(self) -> list[Any]:
         """gamma, beta, moving_mean, moving_variance, with renorm moving_stddev, renorm_mean, renorm_stddev, as far
-        as they exist; the order and the shapes are TensorFlow's."""
-        return self._weights((*PARAMETERS, *STATISTICS))
+        as they exist; the order and the shapes are TensorFlow's. With momentum=None, which TensorFlow does not have,
+        seen_mean and seen_variance follow: how many batches each average is of."""
+        return self._weights((*PARAMETERS, *_STATE))
 
     @property
     def trainable_weights(self) -> list[Any]:
@@ -127,7 +137,7 @@ class Weighted(Configured):
 
     @property
     def non_trainable_weights(self) -> list[Any]:
-        return self._weights(STATISTICS if self.trainable else (*PARAMETERS, *STATISTICS))
+        return self._weights(_STATE if self.trainable else (*PARAMETERS, *_STATE))
 
     variables = weights
     trainable_variables = trainable_weights
@@ -135,13 +145,13 @@ class Weighted(Configured):
 
     def get_weights(self) -> list[Any]:
         """Copies of the weights, as NumPy arrays."""
-        if self._variables is None:
-            return []
-        host = self._variables.on_host()
-        return [host[n].copy() for n in host.names]
+        return [] if self._variables is None else list(self._variables.values().values())
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set all weights, in the order and shapes of get_weights().
+
+        With momentum=None the list may end before the counts, as TensorFlow's does. They then stay as they are; in a
+        new layer they are 0, and the first batch will count alone.
 
         A variance or deviation must not be negative, and NaN only where its mean is NaN or infinite, too: that is what
         training on such data leaves, and a checkpoint of it can be loaded. The attributes follow the same rule.
@@ -149,17 +159,41 @@ class Weighted(Configured):
         Raises: TypeError, ValueError if they do not fit; no weight has changed then.
         """
         variables = self._built_variables("set_weights()")
-        names = variables.names
-        takes = f"set_weights() takes a list of {len(names)} arrays ({', '.join(names)})"
+        every = variables.names
+        takes = f"set_weights() takes a list of {len(every)} arrays ({', '.join(every)})"
         if isinstance(weights, (Mapping, str)) or not isinstance(weights, Iterable):
             received = f"a dict with the keys {list(weights)}" if isinstance(weights, Mapping) else repr(weights)
             raise TypeError(f"{takes}; received {received}")
         weights = list(weights)
+        names = every if len(weights) == len(every) else [n for n in every if n not in COUNTS]
         if len(weights) != len(names):
             shapes = [getattr(w, "shape", type(w).__name__) for w in weights]
+            fewer = "" if len(names) == len(every) else f", or the first {len(names)}"
             hint = ": PyTorch's num_batches_tracked is no weight" if () in shapes else ""
-            raise ValueError(f"{takes}; received {len(weights)}, of shapes {shapes}{hint}")
+            raise ValueError(f"{takes}{fewer}; received {len(weights)}, of shapes {shapes}{hint}")
         variables.assign({n: variables.check(n, w) for n, w in zip(names, weights, strict=True)})
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """Copies of all that calls have left in the layer, by name: what get_weights() has, as NumPy arrays. With the
+        config it is all that a restart needs.
+
+        Raises: ValueError if the layer is not built.
+        """
+        return self._built_variables("get_state()").values()
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Set all variables, by the names of get_state(), at once; they are copied.
+
+        Raises: ValueError if the layer is not built, for a name that is missing or unknown, or another shape; TypeError
+            for what is not real. The layer is then as it was.
+        """
+        variables = self._built_variables("set_state()")
+        missing = [n for n in variables.names if n not in state]
+        unknown = [n for n in state if n not in variables.names]
+        if missing or unknown:
+            message = f"the state of {self.name} must be {', '.join(variables.names)}"
+            raise ValueError(f"{message}; missing are {missing}, not expected {unknown}")
+        variables.assign({n: variables.check(n, state[n]) for n in variables.names})
 
     def count_params(self) -> int:
         """The number of values in all weights. Raises: ValueError if the layer is not built."""

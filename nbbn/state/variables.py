@@ -16,7 +16,8 @@ from nbbn.state.shapes import Shapes
 
 PARAMETERS = ("gamma", "beta")
 STATISTICS = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
-# For cumulative averages: how many batches are in each channel's mean and variance.
+# Of averages with equal weights (momentum=None): how many batches are in each channel's mean and variance. TensorFlow
+# has no such option, and so no such variables.
 COUNTS = ("seen_mean", "seen_variance")
 # What an update of the mean, or of the variance, is about.
 PARTS = {
@@ -28,7 +29,8 @@ SPREADS = {"moving_variance": "moving_mean", "moving_stddev": "moving_mean", "re
 
 
 def check_spreads(values: Mapping[str, np.ndarray]) -> None:
-    """Raises: ValueError for a variance or deviation among `values` that is negative, or NaN where its mean is finite.
+    """Raises: ValueError for a variance or deviation among `values` that is negative, or NaN where its mean is finite,
+    and for a count that is negative or NaN.
 
     Training on NaN or inf leaves a mean that is not finite, and such a state can be set again.
     """
@@ -38,6 +40,15 @@ def check_spreads(values: Mapping[str, np.ndarray]) -> None:
             bad = spread[(spread < 0) | (np.isnan(spread) & np.isfinite(values[mean]))]
             if bad.size:
                 raise ValueError(f"{name} must not be negative, nor NaN where {mean} is finite; received {bad[0]}")
+    for name in COUNTS:
+        bad = values[name][~(values[name] >= 0)] if name in values else np.empty(0)
+        if bad.size:
+            raise ValueError(f"{name} must count batches; received {bad[0]}")
+
+
+def state_names(renorm: bool, cumulative: bool) -> tuple[str, ...]:
+    """The rows of the state, in their order."""
+    return (STATISTICS if renorm else STATISTICS[:2]) + (COUNTS if cumulative else ())
 
 
 class Variables:
@@ -47,15 +58,15 @@ class Variables:
     rows: those of the state.
     """
 
-    def __init__(self, shapes: Shapes, values: Mapping[str, np.ndarray], cumulative: bool = False) -> None:
+    def __init__(self, shapes: Shapes, values: Mapping[str, np.ndarray]) -> None:
         self.shapes, self.dtype = shapes, shapes.dtype
         self.place: Place = HOST
-        self.names = tuple(n for n in (*PARAMETERS, *STATISTICS) if n in values)
+        self.names = tuple(n for n in (*PARAMETERS, *STATISTICS, *COUNTS) if n in values)
+        self.rows = tuple(n for n in self.names if n not in PARAMETERS)
         channels = int(np.prod(shapes.params))
         absent = {"gamma": np.ones(channels, shapes.dtype), "beta": np.zeros(channels, shapes.dtype)}
         self.params: Array = np.stack([values.get(n, absent[n]).ravel() for n in PARAMETERS])
-        self.rows = tuple(n for n in STATISTICS if n in values) + (COUNTS if cumulative else ())
-        self.state: Array = np.stack([values.get(n, np.zeros(channels, shapes.dtype)).ravel() for n in self.rows])
+        self.state: Array = np.stack([values[n].ravel() for n in self.rows])
         self.lock = StateLock()
 
     def __getitem__(self, name: str) -> Any:
@@ -83,6 +94,11 @@ class Variables:
         """These variables, or a copy, as NumPy arrays."""
         return self if self.place is HOST else self.moved(HOST)
 
+    def values(self) -> dict[str, np.ndarray]:
+        """Copies of all variables, on the host; those of the state are of one moment."""
+        copy = self.moved(HOST)
+        return {name: copy[name].copy() for name in self.names}
+
     def check(self, name: str, value: Any) -> np.ndarray:
         """A copy of `value` in the variables' dtype, on the host. Raises: ValueError, TypeError if it does not fit."""
         array = as_numpy(value, name)
@@ -106,7 +122,7 @@ class Variables:
                     state[self.rows.index(name)] = value.ravel()
             if host is not self and set(values) & set(PARAMETERS):
                 self.place.write(self.params, self.place.from_host(host.params), self.params.shape, (0, 1))
-            if set(values) & set(STATISTICS):
+            if set(values) - set(PARAMETERS):
                 self.keep(self.place.from_host(state))
 
     def keep(self, state: Array) -> None:
