@@ -327,9 +327,14 @@ def test_sixteen_bit_results_are_rounded_to_the_nearest_even(axis, dtype):
 # --- nothing to reduce ------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [np.float16, bfloat16, np.float32, np.float64], ids=lambda d: np.dtype(d).name)
-@pytest.mark.parametrize("momentum", [0.5, None])
-@ALL_MODES
+# No kernel sees an empty batch: the state depends on mode and momentum alone, the results' dtype on the input's.
+EMPTY = [
+    *((mode, momentum, np.float32) for mode in MODES for momentum in (0.5, None)),
+    *(("plain", 0.5, dtype) for dtype in (np.float16, bfloat16, np.float64)),
+]
+
+
+@pytest.mark.parametrize(("mode", "momentum", "dtype"), EMPTY, ids=lambda v: v if isinstance(v, str) else None)
 @pytest.mark.parametrize("shape", [(0, 5, 3), (8, 0, 3)])
 def test_empty_batch_leaves_the_state_alone(shape, mode, momentum, dtype):
     options = {**MODES[mode], "momentum": momentum}
@@ -351,8 +356,9 @@ def test_empty_batch_leaves_the_state_alone(shape, mode, momentum, dtype):
         np.testing.assert_array_equal(old, new)
     assert layer(empty).shape == shape
     # It does not count as a step of a cumulative average either.
-    layer(x[::-1], training=True)
-    twin(x[::-1], training=True)
+    again = x[::-1].copy()
+    layer(again, training=True)
+    twin(again, training=True)
     for one, two in zip(layer.get_weights(), twin.get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
 

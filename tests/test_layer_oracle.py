@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
-from ml_dtypes import bfloat16, finfo
+from ml_dtypes import finfo
 
 import nbbn
 from tests.oracle.agreement import FEW, Terms, check, check_gradients, check_step, gradients, output
@@ -123,7 +123,11 @@ def test_layer_large(shape, axis, virtual_batch_size, mask):
     check_step(layer, oracle, x, dy)
 
 
-@given(case=cases(dtypes=[np.float32, np.float16]))
+# These compare calls of one layer with each other: what they try lies above the kernels and knows no dtype, and every
+# dtype meets the oracle in the other tests. A kernel of another dtype would take a second or two to compile.
+
+
+@given(case=cases(dtypes=[np.float32]))
 @example(case=replace(PLAIN, form="channels last in memory", dy_form="C"))
 @settings(PROFILE, max_examples=60)
 def test_memory_layout_changes_nothing_but_the_last_digits(case):
@@ -147,7 +151,7 @@ def test_memory_layout_changes_nothing_but_the_last_digits(case):
         check_same("state", one, two, unit * (1 + np.abs(two)))
 
 
-@given(case=cases(dtypes=[np.float32, bfloat16]))
+@given(case=cases(dtypes=[np.float32]))
 @settings(PROFILE, max_examples=60)
 def test_ways_to_call_give_the_same_bits(case):
     """layer(x), layer.vjp(x), and both with out=, contiguous or not, are one computation."""
@@ -182,7 +186,7 @@ def test_update_statistics_false_uses_the_batch_and_keeps_the_state(case):
     assert [bits(w) for w in keeping.get_weights()] == [bits(w) for w in updating.get_weights()]
 
 
-@given(case=cases(dtypes=[np.float32, np.float16]))
+@given(case=cases(dtypes=[np.float32]))
 @settings(PROFILE, max_examples=60)
 def test_a_pullback_can_be_called_again(case):
     """Its answer is that of its own forward pass, whatever the layer does later."""

@@ -150,7 +150,9 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
                 return None
             with contextlib.suppress(OSError):  # the folder may be read-only
                 os.utime(path)  # _prune() deletes what nobody has used
-            return CompileResult._rebuild(target_context, *pickle.loads(content[64:]))
+            found = CompileResult._rebuild(target_context, *pickle.loads(content[64:]))
+            _forget_module(found)
+            return found
         except Exception:  # a damaged file, or one that this Numba cannot read, only costs a compilation
             return None
 
@@ -160,6 +162,7 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
             return
         path, key = entry
         payload = dumps(data._reduce())
+        _forget_module(data)
         # A full or vanished disk costs a compilation next time. Readers see the old file or the new one, never a part.
         new_file = tempfile.NamedTemporaryFile
         with contextlib.suppress(OSError), new_file(dir=path.parent, suffix=".kernel", delete=False) as file:
@@ -185,6 +188,11 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
     def disable(self) -> None: ...
 
     def flush(self) -> None: ...
+
+
+def _forget_module(kernel: CompileResult) -> None:
+    """Free what Numba keeps for linking a kernel into others, which nobody does: 1 MB, more than its machine code."""
+    kernel.library._shared_module = None
 
 
 def _seal(key: str, payload: bytes) -> bytes:

@@ -6,6 +6,7 @@ time is for nothing here, and half of a kernel's compile time.
 
 from typing import Any
 
+from llvmlite.binding import parse_bitcode
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
@@ -13,17 +14,21 @@ from numba.core.typed_passes import NativeLowering
 
 
 class _LinkedLibrary(JITCodeLibrary):  # type: ignore[misc]  # Numba has no annotations
-    """Code that waits for the library that it will be part of."""
+    """Code of one function, without those that it calls, that waits for the library that it will be part of."""
 
     def _optimize_functions(self, ll_module: Any) -> None:
         ll_module.data_layout = self._codegen._data_layout
 
-    def _optimize_final_module(self) -> None: ...
-
-    def _finalize_final_module(self) -> None:
-        self._finalize_dynamic_globals()
-        self._verify_declare_only_symbols()
+    def finalize(self) -> None:
+        for function in self._final_module.functions:
+            if not function.is_declaration:
+                function.linkage = "linkonce_odr"  # several kernels have it, and each may drop what it has inlined
+        self._bitcode = self._final_module.as_bitcode()
+        self._final_module.close()
         self._finalized = True
+
+    def _get_module_for_linking(self) -> Any:
+        return parse_bitcode(self._bitcode)
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -35,9 +40,15 @@ class _LinkedLowering(NativeLowering):  # type: ignore[misc]
         state.flags.no_compile = True
         super().run_pass(state)
 
+        # The caller links all that is called from here, too, callers first: held once instead of in each of them, it
+        # takes half of the memory.
+        libraries = [state.library, *dict.fromkeys(state.library._linking_libraries)]
         entry: Any = [].append  # Numba wants a built-in function, and one per overload: it is the key, and never called
-        state.targetctx.insert_user_function(entry, state["cr"].fndesc, [state.library])
+        state.targetctx.insert_user_function(entry, state["cr"].fndesc, libraries)
         state["cr"] = state["cr"]._replace(cfunc=entry)
+        # What nobody asks for later, and would keep Numba's representation of every function alive.
+        fndesc = state["cr"].fndesc
+        fndesc.typemap = fndesc.calltypes = state.type_annotation = None
         return True
 
 

@@ -143,16 +143,19 @@ def over_ways(*names, ways=WAYS):
     return pytest.mark.parametrize(("target", "way"), cases.values(), ids=cases, indirect=["target"])
 
 
+def over_ways_and_dtypes(**pairs):
+    """A test of every target in all its ways and dtypes. pairs: those of a target that is to have others."""
+    cases = {
+        f"{target}-{name} {np.dtype(dtype)}": (target, WAYS[target][name], dtype)
+        for target in TARGETS
+        for name, dtype in (DTYPES_OF_WAYS | pairs)[target]
+    }
+    return pytest.mark.parametrize(("target", "way", "dtype"), cases.values(), ids=cases, indirect=["target"])
+
+
 EVERY_WAY = over_ways()
 BOTH_LOOPS = over_ways("planes", "rows")
-_CASES = {
-    f"{target}-{name} {np.dtype(dtype)}": (target, WAYS[target][name], dtype)
-    for target in TARGETS
-    for name, dtype in DTYPES_OF_WAYS[target]
-}
-EVERY_WAY_AND_DTYPE = pytest.mark.parametrize(
-    ("target", "way", "dtype"), _CASES.values(), ids=_CASES, indirect=["target"]
-)
+EVERY_WAY_AND_DTYPE = over_ways_and_dtypes()
 
 CLIPS = {"rmax": 1.5, "rmin": 0.7, "dmax": 0.5}
 OPTIONS: dict[str, dict[str, Any]] = {
