@@ -17,6 +17,9 @@ html_title = f"nbbn {release}"
 
 myst_heading_anchors = 3  # links to headings, by the names that GitHub gives them
 
+highlight_language = "text"
+smartquotes = False  # "relu" is a string
+
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True

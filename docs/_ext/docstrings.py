@@ -54,19 +54,25 @@ def entries(lines: list[str], names: list[str]) -> list[str]:
     """The arguments, one definition for each `name: text` or `name, name: text`."""
     name = "|".join(map(re.escape, names)) or r"\w+"
     start = re.compile(rf"(?:^|(?<=\. ))((?:{name})(?:, (?:{name}))*): ")
-    found, body = [], []
+    term, body = "", []
+    found: list[str] = []
+
+    def close() -> None:
+        definition = text(body)
+        found.extend(["", term, *indented(definition[1:])] if term else definition)
+
     for line in lines:
         before, *pairs = start.split(line)
         body.append(before)
-        for term, rest in zip(pairs[::2], pairs[1::2], strict=True):
-            found += indented(text(body)) if found else text(body)
-            found += ["", ", ".join(f"``{n}``" for n in term.split(", "))]
-            body = [rest]
-    return found + (indented(text(body)) if found else text(body))
+        for names_there, rest in zip(pairs[::2], pairs[1::2], strict=True):
+            close()
+            term, body = ", ".join(f"``{n}``" for n in names_there.split(", ")), [rest]
+    close()
+    return found
 
 
 def text(lines: list[str]) -> list[str]:
-    """Paragraphs; a block that is indented after an empty line is shown as it is, and so is a doctest."""
+    """Paragraphs, each after an empty line; an indented one is shown as it is, and so is a doctest."""
     found: list[str] = []
     for block in blocks(lines):
         if block[0].startswith(">>>"):
