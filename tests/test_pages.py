@@ -66,6 +66,42 @@ def test_the_reference_has_every_environment_variable():
     assert {name for name in read if f"`{name}`" not in REFERENCE} == set()
 
 
+DOCSTRING = """Sums *x* where `mask` is |set|.
+
+    y = sum(x * mask)
+
+Args:
+    x: float array. mask, out: bools,
+        which last: as they are.
+Returns: y, of the
+    shape of x.
+"""
+RST = """Sums \\*x\\* where ``mask`` is \\|set\\|.
+
+::
+
+    y = sum(x * mask)
+
+:Arguments:
+
+    ``x``
+        float array.
+
+    ``mask``, ``out``
+        bools, which last\\: as they are.
+
+
+:Returns:
+
+    y, of the shape of x.
+"""
+
+
+def test_docstrings_become_restructuredtext():
+    convert = runpy.run_path(str(ROOT / "docs/_ext/docstrings.py"))["rst"]
+    assert "\n".join(convert(DOCSTRING.splitlines(), ["x", "mask", "out"])).strip() == RST.strip()
+
+
 def test_the_training_example_learns(capsys):
     runpy.run_path(str(ROOT / "docs/examples/training.py"))
     assert float(capsys.readouterr().out.split()[-1]) > 0.95  # guessing has 0.5

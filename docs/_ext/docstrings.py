@@ -9,19 +9,17 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from sphinx.application import Sphinx
-
 SECTION = re.compile(r"(Args|Returns|Raises|Source):(?: +(.*))?$")
 LABELS = {"Args": "Arguments"}
 INDENT = " " * 4
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
+def setup(app: Any) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", convert)
     return {"parallel_read_safe": True}
 
 
-def convert(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+def convert(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     lines[:] = rst(lines, parameters(obj))
 
 
