@@ -22,7 +22,7 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], descri
     target, text = _checked(path), json.dumps(description)
     if target.suffix == ".npz":
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **{_DESCRIPTION: np.array(text)}, **arrays)
+        np.savez(buffer, **{_DESCRIPTION: np.array(text)}, **arrays)
         replace(target, buffer.getvalue())
     else:
         from safetensors.numpy import save
