@@ -22,6 +22,5 @@ smartquotes = False  # "relu" is a string
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
