@@ -169,7 +169,7 @@ def call(step, **changed):
     if step == "infer":
         return run.infer(given["x"], given["params"], given["state"], residual=given.get("residual"), out=given["out"])
     if step == "finish":
-        moments = given.get("moments", np.ones((3, 3)))
+        moments = given.get("moments", np.ones((4, 3)))
         return run.finish(moments, given["params"], given["state"], rank=2, dtype=x.dtype)
     return run.backward(given["dy"], given["x"], saved, training=True, out=given["out"])
 

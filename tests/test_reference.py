@@ -406,8 +406,9 @@ def test_mask_equals_leaving_out(options):
 
 
 def test_integer_weights_equal_repeating():
-    layer, x, _ = make((4, 3), bessel_correction=True)
-    repeated, _, _ = make((4, 3), bessel_correction=True)
+    """But for Bessel's correction, which does not know whether a weight of 3 is three values or a good one."""
+    layer, x, _ = make((4, 3), bessel_correction=False)
+    repeated, _, _ = make((4, 3), bessel_correction=False)
     weights = np.array([2, 0, 1, 3])
     y = layer(x, training=True, mask=weights).y
     longer = np.repeat(np.arange(4), weights)
