@@ -10,6 +10,7 @@ import pytest
 import nbbn
 from nbbn import BatchNormalization, nn
 from nbbn.compat import v1
+from tests.helpers.concurrency import in_threads
 
 F32 = np.float32
 SHAPE = (4, 3)
@@ -281,8 +282,9 @@ def test_what_is_no_bool_in_a_call(repeated):
         layer(X, training=True)
     layer.build(SHAPE)
     before = layer.get_weights()
-    with pytest.raises(TypeError, match="update_statistics must be True or False; received 'no'"):
-        layer(X, training=True, update_statistics="no")
+    for training in (True, False):
+        with pytest.raises(TypeError, match="update_statistics must be True or False; received 'no'"):
+            layer(X, training=training, update_statistics="no")
     with pytest.raises(TypeError, match="training must be True, False or None; received 'false'"):
         layer(X, training="false")
     with pytest.raises(TypeError, match="trainable must be True or False; received 'no'"):
@@ -426,6 +428,33 @@ def test_a_schedule_of_momenta_keeps_the_plans():
     assert nbbn.explain(layer, X, training=True) is not None
 
 
+def test_the_momentum_that_a_layer_has_costs_nothing_when_it_is_set():
+    layer = BatchNormalization(momentum=0.5)
+    for _ in range(2):
+        layer(X, training=True)
+    bound = layer._dispatcher.bound
+    assert bound
+    layer.momentum = 0.5
+    assert layer._dispatcher.bound is bound
+
+
+def test_a_momentum_that_is_set_while_others_train():
+    """Each step counts whole or not at all."""
+    layer, ones = BatchNormalization(momentum=1.0, moving_variance_initializer="zeros"), np.ones((12, 6), F32)
+    layer(ones)
+
+    def change():
+        for step in range(200):
+            layer.momentum = float(step % 2)
+
+    def train():
+        for _ in range(200):
+            layer(ones, training=True)
+            assert set(layer.moving_mean.tolist()) in ({0.0}, {1.0})
+
+    in_threads([change, train, train])
+
+
 @pytest.mark.parametrize(
     ("value", "error"), [(1.5, ValueError), (-0.1, ValueError), ("0.9", TypeError), (True, TypeError)]
 )
@@ -476,6 +505,18 @@ def test_a_spread_that_cannot_be(name, mean, value):
         setattr(layer, name, [1.0, value])
     for old, new in zip(before, layer.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("options", [{}, {"renorm": True}], ids=str)
+def test_squares_beyond_float64_leave_a_state_that_can_be_loaded(options):
+    """And that ordinary batches bring back."""
+    layer, twin = BatchNormalization(**options, momentum=0.5, renorm_momentum=0.5), BatchNormalization(**options)
+    layer(np.array([[1e200], [-1e200]]), training=True)
+    twin.build((None, 1), np.float64)
+    twin.set_weights(layer.get_weights())
+    for _ in range(1100):  # 2 ** -1074 is the smallest number
+        layer(np.array([[1.0], [3.0]]), training=True)
+    np.testing.assert_allclose(layer.moving_variance, 1, rtol=2e-3)  # renorm's is that with epsilon, without it again
 
 
 @pytest.mark.parametrize("datum", [np.nan, np.inf, -np.inf])

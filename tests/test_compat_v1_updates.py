@@ -210,6 +210,20 @@ def test_vjp_records_updates_too():
     assert pullback(X).inputs.shape == X.shape
 
 
+@pytest.mark.parametrize("built", [np.float32, np.float64])
+@pytest.mark.parametrize("called", [np.float32, np.float64])
+def test_the_dtype_of_the_input_decides_about_bessel(built, called):
+    """As in version 2, also where the state has another one."""
+    x = np.random.default_rng(0).normal(size=(2, 3, 3, 5))
+    one, two = tf1.keras.layers.BatchNormalization(momentum=0.0), nbbn.BatchNormalization(momentum=0.0)
+    for layer in (one, two):
+        layer(x.astype(built))
+        layer(x.astype(called), training=True)
+    for update in one.updates:
+        update.run()
+    np.testing.assert_allclose(one.moving_variance, two.moving_variance, rtol=1e-6)
+
+
 def test_fused_is_a_wish():
     layer = tf1.keras.layers.BatchNormalization(fused=True, momentum=0.0)
     layer(X, training=True)

@@ -205,16 +205,17 @@ def test_a_file_is_there_as_a_whole_or_not_at_all(path, monkeypatch):
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def damaged(path):
-    yield "no file of ours", b"something else"
-    yield "empty", b""
-    whole = path.read_bytes()
-    yield "half of it", whole[: len(whole) // 2]
+def test_the_mode_of_a_file_stays(path):
+    trained().save(path)
+    path.chmod(0o600)
+    trained().save(path)
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_damaged_files(path):
     trained().save(path)
-    for _, content in list(damaged(path)):
+    whole = path.read_bytes()
+    for content in (b"something else", b"", whole[: len(whole) // 2]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"layer{path.suffix} is no file of layer\.save\(\), or damaged"):
             nbbn.load(path)

@@ -128,7 +128,7 @@ class Normalizer:
         has left behind. It stands for the checks and choices in _prepare(), and for nothing else.
         """
         batch = self._uses_batch(training)
-        if batch and update is not True:
+        if update is not True and update is not False:
             update = boolean("update_statistics", update)
         variables: Any = self._variables  # None only before _prepare()
         x: Any = inputs

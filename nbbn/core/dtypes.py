@@ -85,7 +85,7 @@ def refuse_masked(value: Any, argument: str) -> None:
 
 
 def as_float_array(value: Any, argument: str) -> np.ndarray:
-    """The same for what must be of a supported dtype."""
+    """as_numbers() for what must be of a supported dtype."""
     if type(value) is np.ndarray and _is_accepted(value.dtype) and value.flags.aligned:
         return value
     return as_numbers(value, argument, floats=True)

@@ -5,8 +5,11 @@ bounds are branches instead of min and max, because those drop NaN on a GPU.
 """
 
 import math
+import sys
 
 from numba.extending import register_jitable
+
+LARGEST = sys.float_info.max
 
 
 @register_jitable
@@ -14,13 +17,15 @@ def shifted_moments(count, shift, total, squares):
     """Mean and m2 = sum (x - mean)^2 from total = sum (x - shift) and squares = sum (x - shift)^2.
 
     With a value of the data as `shift` the subtraction loses at most log2(count / its weight) bits, however large the
-    mean. Without any value both are 0.
+    mean. Without any value both are 0. Of finite values m2 is finite: the largest number instead of infinity.
     """
     zero = type(total)(0)
     if count == 0:
         return zero, zero
-    m2 = squares - total * (total / count)
-    return shift + total / count, (zero if m2 < 0 else m2)
+    mean, m2 = shift + total / count, squares - total * (total / count)
+    if math.isinf(squares) and math.isfinite(mean):
+        return mean, type(total)(LARGEST)
+    return mean, (zero if m2 < 0 else m2)
 
 
 @register_jitable

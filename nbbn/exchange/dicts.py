@@ -84,7 +84,9 @@ def to_torch(layer: BatchNormalization, name: str = "") -> Arrays:
         name: of the module in the model whose state_dict it is to be a part of.
     Raises: ValueError for a layer with several feature axes, or whose channels have seen different numbers of batches.
     """
-    arrays = compact(layer, "to_torch()", axes=1)
+    arrays = compact(layer, "to_torch()")
+    if len(layer.options.resolved_axis()) != 1:
+        raise ValueError(f"to_torch() needs a layer with one feature axis; received axis={layer.axis}")
     if layer.scale or layer.center:
         mean = arrays["moving_mean"]
         arrays = {"gamma": np.ones_like(mean), "beta": np.zeros_like(mean), **arrays}

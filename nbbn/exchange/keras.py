@@ -14,6 +14,7 @@ import numpy as np
 
 from nbbn.exchange.layers import build, choose, shapes_of
 from nbbn.layer.files import replace
+from nbbn.layer.keras_config import unwrap
 from nbbn.layer.layer import BatchNormalization
 from nbbn.state.variables import COUNTS
 
@@ -52,8 +53,10 @@ def from_keras(
         corrects = {"bessel_correction": False} if os.fspath(path).endswith(".weights.h5") else {}
         layer = BatchNormalization(**corrects | options)
     else:
-        config = {**stored.serialized["config"], **options}
-        layer = BatchNormalization.from_config({**stored.serialized, "config": config})
+        arguments, known = unwrap(stored.serialized, BatchNormalization.__name__)
+        layer = BatchNormalization(**arguments | options)
+        if known.get("input_shape") is not None:
+            layer.build(known["input_shape"])
     build(layer, weights[-1], ndim)
     layer.set_weights(weights)
     return layer

@@ -1,5 +1,6 @@
 """What all exchanges share: the choice of a layer by its name, a layer from variables by name, and the way back."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from nbbn.core.layout import Sizes, resolve_axis
 from nbbn.layer.layer import BatchNormalization
 from nbbn.state.shapes import Shapes
+from nbbn.state.variables import COUNTS
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -25,17 +27,19 @@ def choose(names: Iterable[str], name: str | None, where: str) -> str:
 def make_layer(arrays: Arrays, options: Mapping[str, Any], ndim: int | None) -> BatchNormalization:
     """A built layer with these variables, whose names are nbbn's, in any shape with the right number of values.
 
-    A gamma or beta that is not there is none; statistics of renorm that are not there begin at the moving ones.
+    A gamma or beta that is not there is none; statistics of renorm that are not there begin at the moving ones, counts
+    at 0.
 
     Raises: ValueError if `ndim` is needed and not given, or if the arrays do not fit the options.
     """
     has = {"center": "beta" in arrays, "scale": "gamma" in arrays, "renorm": "renorm_mean" in arrays}
     layer = BatchNormalization(**{**has, **options})
     build(layer, arrays["moving_mean"], ndim)
-    wanted, start = layer.get_state(), _start_of_renorm(arrays, layer.epsilon)
-    arrays = {**start, **arrays} if layer.renorm else {n: a for n, a in arrays.items() if n not in start}
-    fits = {n: a.reshape(wanted[n].shape) if n in wanted and a.size == wanted[n].size else a for n, a in arrays.items()}
-    layer.set_state(fits)
+    variables = layer._built_variables("make_layer()")
+    shape = variables.shapes.params
+    start = _start_of_renorm(arrays, layer.epsilon) | {n: np.zeros(shape) for n in COUNTS}
+    taken = {n: a for n, a in {**start, **arrays}.items() if n in variables.names or n not in start}
+    layer.set_state({n: a.reshape(shape) if a.size == math.prod(shape) else a for n, a in taken.items()})
     return layer
 
 
@@ -46,7 +50,7 @@ def build(layer: BatchNormalization, statistic: np.ndarray, ndim: int | None) ->
         layer.build(_input_shape(layer, statistic.shape, ndim), np.float64 if wide else np.float32)
 
 
-def _start_of_renorm(arrays: Arrays, epsilon: float) -> Arrays:
+def _start_of_renorm(arrays: Arrays, epsilon: float) -> dict[str, np.ndarray]:
     """What the statistics of renorm are after long training with equal momenta; in between they are close to it."""
     sigma = np.sqrt(arrays["moving_variance"].astype(np.float64) + epsilon)
     return {"moving_stddev": sigma, "renorm_mean": arrays["moving_mean"], "renorm_stddev": sigma}
@@ -78,14 +82,9 @@ def shapes_of(layer: Any, what: str) -> Shapes:
     return layer._built_variables(what).shapes
 
 
-def compact(layer: BatchNormalization, what: str, axes: int | None = None) -> dict[str, np.ndarray]:
-    """The layer's state, in shapes of the feature dimensions alone.
-
-    Raises: ValueError if it has another number of feature axes than the other library allows.
-    """
+def compact(layer: BatchNormalization, what: str) -> dict[str, np.ndarray]:
+    """The layer's state, in shapes of the feature dimensions alone."""
     features = shapes_of(layer, what).features
-    if axes is not None and len(features) != axes:
-        raise ValueError(f"{what} needs a layer with one feature axis; received axis={layer.axis}")
     return {n: a.reshape([features[i] for i in sorted(features)]) for n, a in layer.get_state().items()}
 
 

@@ -97,5 +97,6 @@ def from_onnx(model: Any, name: str | None = None, *, ndim: int | None = None, *
     # Attributes are float32: this is the number that was meant, 0.001 and not 0.0010000000474974513.
     attributes = {a.name: float(str(np.float32(a.f))) for a in node.attribute if a.name in ("epsilon", "momentum")}
     own = {"axis": 1, "momentum": 0.9, "epsilon": 1e-5, "bessel_correction": False} | attributes
-    known = {v.name: len(v.type.tensor_type.shape.dim) for v in (*model.graph.input, *model.graph.value_info)}
+    told = {v.name: v.type.tensor_type for v in (*model.graph.input, *model.graph.value_info)}
+    known = {n: len(t.shape.dim) for n, t in told.items() if t.HasField("shape")}
     return make_layer(arrays, own | options, known.get(node.input[0]) if ndim is None else ndim)

@@ -32,7 +32,7 @@ DX_MEAN, DX_SCALE, DX_BIAS, DX_SLOPE = range(4)
 SUM_DYA, SUM_DYA_X, SUM_DY, SUM_DYB = range(4)
 # How many coefficients of the output, and sums of the gradient, there are without an adjustment and with one.
 OUTPUT_ROWS, GRADIENT_ROWS = {False: 3, True: 5}, {False: 2, True: 4}
-LARGEST_FLOAT32, LARGEST_FLOAT64 = (float(np.finfo(t).max) for t in (np.float32, np.float64))
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
@@ -50,7 +50,7 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
     @compiled
     def largest(array):
         """The largest number of the dtype of an array of float32 or float64."""
-        return LARGEST_FLOAT32 if array.itemsize == 4 else LARGEST_FLOAT64
+        return LARGEST_FLOAT32 if array.itemsize == 4 else rules.LARGEST
 
     @compiled
     def train(first, last, params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients):

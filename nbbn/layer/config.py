@@ -20,6 +20,8 @@ def _momentum(name: str) -> property:
     def assign(self: "Configured", value: float | None) -> None:
         with self._building:
             changed = self._dispatcher.changed(**{name: value})
+            if getattr(changed.options, name) == getattr(self.options, name):
+                return  # the dispatcher that there is has bound steps
             old = self.options.momentum
             if self._variables is not None and (changed.options.momentum is None) != (old is None):
                 raise ValueError(

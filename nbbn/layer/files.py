@@ -4,6 +4,7 @@ import io
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], descri
     target, text = _checked(path), json.dumps(description)
     if target.suffix == ".npz":
         buffer = io.BytesIO()
-        np.savez(buffer, **{_DESCRIPTION: np.array(text)}, **arrays)
+        everything: Any = {_DESCRIPTION: np.array(text), **arrays}
+        np.savez(buffer, **everything)
         replace(target, buffer.getvalue())
     else:
         from safetensors.numpy import save
@@ -53,6 +55,8 @@ def replace(target: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, beside)
         beside.replace(target)
     finally:
         beside.unlink(missing_ok=True)

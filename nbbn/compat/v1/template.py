@@ -55,20 +55,18 @@ class Template:
             self._reuse = True
             return result
 
-    @property
-    def _prefix(self) -> str:
-        assert self.variable_scope is not None
-        return f"{re.escape(self.variable_scope.name)}/"
+    def _own(self, find: Callable[[str], list[Variable]]) -> list[Variable]:
+        return [] if self.variable_scope is None else find(f"{re.escape(self.variable_scope.name)}/")
 
     @property
     def variables(self) -> list[Variable]:
         """The variables in its scope, in the order of their creation."""
-        return [] if self.variable_scope is None else global_variables(self._prefix)
+        return self._own(global_variables)
 
     @property
     def trainable_variables(self) -> list[Variable]:
         """Those of them that are trainable."""
-        return [] if self.variable_scope is None else trainable_variables(self._prefix)
+        return self._own(trainable_variables)
 
     global_variables = variables
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from nbbn.arrays import Array
+from nbbn.call.operands import as_input
 from nbbn.core.options import UNCLIPPED
 from nbbn.layer.layer import BatchNormalization as BatchNormalizationV2
 from nbbn.runtime import StateLock
@@ -75,7 +76,7 @@ class BatchNormalization(BatchNormalizationV2):
         """Record the updates. What they do with the batch's moments depends on the statistics when they are run."""
         if not self.trainable:
             return
-        rank, dtype = variables.shapes.rank, new_state.dtype
+        rank, dtype = variables.shapes.rank, self.options.dtype or as_input(inputs).dtype
 
         def keep(part: str) -> None:
             with variables.lock:  # the clips change no statistic
