@@ -34,40 +34,38 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
                 partial[bounds.chunk, i, first + s] = values[i]
 
     @device
-    def take_shift(s, value, shift, sums, part):
-        """Make the sums of a statistic those about another shift."""
-        for i in range(3):
-            sums[s, i] += np.float64(part[s, i])
-            part[s, i] = 0
-        delta = np.float64(shift[s]) - np.float64(value)
-        if sums[s, 2] > 0:
-            sums[s, 1] += delta * (2.0 * sums[s, 0] + sums[s, 2] * delta)
-            sums[s, 0] += sums[s, 2] * delta
-        shift[s] = value
+    def take_shift(x, w, there, shift, heaviest, sums):
+        """Before these elements are added, make the sums so far those about the heaviest of them, if its weight is more
+        than twice that of the shift: so sums cannot lose more than their number's digits.
+
+        there: how many of the `unroll` accesses there are.
+        """
+        for s in range(own):
+            value, most = shift[s], heaviest[s]
+            for u in range(unroll):
+                if u < there:
+                    for lane in range(1 if rows else width):
+                        i = u * width + (s if rows else lane)
+                        if w[i] > most:
+                            value, most = narrow(x[i]), w[i]
+            if most > 2 * heaviest[s]:
+                delta = np.float64(shift[s]) - np.float64(value)
+                if sums[s, 2] > 0:
+                    sums[s, 1] += delta * (2.0 * sums[s, 0] + sums[s, 2] * delta)
+                    sums[s, 0] += sums[s, 2] * delta
+                shift[s], heaviest[s] = value, most
 
     @device
-    def add_moments(x, w, begin, shift, heaviest, sums, part):
-        """Add `width` elements, x[begin:], to the sums of their statistics.
-
-        The shift is never an element with less than half of the greatest weight so far: the sums about it cannot lose
-        more than their number's digits.
-        """
+    def add_moments(x, w, begin, shift, part):
+        """Add `width` elements, x[begin:], to the sums of their statistics."""
         for lane in range(width):
             s, value = lane if rows else 0, narrow(x[begin + lane])
-            if not weighted:
-                total, squares, _, _ = moment_terms(value, shift[s], None)
-                part[s, 0] += total
-                part[s, 1] += squares
-            elif w[begin + lane] > 0:  # what does not count may be NaN
-                weight = w[begin + lane]
-                if weight > 2 * heaviest[s]:
-                    heaviest[s] = weight
-                    take_shift(s, value, shift, sums, part)
-                total, squares, count, _ = moment_terms(value, shift[s], narrow(weight))
-                part[s, 0] += total
-                part[s, 1] += squares
+            total, squares, count, count2 = moment_terms(value, shift[s], of_weights(w, begin + lane))
+            part[s, 0] += total
+            part[s, 1] += squares
+            if weighted:
                 part[s, 2] += count
-                sums[s, 3] += np.float64(weight) * np.float64(weight)
+                part[s, 3] += count2
 
     @device
     def sum_moments(x, weights, bounds, first, partial):
@@ -77,11 +75,8 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
         """
         values, w = cuda.local.array(ahead, real), cuda.local.array(ahead, real)
         shift, heaviest = cuda.local.array(own, narrow), cuda.local.array(own, real)
-        part, sums, found = (
-            cuda.local.array((own, 3), narrow),
-            cuda.local.array((own, 4), np.float64),
-            cuda.local.array(4, np.float64),
-        )
+        part, sums = cuda.local.array((own, 4), narrow), cuda.local.array((own, 4), np.float64)
+        found = cuda.local.array(4, np.float64)
         first_r0, r0_step, first_r1, r1_step, k1 = walk(bounds, width)
         k0, n = bounds.k0, 0
         for s in range(own):
@@ -97,19 +92,24 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
             begin = first_r1
             while begin < bounds.r1_end:
                 for s in range(own):
-                    part[s, 0], part[s, 1], part[s, 2] = 0, 0, 0
+                    for i in range(4):
+                        part[s, i] = 0
+                there = 0
                 for u in range(unroll):
                     r1 = begin + u * r1_step
                     if r1 < bounds.r1_end:
                         read(at(x, r0, k0, r1, k1), values, u * width)
                         if weighted:
                             read_operand(at(weights, r0, k0, r1, k1), w, u * width)
+                        there += 1
+                if weighted:
+                    take_shift(values, w, there, shift, heaviest, sums)
                 for u in range(unroll):
-                    if begin + u * r1_step < bounds.r1_end:
-                        add_moments(values, w, u * width, shift, heaviest, sums, part)
-                        n += 1
+                    if u < there:
+                        add_moments(values, w, u * width, shift, part)
+                n += there
                 for s in range(own):
-                    for i in range(3 if weighted else 2):
+                    for i in range(4 if weighted else 2):
                         sums[s, i] += np.float64(part[s, i])
                 begin += r1_step * unroll
             r0 += r0_step
