@@ -79,6 +79,7 @@ def test_cumulative_averages():
     state["num_batches_tracked"] = np.array(7)
     np.testing.assert_array_equal(exchange.from_torch(state, ndim=2, momentum=None).seen_variance, [7, 7, 7])
     assert_same_weights(exchange.from_tensorflow(exchange.to_tensorflow(layer), ndim=2, momentum=None), layer)
+    assert exchange.from_torch(state, ndim=2, renorm=True).renorm_mean.shape == (3,)
     del state["num_batches_tracked"]  # the first batch will count alone
     np.testing.assert_array_equal(exchange.from_torch(state, ndim=2, momentum=None).seen_mean, [0, 0, 0])
     assert exchange.from_tensorflow(exchange.to_tensorflow(layer), ndim=2).momentum == 0.99
@@ -109,6 +110,8 @@ def test_what_does_not_fit_is_said():
         exchange.from_torch(state, ndim=2, scale=False)
     with pytest.raises(ValueError, match=r"moving_variance must have shape \(3,\); received \(2,\)"):
         exchange.from_torch({**state, "running_var": np.ones(2)}, ndim=2)
+    with pytest.raises(TypeError, match=r"variables must be a mapping of arrays by name; received NoneType"):
+        exchange.from_torch(None)
     with pytest.raises(ValueError, match=r"needs a built layer"):
         exchange.to_torch(BatchNormalization())
     with pytest.raises(TypeError, match=r"layer must be a BatchNormalization of nbbn; received dict"):

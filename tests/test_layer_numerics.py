@@ -437,3 +437,52 @@ def test_an_input_of_another_dtype_rounds_no_state():
             layer(x)
         for found, value in zip(layer.get_weights(), values, strict=True):
             np.testing.assert_array_equal(found, value, strict=True)
+
+
+def test_statistics_beyond_the_dtype_of_an_input():
+    """A float64 layer normalizes float32 values with means and variances that float32 does not have."""
+    layer = nbbn.BatchNormalization(epsilon=0.0, activation="relu", beta_initializer="ones")
+    layer.build((None, 2), np.float64)
+    layer.moving_mean, layer.moving_variance = [1e39, -1e150], [1e78, 1e300]
+    x = np.array([[0.0, 0.0], [1e38, 0.0]], np.float32)
+    y, pullback = layer.vjp(x)
+    np.testing.assert_allclose(y, layer(x.astype(np.float64)).astype(np.float32), rtol=1e-6)
+    assert np.isfinite(pullback(np.ones_like(x)).inputs).all()
+
+
+def test_a_statistic_beyond_float32_is_stored_as_its_largest_number():
+    layer = nbbn.BatchNormalization()
+    layer(np.zeros((2, 2), np.float32))
+    layer.moving_variance = [1e60, np.inf]
+    np.testing.assert_array_equal(layer.moving_variance, [np.finfo(np.float32).max, np.inf])
+
+
+@pytest.mark.parametrize("weight", [1e-3, 1e3])
+def test_differences_beyond_float32_with_weights(weight):
+    x = np.array([[3e38], [-3e38], [-3e38], [-3e38]], np.float32)
+    y = nbbn.BatchNormalization()(x, training=True, mask=np.full((4, 1), weight))
+    np.testing.assert_allclose(y.ravel(), np.array([3, -1, -1, -1]) / np.sqrt(3), rtol=1e-6)
+
+
+def test_inference_after_equal_values_is_beta_without_epsilon():
+    layer = nbbn.BatchNormalization(epsilon=0.0, momentum=0.0, beta_initializer="ones")
+    x = np.full((2, 1), 2.0)
+    for training in (True, False):
+        y, pullback = layer.vjp(x, training=training)
+        np.testing.assert_array_equal(y, 1)
+        assert all(np.isfinite(g).all() for g in pullback(x)[:3])
+
+
+def test_weights_that_float32_does_not_have():
+    x = np.ones((2, 3), np.float32)
+    with pytest.raises(ValueError, match=r"mask must be more than 0 in float32 somewhere; received at most 1e-60"):
+        nbbn.BatchNormalization()(x, training=True, mask=np.full(2, 1e-60))
+
+
+def test_an_adjustment_that_is_nan_where_a_mask_excludes_nan():
+    x, dy = np.random.default_rng(23).normal(size=(2, 6, 3))
+    x[1], mask = np.nan, np.arange(6) != 1
+    a = np.where(np.isnan(x), np.nan, 1.5)
+    layer = nbbn.BatchNormalization(adjustment=lambda shape: (a, 0.0))
+    found = layer.vjp(x, training=True, mask=mask)[1](dy)
+    assert all(np.isfinite(g).all() for g in found[:3])

@@ -60,7 +60,7 @@ class Options:
         check_number("epsilon", self.epsilon, math.inf, EPSILON)
         self._check_virtual_batch()
         self._check_clipping()
-        if self.activation not in (None, "relu"):
+        if self.activation is not None and not (isinstance(self.activation, str) and self.activation == "relu"):
             raise ValueError(f"activation must be 'relu', 'linear' or None; received {self.activation!r}")
         if self.adjustment is not None and not callable(self.adjustment):
             raise TypeError(f"adjustment must be a callable of the input's shape; received {self.adjustment!r}")

@@ -92,7 +92,7 @@ def stddev(variance, epsilon):
 
 @register_jitable
 def reciprocal_stddev(variance, epsilon):
-    """1 / sigma; 0 where sigma is 0, as all values are the mean then, and the output is beta."""
+    """1 / sigma; 0 where sigma is 0: all values that it is of are the mean, and the output is beta."""
     sigma = stddev(variance, epsilon)
     one = type(sigma)(1)
     return one - one if sigma == 0 else one / sigma
@@ -112,7 +112,7 @@ def output_terms(mean, rounded_mean, rstd, r, d, gamma):
 @register_jitable
 def inference_terms(mean, rounded_mean, variance, epsilon, gamma):
     """Scale and shift of the same for moving statistics, without r and d."""
-    scale = gamma * (type(variance)(1) / stddev(variance, epsilon))
+    scale = gamma * reciprocal_stddev(variance, epsilon)
     return scale, type(scale)(0) if mean == rounded_mean else (rounded_mean - mean) * scale
 
 

@@ -28,7 +28,9 @@ class Names:
         return f"{name}{self.separator}{theirs}" if name else theirs
 
     def take(self, variables: Mapping[str, Any], name: str | None) -> Arrays:
-        """The variables of one layer, by nbbn's names."""
+        """The variables of one layer, by nbbn's names. Raises: TypeError for what is no mapping."""
+        if not isinstance(variables, Mapping):
+            raise TypeError(f"variables must be a mapping of arrays by name; received {type(variables).__name__}")
         mean, variance = self.table["moving_mean"], self.table["moving_variance"]
         ends = [n for n in variables if n == mean or n.endswith(self.separator + mean)]
         layers = [n.removesuffix(mean).removesuffix(self.separator) for n in ends]
@@ -68,7 +70,8 @@ def from_torch(
     """
     arrays = _TORCH.take(state_dict, name)
     tracked = arrays.pop("num_batches_tracked", None)
-    options = {"axis": 1, "momentum": 0.9, "epsilon": 1e-5, "bessel_correction": True} | options
+    corrects = None if options.get("renorm") else True  # there is no unbiased statistic in renorm
+    options = {"axis": 1, "momentum": 0.9, "epsilon": 1e-5, "bessel_correction": corrects} | options
     if options["momentum"] is None and tracked is not None:
         arrays |= {n: np.full(arrays["moving_mean"].shape, tracked) for n in COUNTS}
     return make_layer(arrays, options, ndim)
@@ -123,6 +126,8 @@ def from_tensorflow(
     options = {"renorm": "renorm_mean" in arrays} | options
     for average in _RENORM:
         weight = arrays.pop(f"{average}_weight", np.ones(())).item()
+        if not weight >= 0:
+            raise ValueError(f"{average}_weight must be a number of at least 0; received {weight}")
         value = arrays.pop(average, None)
         if value is not None and weight > 0:
             arrays[average] = value.astype(np.float64) / weight
@@ -197,7 +202,8 @@ def from_haiku(
             bessel_correction=False; axis=1 for "channels_first".
     Raises: ValueError if there is no such module, or for options that do not fit.
     """
-    return make_layer(_HAIKU.take(_flat(params, state), name), _JAX_OPTIONS | options, ndim)
+    arrays = _HAIKU.take(_flat(params, state), name)
+    return make_layer(arrays, _JAX_OPTIONS | options, arrays["moving_mean"].ndim if ndim is None else ndim)
 
 
 def to_haiku(layer: BatchNormalization, name: str = "batch_norm") -> tuple[dict[str, Any], dict[str, Any]]:

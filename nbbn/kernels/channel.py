@@ -75,7 +75,7 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
             saved[BATCH_MEAN, c] = state[MEAN, c]
             saved[M2, c] = 0.0
             saved[SQUARES, c] = 0.0
-            saved[RSTD, c] = 1.0 / rules.stddev(np.float64(state[VARIANCE, c]), epsilon)
+            saved[RSTD, c] = rules.reciprocal_stddev(np.float64(state[VARIANCE, c]), epsilon)
             saved[R, c] = 1.0
             saved[D, c] = 0.0
             saved[USED_GAMMA, c] = params[GAMMA, c]
@@ -90,10 +90,12 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
 
     @compiled
     def element_mean(s, saved, coefficients):
-        """What elements subtract: their mean, unless the difference might be more than the largest number. Values that
-        are so far apart have no digits to lose if nothing is subtracted."""
-        most = largest(coefficients)
-        return 0.0 if saved[M2, s] > most * most else saved[BATCH_MEAN, s]
+        """What elements subtract: their mean, unless it, or a difference, may be more than the largest number. Values
+        that are so far apart have no digits to lose if nothing is subtracted."""
+        mean, most, m2 = saved[BATCH_MEAN, s], largest(coefficients), saved[M2, s]
+        if saved[SQUARES, s] > 0:
+            m2 *= saved[COUNT, s] / saved[SQUARES, s]  # as if equal weights were 1
+        return mean if abs(mean) <= most and not m2 > most * most else 0.0
 
     @compiled
     def statistic_coefficients(s, target, saved, a, coefficients):
@@ -183,7 +185,7 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
         for c in range(params.shape[1]):
             gamma, variance = np.float64(params[GAMMA, c]), np.float64(state[VARIANCE, c])
             mean = np.float64(state[MEAN, c])
-            coefficients[Y_MEAN, c] = mean
+            coefficients[Y_MEAN, c] = mean if abs(mean) <= largest(coefficients) else 0.0  # of a wider state
             rounded = np.float64(coefficients[Y_MEAN, c])
             scale, shift = rules.inference_terms(mean, rounded, variance, hyper[EPSILON], gamma)
             coefficients[Y_SCALE, c] = scale

@@ -24,7 +24,8 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
     def gradient_terms(g, x, mean, a, b, weight):
         """To sum g a, sum g a (x - mean), sum g and sum g b; the last two only where there are a and b."""
         if weight is not None and not rules.counts(x, weight):
-            g, x = type(g)(0), type(x)(mean)
+            zero = type(g)(0)
+            return zero, zero, zero, zero
         if a is None:
             return g, g * (x - mean), type(g)(0), type(g)(0)
         return g * a, g * a * (x - mean), g, g * b

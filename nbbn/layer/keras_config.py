@@ -13,8 +13,10 @@ def unwrap(config: Mapping[str, Any], class_name: str) -> tuple[dict[str, Any], 
     A serialized layer is {"module": …, "class_name": …, "config": …, "build_config": …}; configs in old files have
     neither the first nor the last.
 
-    Raises: ValueError if a layer of another kind was serialized.
+    Raises: TypeError for what is no dict; ValueError if a layer of another kind was serialized.
     """
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config must be a dict; received {type(config).__name__}")
     if not isinstance(config.get("config"), Mapping):
         return _arguments(config, _names_modules(config)), {}
     found, inner = str(config.get("class_name")), config["config"]

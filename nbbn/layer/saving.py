@@ -31,7 +31,8 @@ class Saved(Weighted):
         """Write the layer to a file: its config, and get_state() where it is built.
 
         An existing file is replaced at once, when the new one is complete. Callables (an adjustment, clips that are
-        functions, initializers and the like of your own) are not saved: load() takes them as arguments.
+        functions, initializers and the like of your own) are not saved, or by their name alone: load() takes them as
+        arguments.
 
         Args:
             path: ending in .safetensors, which needs the package safetensors, or in .npz.
@@ -56,6 +57,8 @@ class Saved(Weighted):
             of another class is in it, or if its state does not fit.
         """
         state, described = files.read(path)
+        if not isinstance(described.get("config"), Mapping):
+            raise ValueError(f"{os.fspath(path)} is no file of layer.save(), or damaged: it has no config")
         wanted, found = cls._class(), {k: described.get(k) for k in ("module", "class_name")}
         if found != wanted:
             their, our = (".".join(filter(None, map(str, c.values()))) for c in (found, wanted))

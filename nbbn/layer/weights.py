@@ -188,6 +188,8 @@ class Weighted(Configured):
             for what is not real. The layer is then as it was.
         """
         variables = self._built_variables("set_state()")
+        if not isinstance(state, Mapping):
+            raise TypeError(f"set_state() takes a dict as of get_state(); received {type(state).__name__}")
         missing = [n for n in variables.names if n not in state]
         unknown = [n for n in state if n not in variables.names]
         if missing or unknown:

@@ -30,7 +30,7 @@ SPREADS = {"moving_variance": "moving_mean", "moving_stddev": "moving_mean", "re
 
 def check_spreads(values: Mapping[str, np.ndarray]) -> None:
     """Raises: ValueError for a variance or deviation among `values` that is negative, or NaN where its mean is finite,
-    and for a count that is negative or NaN.
+    and for a count that is negative or not finite.
 
     Training on NaN or inf leaves a mean that is not finite, and such a state can be set again.
     """
@@ -41,7 +41,7 @@ def check_spreads(values: Mapping[str, np.ndarray]) -> None:
             if bad.size:
                 raise ValueError(f"{name} must not be negative, nor NaN where {mean} is finite; received {bad[0]}")
     for name in COUNTS:
-        bad = values[name][~(values[name] >= 0)] if name in values else np.empty(0)
+        bad = values[name][~(np.isfinite(values[name]) & (values[name] >= 0))] if name in values else np.empty(0)
         if bad.size:
             raise ValueError(f"{name} must count batches; received {bad[0]}")
 
@@ -104,6 +104,9 @@ class Variables:
         array = as_numpy(value, name)
         if array.shape != self.shapes.params:
             raise ValueError(f"{name} must have shape {self.shapes.params}; received {array.shape}")
+        if name in STATISTICS:  # as kernels store them, rules.saturate()
+            most = np.finfo(self.dtype).max
+            array = np.where(np.isfinite(array), np.clip(array, -most, most), array)
         return array.astype(self.dtype)
 
     def assign(self, values: Mapping[str, np.ndarray]) -> None:

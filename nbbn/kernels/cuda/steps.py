@@ -50,6 +50,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     normalize_task, input_gradient_task = applying.normalize, applying.input_gradient
     gradient_sums = channel.GRADIENT_ROWS[v.adjustment]
     forward_rows, real = channel.OUTPUT_ROWS[v.adjustment], v.statistic.type
+    most = real(np.finfo(v.statistic).max)
     state_rows = (5 if v.renorm else 2) + (2 if v.cumulative else 0)
     # What makes an array is no function of its own: Numba's do not return on a GPU what they have made.
     array, array64, counters_at = matrices(v.statistic), matrices(np.float64), matrices(np.uint32)
@@ -246,7 +247,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         for s in range(own):
             c = first + s if inside else 0
             gamma, mean, variance = params[channel.GAMMA, c], state[channel.MEAN, c], state[channel.VARIANCE, c]
-            forward[channel.Y_MEAN, s] = mean
+            forward[channel.Y_MEAN, s] = mean if abs(mean) <= most else real(0)  # of a wider state
             scale, shift = rules.inference_terms(mean, forward[channel.Y_MEAN, s], variance, epsilon, gamma)
             forward[channel.Y_SCALE, s] = scale
             forward[channel.Y_SHIFT, s] = shift + params[channel.BETA, c]
