@@ -92,7 +92,7 @@ def _weights_of_host(mask: Any, place: Place, dtype: np.dtype, argument: str) ->
             f"{argument} must be finite in {dtype.name} and not negative; "
             f"received values from {array.min()} to {array.max()}"
         )
-    if array.any() and not weights.any():
+    if not weights.any() and array.any():
         raise ValueError(f"{argument} must be more than 0 in {dtype.name} somewhere; received at most {array.max()}")
     return place.from_host(weights)
 

@@ -92,10 +92,12 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
     def element_mean(s, saved, coefficients):
         """What elements subtract: their mean, unless it, or a difference, may be more than the largest number. Values
         that are so far apart have no digits to lose if nothing is subtracted."""
-        mean, most, m2 = saved[BATCH_MEAN, s], largest(coefficients), saved[M2, s]
-        if saved[SQUARES, s] > 0:
-            m2 *= saved[COUNT, s] / saved[SQUARES, s]  # as if equal weights were 1
-        return mean if abs(mean) <= most and not m2 > most * most else 0.0
+        mean = saved[BATCH_MEAN, s]
+        if coefficients.itemsize == 8:
+            return mean
+        # m2 with equal weights as if they were 1; a division or a branch would be felt in small calls
+        far = saved[M2, s] * saved[COUNT, s] > LARGEST_FLOAT32 * LARGEST_FLOAT32 * saved[SQUARES, s]
+        return 0.0 if far | (abs(mean) > LARGEST_FLOAT32) else mean
 
     @compiled
     def statistic_coefficients(s, target, saved, a, coefficients):
