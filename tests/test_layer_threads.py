@@ -1,11 +1,9 @@
 """One layer, several threads."""
 
-import threading
-
 import numpy as np
 
 from nbbn import BatchNormalization
-from tests.helpers.concurrency import in_threads
+from tests.helpers.concurrency import in_threads, in_threads_beside
 from tests.helpers.layer_examples import X, assert_same, batches, gradients_of, trained
 
 # --- several threads ------------------------------------------------------------------------------------------------
@@ -57,18 +55,12 @@ def test_inference_beside_training_sees_statistics_of_one_step():
     data = [np.float32(m) * sign * np.ones(3, np.float32) for m in (1, 1000)]
     zero = np.zeros((4, 3), np.float32)
     layer(data[0], training=True)
-    stop = threading.Event()
 
     def train():
         for i in range(1000):
             layer(data[i % 2], training=True)
-        stop.set()
 
-    def infer():
-        while not stop.is_set():
-            np.testing.assert_allclose(layer(zero), -1, rtol=1e-5)
-
-    in_threads([train, infer, infer])
+    in_threads_beside(train, lambda: np.testing.assert_allclose(layer(zero), -1, rtol=1e-5))
 
 
 def test_weights_set_beside_inference_are_seen_whole():
@@ -78,37 +70,26 @@ def test_weights_set_beside_inference_are_seen_whole():
     zero = np.zeros((4, 3), np.float32)
     ones = np.ones(3, np.float32)
     layer.set_weights([ones, ones])
-    stop = threading.Event()
 
     def assign():
         for i in range(2000):
             m = (1, 1000)[i % 2] * ones
             layer.set_weights([m, m * m])
-        stop.set()
 
-    def infer():
-        while not stop.is_set():
-            np.testing.assert_allclose(layer(zero), -1, rtol=1e-5)
-
-    in_threads([assign, infer])
+    in_threads_beside(assign, lambda: np.testing.assert_allclose(layer(zero), -1, rtol=1e-5))
 
 
 def test_a_pullback_beside_training():
     layer = trained()
     _, pullback = layer.vjp(X, training=True)
-    expected, stop = gradients_of(pullback), threading.Event()
+    expected = gradients_of(pullback)
 
     def train():
         for _ in range(300):
             layer(X, training=True)
             layer.gamma += 1
-        stop.set()
 
-    def pull():
-        while not stop.is_set():
-            assert_same(gradients_of(pullback), expected)
-
-    in_threads([train, pull, pull])
+    in_threads_beside(train, lambda: assert_same(gradients_of(pullback), expected))
 
 
 def test_layers_of_all_kinds_at_once():

@@ -11,8 +11,6 @@ from nbbn.layer.layer import BatchNormalization
 from nbbn.state.shapes import Shapes
 from nbbn.state.variables import COUNTS
 
-Arrays = Mapping[str, np.ndarray]
-
 
 def choose(names: Iterable[str], name: str | None, where: str) -> str:
     """`name`, or the only one there is. Raises: ValueError if there is no such name, or several and none is given."""
@@ -24,7 +22,7 @@ def choose(names: Iterable[str], name: str | None, where: str) -> str:
     raise ValueError(f"name must be that of a layer in {where}, {known}; received {name!r}")
 
 
-def make_layer(arrays: Arrays, options: Mapping[str, Any], ndim: int | None) -> BatchNormalization:
+def make_layer(arrays: Mapping[str, np.ndarray], options: Mapping[str, Any], ndim: int | None) -> BatchNormalization:
     """A built layer with these variables, whose names are nbbn's, in any shape with the right number of values.
 
     A gamma or beta that is not there is none; statistics of renorm that are not there begin at the moving ones, counts
@@ -50,7 +48,7 @@ def build(layer: BatchNormalization, statistic: np.ndarray, ndim: int | None) ->
         layer.build(_input_shape(layer, statistic.shape, ndim), np.float64 if wide else np.float32)
 
 
-def _start_of_renorm(arrays: Arrays, epsilon: float) -> dict[str, np.ndarray]:
+def _start_of_renorm(arrays: Mapping[str, np.ndarray], epsilon: float) -> dict[str, np.ndarray]:
     """What the statistics of renorm are after long training with equal momenta; in between they are close to it."""
     sigma = np.sqrt(arrays["moving_variance"].astype(np.float64) + epsilon)
     return {"moving_stddev": sigma, "renorm_mean": arrays["moving_mean"], "renorm_stddev": sigma}

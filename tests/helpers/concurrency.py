@@ -28,3 +28,20 @@ def in_threads(functions):
         sys.setswitchinterval(interval)
     if errors:
         raise errors[0]
+
+
+def in_threads_beside(work, watch):
+    """Run work() once and, in two other threads, watch() again and again until it has ended. Fails as in_threads()."""
+    ended = threading.Event()
+
+    def once():
+        try:
+            work()
+        finally:
+            ended.set()
+
+    def again():
+        while not ended.is_set():
+            watch()
+
+    in_threads([once, again, again])
