@@ -8,24 +8,23 @@ import numpy as np
 
 from benchmarks.problem import Problem
 from benchmarks.timing import Call
-from nbbn.kernels.cpu.elements import element
-from nbbn.kernels.cpu.memory import BLOCK, BUFFERED, STREAMED, fence, local, write
+from nbbn.kernels.cpu.lanes import BLOCK, fence, load, minimum, part, traced, write_run
 
 COPYTO = "yardstick/copyto"
 # Past the caches and through them: the faster one depends on the size.
-COPIES = {"yardstick/streamed": STREAMED, "yardstick/buffered": BUFFERED}
+COPIES = {"yardstick/streamed": True, "yardstick/buffered": False}
 NAMES = (COPYTO, *COPIES)
 PARALLEL_BYTES = 1 << 19  # as the kernels: below, a parallel loop costs more than it saves
 TASK = 64 * BLOCK
 
 
-@element
-def copy_block(source, target, mode):  # type: ignore[no-untyped-def]  # Numba infers them
-    """Copy at most BLOCK elements as the kernels write their results: the fastest that a kernel can be."""
-    buffer = local(source)
-    for i in range(source.size):
-        buffer[i] = source[i]
-    write(buffer, target, mode)
+@traced
+def copy_task(task, source, target, streamed):  # type: ignore[no-untyped-def]  # they are what Numba has
+    """Copy at most TASK elements as the kernels write their results: the fastest that a kernel can be."""
+    begin = task * TASK
+    end = minimum(source.size, begin + TASK)
+    run, copy = part(source, (), begin, end), part(target, (), begin, end)
+    write_run([copy], lambda i, n: [load(run, i, n)], streamed)
     fence()
 
 
@@ -39,8 +38,8 @@ def prepare(problem: Problem) -> dict[str, Call]:
     found: dict[str, Call] = {COPYTO: lambda: np.copyto(target, source)}
     words, copied = source.view(np.float32), target.view(np.float32)
     parallel = source.nbytes >= PARALLEL_BYTES
-    for name, mode in COPIES.items():
-        found[name] = partial(_compiled(parallel, mode), words, copied)
+    for name, streamed in COPIES.items():
+        found[name] = partial(_compiled(parallel), words, copied, streamed)
         target[...] = 0
         found[name]()
         if not np.array_equal(source, target):
@@ -49,17 +48,14 @@ def prepare(problem: Problem) -> dict[str, Call]:
 
 
 @lru_cache
-def _compiled(parallel: bool, mode: int) -> Any:
-    """copy(source, target) of flat float32 arrays."""
+def _compiled(parallel: bool) -> Any:
+    """copy(source, target, streamed) of flat float32 arrays."""
 
-    def copy(source, target):  # type: ignore[no-untyped-def]  # Numba infers them
+    def copy(source, target, streamed):  # type: ignore[no-untyped-def]  # Numba infers them
         for task in numba.prange(-(-source.size // TASK)):
-            end = min(source.size, (task + 1) * TASK)
-            for i in range(task * TASK, end, BLOCK):
-                j = min(end, i + BLOCK)
-                copy_block(source[i:j], target[i:j], mode)
+            copy_task(task, source, target, streamed)
 
-    return numba.njit("void(float32[::1], float32[::1])", nogil=True, parallel=parallel)(copy)
+    return numba.njit("void(float32[::1], float32[::1], int64)", nogil=True, parallel=parallel)(copy)
 
 
 def limit(times: dict[str, float], least_bytes: int, array_bytes: int) -> tuple[float, str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 import nbbn
 from nbbn.arrays import availability
-from nbbn.kernels.cpu.scalars import HALF_INSTRUCTIONS
+from nbbn.kernels.cpu.floats import HALF_INSTRUCTIONS
 from nbbn.runtime import find_cache, start_pool, thread_limits
 
 FEATURES = ("avx2", "avx512f", "f16c")

@@ -352,5 +352,5 @@ print(*sys.modules)
 
 @pytest.mark.parametrize("module", ["core.rules", "core.layout"])
 def test_the_ground_needs_no_arrays(module):
-    """layout is integers only; rules are scalars only."""
+    """layout is integers only; rules are arithmetic only."""
     assert not [name for name, _ in IMPORTS[module] if is_in(name, "numpy")]

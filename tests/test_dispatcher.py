@@ -27,7 +27,8 @@ def plans(run):
     return list(run.engine(zeros(1)).plans.values())
 
 
-FOLDED = Force(thresholds={"folded_elements": 0})
+# Of short planes, and of few channels.
+LONG_ROWS = Force(thresholds={"short_plane": 20, "repeated_columns": 60, "expanded_rows": 1})
 
 
 def zeros(shape, dtype=F32):
@@ -51,9 +52,8 @@ VIEWS = [
 @pytest.mark.parametrize(("x", "options", "view", "schedule"), [v[1:] for v in VIEWS], ids=[v[0] for v in VIEWS])
 def test_view_and_schedule(x, options, view, schedule):
     for step in ("train", "infer"):
-        plan = plan_of(x, step, **options)
-        expected = "flat" if (step, schedule) == ("infer", "planes") else schedule
-        assert (plan.view, plan.schedule.loops, plan.copied, plan.contiguous) == (view, expected, None, True)
+        plan = plan_of(x, step, Force(thresholds={"short_plane": 0}), **options)
+        assert (plan.view, plan.schedule.loops, plan.copied, plan.contiguous) == (view, schedule, None, True)
 
 
 def test_virtual_batch_splits_training_only():
@@ -81,26 +81,34 @@ def test_copies_run_as_a_step_of_their_own():
     assert (copies.view, copies.copied, copies.contiguous) == (original.view, None, True)
 
 
-def test_short_planes_and_few_channels_are_folded():
+def columns_and_rows(plan):
+    """How many columns belong to a statistic, and how many rows are taken as one."""
+    return plan.schedule.grid.span, plan.schedule.grid.repeats
+
+
+def test_rows_of_short_planes_and_of_few_channels_are_long():
     """Only where all arrays lie as the view says: rows of other strides have no longer runs."""
-    assert plan_of(zeros((8, 3, 5, 4)), "train", FOLDED, axis=1).schedule.shape == (1, 1, 8, 60)
-    assert plan_of(zeros((8, 5, 4, 3)), "train", FOLDED, axis=-1).schedule.shape == (1, 1, 4, 120)
+    short = plan_of(zeros((8, 3, 5, 4)), "train", LONG_ROWS, axis=1)
+    assert (short.schedule.shape, *columns_and_rows(short)) == ((1, 1, 8, 60), 20, 1)
+    few = plan_of(zeros((8, 5, 4, 3)), "train", LONG_ROWS, axis=-1)
+    assert (few.schedule.shape, *columns_and_rows(few)) == ((1, 1, 160, 3), 1, 20)
     for x, axis, loops in [
         (zeros((16, 3, 5, 4))[::2], 1, "planes"),
         (zeros((8, 5, 4, 6))[..., :3], -1, "rows"),
         (np.asfortranarray(zeros((8, 3, 5, 4))), -1, "planes"),
     ]:
-        assert plan_of(x, "train", FOLDED, axis=axis).schedule.loops == loops, (x.strides, axis)
-        assert plan_of(np.ascontiguousarray(x), "train", FOLDED, axis=axis).schedule.loops == "folded"
-        mixed = plan_of(np.ascontiguousarray(x), "train", FOLDED, axis=axis, out=x)
-        assert mixed.copied is not None or mixed.schedule.loops != "folded"
+        plan = plan_of(x, "train", LONG_ROWS, axis=axis)
+        assert (plan.schedule.loops, *columns_and_rows(plan)) == (loops, 1, 1), (x.strides, axis)
+        assert max(columns_and_rows(plan_of(np.ascontiguousarray(x), "train", LONG_ROWS, axis=axis))) > 1
+        mixed = plan_of(np.ascontiguousarray(x), "train", LONG_ROWS, axis=axis, out=x)
+        assert mixed.copied is not None or max(columns_and_rows(mixed)) == 1
 
 
-def test_operands_keep_rows_from_being_folded():
-    run, x = Dispatcher(Options(), FOLDED), zeros((8, 5, 4, 3))
+def test_operands_keep_rows_short():
+    run, x = Dispatcher(Options(), LONG_ROWS), zeros((8, 5, 4, 3))
     for weights in (None, np.broadcast_to(zeros((8, 1, 1, 1)), x.shape)):
         run.train(x, *zeros((2, 2, 3)), Operands(weights=weights))
-    assert [plan.schedule.loops for plan in plans(run)] == ["folded", "rows"]
+    assert [columns_and_rows(plan) for plan in plans(run)] == [(1, 20), (1, 1)]
 
 
 def test_plans_are_kept():
@@ -150,7 +158,7 @@ def lines(text):
 
 
 def test_explain_of_training():
-    layer = nbbn.BatchNormalization(axis=1)
+    layer = forced({"short_plane": 0}, axis=1)
     text = lines(nbbn.explain(layer, zeros((8, 3, 5, 4), np.float16), training=True))
     assert text == {
         "step": "train",
@@ -186,7 +194,8 @@ def forced(thresholds, **options):
 
 
 def test_explain_of_a_large_input():
-    layer = forced({"cache": 4 << 20}, axis=1)
+    sizes = {"cache": 4 << 20, "chunk_elements": 1 << 16, "max_tasks": 32, "parallel_elements": 1 << 20}
+    layer = forced({**sizes, "streamed_share": 1.0, "streamed_run": 0}, axis=1)
     text = lines(nbbn.explain(layer, zeros((64, 2, 64, 128)), training=True))
     assert text["schedule"].endswith("results written past the caches")
     assert text["chunks"] == "8 of 65536 of 524288 values"
@@ -194,15 +203,16 @@ def test_explain_of_a_large_input():
     assert text["threads"].startswith(expected)
 
 
-def test_explain_of_folded_rows():
+def test_explain_of_long_rows():
     """160 values of each statistic, whatever the rows of the schedule."""
-    for shape, axis, chunks in [
-        ((8, 3, 5, 4), 1, "2 of 80 of 160 values"),
-        ((8, 5, 4, 3), -1, "1 of 160 of 160 values"),
+    for shape, axis, rows, chunks in [
+        ((8, 3, 5, 4), 1, "1x1x8x60", "2 of 80 of 160 values"),
+        ((8, 5, 4, 3), -1, "1x1x160x3", "2 of 80 of 160 values"),
     ]:
-        layer = forced({"folded_elements": 0, "chunk_elements": 1}, axis=axis)
+        cuts = {"chunk_elements": 1, "chunk_rows": 1, "max_tasks": 2}
+        layer = forced({**LONG_ROWS.thresholds, **cuts}, axis=axis)
         text = lines(nbbn.explain(layer, zeros(shape), training=True))
-        assert text["schedule"].startswith("folded")
+        assert text["schedule"].startswith(f"rows {rows};")
         assert text["chunks"] == chunks
 
 
@@ -238,11 +248,15 @@ def test_explain_refuses_what_the_call_refuses():
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("one_pass", [False, True])
 def test_force(loops, parallel, one_pass):
-    """Rows have no tiles of whole statistics of one group: they stay two passes."""
     force = Force(loops, parallel, one_pass, {"threads": 2})
-    plan = plan_of(zeros((8, 3, 5, 4)), "train", force, axis=1)
-    found = plan.schedule
-    assert (found.loops, found.parallel, found.one_pass) == (loops, parallel, one_pass and loops == "planes")
+    found = plan_of(zeros((8, 3, 5, 4)), "train", force, axis=1).schedule
+    assert (found.loops, found.parallel, found.one_pass) == (loops, parallel, one_pass)
+
+
+def test_force_one_pass_where_there_is_none():
+    """A tile of columns has channels of several groups: they stay two passes."""
+    found = plan_of(zeros((8, 3)), "train", Force(one_pass=True), virtual_batch_size=4).schedule
+    assert not found.one_pass
 
 
 def test_force_planes_where_there_are_none():

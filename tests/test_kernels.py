@@ -33,7 +33,7 @@ def target(request):
 
 
 @pytest.fixture(params=TARGETS)
-def scalars(request):
+def conversion(request):
     return TARGETS[request.param][1]
 
 
@@ -212,6 +212,18 @@ def test_moments_of_weights_of_any_size(target, way, dtype, decades):
     assert error.max() < 1e-11
 
 
+@BOTH_LOOPS
+def test_moments_where_the_first_value_is_far_from_all_others(target, way):
+    """Sums are about it, and so lose as many digits as there are values."""
+    problem = Problem(way.shape, np.float32)
+    problem.x[0, :, 0] += 1e4 * problem.x.std()
+    found = way.make(target, problem.options).reduce(problem.x)
+    x = problem.x.astype(np.float64)
+    mean, m2 = x.mean((0, 2)).ravel(), (x.var((0, 2)) * found[channel.COUNT, 0]).ravel()
+    np.testing.assert_allclose(found[channel.BATCH_MEAN], mean, rtol=1e-12)
+    np.testing.assert_allclose(found[channel.M2], m2, rtol=1e-12)
+
+
 @over_ways()
 @pytest.mark.parametrize("weights", ["weights", "and an adjustment"])
 def test_what_a_mask_excludes_may_be_anything(target, way, weights):
@@ -285,16 +297,18 @@ def test_one_value_per_statistic(target, way):
 
 # --- sizes ---------------------------------------------------------------------------------
 
-# About each border. CPU: blocks of four rows and their remainder, chunks, tiles of 16 columns, runs of up to 12. GPU:
-# accesses of 1, 2 and 4 elements, blocks of 1 to 4 threads in a line, chunks.
+# About each border. CPU: vectors of 16, blocks of four rows and their remainder, chunks, tiles of 32 columns, runs of
+# up to 12, and more statistics than have room for their sums at a time. GPU: accesses of 1, 2 and 4 elements, blocks of
+# 1 to 4 threads in a line, chunks.
 SIZES = {
     "cpu": {
-        "planes": [(r0, 2, r1, 1) for r0 in (1, 2, 3, 9) for r1 in (2, 3, 7, 15, 16, 17, 33)],
-        "rows": [(1, 1, rows, k1) for rows in range(1, 18) for k1 in (1, 15, 16, 17)]
-        + [(r0, 2, r1, k1) for r0 in (2, 3) for r1 in (1, 3, 5) for k1 in (3, 31, 33)],
+        "planes": [(r0, 2, r1, 1) for r0 in (1, 2, 3, 9) for r1 in (2, 7, 15, 16, 17, 31, 32, 33, 100)]
+        + [(1, 300, 2, 1)],
+        "rows": [(1, 1, rows, k1) for rows in range(1, 18) for k1 in (1, 15, 16, 17, 48)]
+        + [(r0, 2, r1, k1) for r0 in (2, 3) for r1 in (1, 3, 5) for k1 in (3, 31, 32, 33, 65)],
         "short planes": [(r0, k0, r1, 1) for r0 in range(4, 12) for k0 in (2, 3, 17) for r1 in (1, 5, 8, 11, 12)],
-        "few channels": [(1, 1, rows, k1) for rows in (8, 9, 12, 16, 30, 64) for k1 in (1, 2, 3, 5, 7, 8)]
-        + [(r0, k0, 12, 5) for r0 in (1, 2, 5) for k0 in (1, 3)],
+        "few channels": [(1, 1, rows, k1) for rows in (3, 8, 9, 12, 16, 30, 64, 101) for k1 in (1, 2, 3, 5, 7, 8)]
+        + [(r0, k0, r1, 5) for r0 in (1, 2, 5) for k0 in (1, 3) for r1 in (12, 31)],
     },
     "cuda": {
         "planes": [(r0, 2, r1, 1) for r0, r1 in ((1, 2), (1, 3), (1, 15), (1, 33), (2, 18), (3, 17), (2, 40))],
@@ -329,15 +343,18 @@ def test_weights_of_one_change_no_bit_of_the_state(target, way):
 
 
 @BOTH_LOOPS
-def test_what_has_no_weight_may_be_nan(target, way):
+@pytest.mark.parametrize("value", [np.nan, 1e200])
+def test_what_has_no_weight_may_be_anything(target, way, value):
+    """Also first, where sums take their shift from, and where its square is no number."""
     problem = Problem(way.shape, np.float64, weights=True)
+    problem.weights[0, :, 0] = 0
     run = way.make(target, problem.options)
     expected = run.train(problem.x, problem.params, problem.state, weights=problem.weights)
-    problem.x[problem.weights == 0] = np.nan
+    problem.x[problem.weights == 0] = value
     y, new_state, saved = run.train(problem.x, problem.params, problem.state, weights=problem.weights)
     np.testing.assert_allclose(new_state, expected[1], rtol=1e-14)
     np.testing.assert_allclose(saved, expected[2], rtol=1e-14)
-    np.testing.assert_array_equal(np.isnan(y), problem.weights == 0)
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(problem.x))
 
 
 @BOTH_LOOPS
@@ -432,10 +449,10 @@ def test_repeated_calls_give_the_same_bits(target, way):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_every_16_bit_value(scalars, dtype):
-    check_every_value(scalars(HALVES[dtype]))
+def test_every_16_bit_value(conversion, dtype):
+    check_every_value(conversion(HALVES[dtype]))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_rounding_to_16_bits(scalars, dtype):
-    check_rounding(scalars(HALVES[dtype]))
+def test_rounding_to_16_bits(conversion, dtype):
+    check_rounding(conversion(HALVES[dtype]))

@@ -1,4 +1,4 @@
-"""What is about the CPU's schedules: streaming, blocks, threads, machine code."""
+"""What is about the CPU's schedules: streaming, tiles, threads, machine code."""
 
 import math
 import platform
@@ -8,20 +8,17 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from nbbn.core import dtypes
-from nbbn.kernels.cpu import memory
-from nbbn.kernels.cpu.memory import BLOCK, fence, local, write
-from nbbn.kernels.cpu.scalars import HALF_INSTRUCTIONS
+from nbbn.kernels.cpu.floats import HALF_INSTRUCTIONS
+from nbbn.kernels.cpu.lanes import BLOCK
+from nbbn.kernels.cpu.planes import MOST
 from nbbn.runtime import thread_limit
 from tests.helpers.processes import check as check_process
 from tests.oracle.agreement import check, output
 from tests.oracle.contract import (
-    DTYPES_OF_WAYS,
     EVERY_DTYPE,
     GROUPED,
     PLANES,
     ROWS,
-    SHORT_PLANES,
     WAYS,
     Problem,
     Way,
@@ -39,16 +36,17 @@ def target():
 
 
 SHARES = {"streamed": 0.0, "direct": math.inf, "in place": math.inf}  # of the last-level cache
+EVERY_STORE = pytest.mark.parametrize("store", SHARES)
 
 
-# --- blocks ----------------------------------------------------------------------------------
+# --- large runs and small ones ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("store", ["direct", "in place", "streamed"])
+@EVERY_STORE
 @EVERY_DTYPE
 def test_inference_in_the_order_of_memory(target, store, dtype):
-    """Planes of any length about blocks of any alignment, with many and with few of them in a block and in a chunk."""
-    thresholds = {"chunk_elements": BLOCK, "streamed_share": SHARES[store]}
+    """Planes of any length at any place in a line of memory, with many and with few of them in a task."""
+    thresholds = {"write_elements": BLOCK, "streamed_share": SHARES[store]}
     fused = {"residual": True, "activation": "relu"} if dtype == np.float32 else {}
     for k0, r1 in ((1, 1), (1, 5000), (3, 2), (700, 7), (2, BLOCK - 1), (3, BLOCK), (2, BLOCK + 1), (5, 300)):
         problem = Problem((2, k0, r1, 1), dtype, **fused)
@@ -59,29 +57,35 @@ def test_inference_in_the_order_of_memory(target, store, dtype):
                 problem.x = out
             run = Way(None, problem.x.shape).make(target, problem.options, **thresholds)
             problem.check_output_of_inference(run, out)
-            assert run.kernels() == [("infer", "flat", False, store == "streamed")]
+            assert run.kernels() == [("infer", "planes", False, store == "streamed")]
 
 
-BORDERS = [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 1]
+# Of the memory that a task has for sums: of so many planes, of so many columns of short planes and of repeated rows.
+BORDERS = {
+    "planes": [(2, n, 2, 1) for n in (MOST - 1, MOST, MOST + 1, 2 * MOST + 1)],
+    "short planes": [(4, n, 8, 1) for n in (BLOCK // 8 - 1, BLOCK // 8, BLOCK // 8 + 1)] + [(4, 300, 7, 1)],
+    "few channels": [(1, 1, 9, n) for n in (BLOCK // 4, BLOCK // 2 - 1, BLOCK // 2, BLOCK // 2 + 1)],
+    "rows": [(1, 1, 5, n) for n in (BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 1)],
+}
 
 
-@pytest.mark.parametrize("store", ["direct", "in place", "streamed"])
-@pytest.mark.parametrize("n", BORDERS)
-@pytest.mark.parametrize("schedule", ["planes", "rows"])
-def test_sizes_about_a_block(target, schedule, n, store):
-    """Blocks as large as they are: of the columns of rows, and of planes that are not written directly."""
-    shape = (2, 2, n, 1) if schedule == "planes" else (1, 1, 5, n)
-    problem = Problem(shape, np.float32)
-    run = small(target, problem.options, schedule, tile_columns=BLOCK, streamed_share=SHARES[store])
-    step = problem.oracle(problem.x, training=True)
-    x = problem.x.copy()
-    y, _, saved = run.train(x, problem.params, problem.state, out=x if store == "in place" else np.empty_like(x))
-    check("y", y, step.y, output(step, problem.dtype), problem.dtype)
-    dy = problem.dy.copy()
-    out = dy if store == "in place" else np.empty_like(dy)
-    dx, dparams, _ = run.backward(dy, problem.x, saved, out=out)
-    problem.check_gradients(dx, dparams, problem.dy, step)
-    assert {streamed for _, _, _, streamed in run.kernels()} == {store == "streamed"}
+@EVERY_STORE
+@pytest.mark.parametrize("name", BORDERS)
+def test_sizes_about_the_memory_of_a_task(target, name, store):
+    thresholds = {"tile_elements": 1 << 16, "tile_columns": 2 * BLOCK}
+    thresholds |= {"repeated_columns": BLOCK, "written_columns": BLOCK}
+    for shape in BORDERS[name]:
+        problem = Problem(shape, np.float32)
+        run = small(target, problem.options, WAYS["cpu"][name].schedule, streamed_share=SHARES[store], **thresholds)
+        step = problem.oracle(problem.x, training=True)
+        x = problem.x.copy()
+        y, _, saved = run.train(x, problem.params, problem.state, out=x if store == "in place" else np.empty_like(x))
+        check("y", y, step.y, output(step, problem.dtype), problem.dtype)
+        dy = problem.dy.copy()
+        out = dy if store == "in place" else np.empty_like(dy)
+        dx, dparams, _ = run.backward(dy, problem.x, saved, out=out)
+        problem.check_gradients(dx, dparams, problem.dy, step)
+        assert {streamed for _, _, _, streamed in run.kernels()} == {store == "streamed"}
 
 
 # --- results that bypass the caches -----------------------------------------------------------
@@ -105,48 +109,46 @@ def offsets(dtype):
     return range(LINE // np.dtype(dtype).itemsize)
 
 
+# Runs with some whole vectors between their ends, wherever they begin; and what is cut into them.
+STREAMED = {
+    "planes": Way("planes", (2, 2, 101, 1), True),
+    "rows": Way("rows", (1, 2, 5, 70), True),
+    "short planes": Way("rows", (4, 10, 7, 1), True),
+    "few channels": Way("rows", (1, 1, 70, 5), True),
+}
+
+
 @EVERY_DTYPE
-@pytest.mark.parametrize("mode", ["BUFFERED", "STREAMED"])
-def test_a_block_is_written_exactly(dtype, mode):
-    """At every place in a line of memory, and not a byte beside it."""
-
-    @numba.njit
-    def copy(source, target, mode):
-        buffer = local(source)
-        for i in range(source.size):
-            buffer[i] = source[i]
-        write(buffer, target, mode)
-        fence()
-
-    carrier, mode = dtypes.carrier(np.dtype(dtype)), getattr(memory, mode)
-    for size in [*range(1, 201), BLOCK - 1, BLOCK]:
-        source = np.arange(1, size + 1).astype(dtype)
-        for offset in offsets(dtype):
-            target, around = between_canaries(size, dtype, offset)
-            copy(source.view(carrier), target.view(carrier), mode)
-            assert bits(target) == bits(source), (size, offset)
-            assert (around == CANARY).sum() == around.size - size + (source == CANARY).sum(), (size, offset)
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"), DTYPES_OF_WAYS["cpu"], ids=lambda v: v if isinstance(v, str) else np.dtype(v).name
-)
+@pytest.mark.parametrize("name", STREAMED)
 def test_streamed_results_are_the_same_and_have_their_place(target, name, dtype):
-    way = WAYS["cpu"][name]
+    """At every place in a line of memory, and not a byte beside it."""
+    way, thresholds = STREAMED[name], {"tile_columns": 128, "written_columns": 128}
     problem = Problem(way.shape, dtype)
-    expected = all_results(way.make(target, problem.options), problem)
-    run, size = way.make(target, problem.options, streamed_share=0.0), problem.x.size
+    expected = all_results(way.make(target, problem.options, **thresholds), problem)
+    run, size = way.make(target, problem.options, streamed_share=0.0, **thresholds), problem.x.size
     for offset in offsets(dtype):
         (y, y_around), (dx, dx_around) = (between_canaries(size, dtype, offset) for _ in range(2))
         found = all_results(run, problem, y.reshape(way.shape), dx.reshape(way.shape))
-        assert found == expected
+        assert found == expected, offset
         for result, around in ((y, y_around), (dx, dx_around)):
             outside = around.size - size
             assert (around == CANARY).sum() == outside + (result == CANARY).sum(), offset
     assert {streamed for _, _, _, streamed in run.kernels()} == {True}
 
 
-@pytest.mark.parametrize("way", [PLANES, ROWS, SHORT_PLANES], ids=["planes", "rows", "short planes"])
+def test_two_results_at_different_places_in_a_line(target):
+    """The gradient of the residual begins elsewhere than that of the input: neither is written past the caches."""
+    way = STREAMED["planes"]
+    problem = Problem(way.shape, np.float32, residual=True, activation="relu")
+    expected = all_results(way.make(target, problem.options), problem)
+    run = way.make(target, problem.options, streamed_share=0.0)
+    for offset in offsets(np.float32):
+        dx, around = between_canaries(problem.x.size, np.float32, offset)
+        assert all_results(run, problem, gradient_out=dx.reshape(way.shape)) == expected
+        assert (around == CANARY).sum() == around.size - dx.size
+
+
+@pytest.mark.parametrize("way", STREAMED.values(), ids=STREAMED)
 def test_all_outputs_of_a_step_are_streamed(target, way):
     """The gradient of the residual beside that of the input; inference; in place."""
     problem = Problem(way.shape, np.float32, residual=True, activation="relu")
@@ -179,8 +181,8 @@ def in_place(problem, name):
 # --- the same bits ----------------------------------------------------------------------
 
 MIXED_SHAPES = {
-    "planes": [(6, 3, 7, 1), (1, 2, 100, 1), (40, 1, 3, 1), (1, 1, 1, 1)],
-    "rows": [(6, 3, 7, 5), (1, 1, 100, 17), (40, 1, 1, 3), (2, 2, 29, 17), (1, 1, 2, 33)],
+    "planes": [(6, 3, 23, 1), (1, 2, 100, 1), (40, 1, 3, 1), (1, 1, 1, 1), (3, 9, 16, 1)],
+    "rows": [(6, 3, 7, 5), (1, 1, 100, 17), (40, 1, 1, 3), (2, 2, 29, 49), (1, 1, 2, 33)],
     "short planes": [(6, 3, 7, 1), (40, 5, 3, 1), (4, 40, 12, 1)],
     "few channels": [(6, 3, 8, 5), (1, 1, 100, 3), (2, 2, 30, 7)],
 }
@@ -192,7 +194,7 @@ ONCE = [(True, False), (True, True)]
 # A choice, in which every dtype and all loops are: each is two kernels that take seconds to compile.
 SAME_BITS = {
     "planes": ("planes", np.float32, {}, TWICE + ONCE),
-    "rows": ("rows", np.float32, {}, TWICE),
+    "rows": ("rows", np.float32, {}, TWICE + ONCE),
     "short planes": ("short planes", np.float32, {}, TWICE + ONCE),
     "few channels": ("few channels", np.float32, {}, TWICE + ONCE),
     "rows, float16": ("rows", np.float16, {}, TWICE),
@@ -211,12 +213,45 @@ def test_serial_and_parallel_one_pass_and_two_give_the_same_bits(target, name, d
         assert all(other == first for other in others), shape
 
 
-@pytest.mark.parametrize("way", GROUPED["cpu"].values(), ids=GROUPED["cpu"])
+@pytest.mark.parametrize("name", GROUPED["cpu"])
 @pytest.mark.parametrize("size", [2, 3, 6])
-def test_virtual_batches_have_the_same_bits_in_one_pass_and_two(target, way, size):
+def test_virtual_batches_have_the_same_bits_in_one_pass_and_two(target, name, size):
+    way = GROUPED["cpu"][name]
     problem = Problem(way.shape, np.float32, virtual_batch_size=size)
-    one, two = (all_results(w.make(target, problem.options), problem) for w in (way, way.twice()))
-    assert one == two
+    one, two = way.make(target, problem.options), way.twice().make(target, problem.options)
+    assert all_results(one, problem) == all_results(two, problem)
+    if size == 6:
+        possible = "across groups" not in name
+        assert one.kernels() == [(step, way.schedule, possible, False) for step in ("train", "backward")]
+
+
+# What differs from run to run, and what stands beside the input: with weights no rows are longer than they are.
+TILES = {
+    "planes": ("planes", [{"tile_elements": n} for n in (1, 300, 1 << 16)], {}),
+    "planes with weights": ("planes", [{"tile_elements": n} for n in (1, 300, 1 << 16)], {"weights": True}),
+    "rows": ("rows", [{"tile_columns": n} for n in (16, 19, 32, 1 << 12)], {}),
+    "rows with weights": ("rows", [{"tile_columns": n} for n in (16, 19, 32, 1 << 12)], {"weights": True}),
+    "short planes": ("short planes", [{"tile_columns": n} for n in (12, 16, 1 << 12)], {}),
+    "few channels": ("few channels", [{"tile_elements": n} for n in (1, 500, 1 << 16)], {}),
+}
+
+
+@pytest.mark.parametrize(("name", "choices", "operands"), TILES.values(), ids=TILES)
+def test_which_tile_a_statistic_is_in_changes_no_bit(target, name, choices, operands):
+    """In as many chunks, which depend on the rows alone here."""
+    way, chunks = WAYS["cpu"][name], {"chunk_elements": 1, "chunk_rows": 2, "max_tasks": 1 << 10}
+    problem, found, tiles, numbers = Problem(way.shape, np.float32, **operands), set(), set(), set()
+    for thresholds in choices:
+        for one_pass in (True, False):
+            run = way._replace(one_pass=one_pass).make(target, problem.options, **chunks, **thresholds)
+            found.add(tuple(all_results(run, problem)))
+            grids = [plan.schedule.grid for plan in run.engine.plans.values()]
+            tiles |= {grid.tiles for grid in grids}
+            numbers |= {grid.chunks for grid in grids}
+    assert len(found) == 1
+    assert len(tiles) == len(choices), "some have the same tiles"
+    assert min(numbers) > 1
+    assert len(numbers) == 1, "sums are made in other chunks"
 
 
 @pytest.mark.parametrize("name", ["planes", "rows"])
@@ -255,18 +290,23 @@ def test_nbbn_num_threads_changes_no_bit():
     assert len(found) == 1
 
 
+PLAIN_ROWS = {"short_plane": 0, "repeated_columns": 0, "written_columns": 0}
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("shape", [(6, 3, 7, 1), (1, 1, 100, 1), (40, 1, 3, 1), (6, 3, 8, 5), (9, 40, 3, 1)], ids=str)
 def test_schedules_agree(target, shape, residual):
     """Other sums, in another order: float64 rounding in the statistics, half a unit in y."""
     problem = Problem(shape, np.float32, residual=residual, activation="relu" if residual else None)
-    found = {}
-    for name, folded in [("planes", 0), ("rows", 0), ("rows", math.inf)]:
+    found, shapes = [], set()
+    for name, thresholds in [("planes", {}), ("rows", PLAIN_ROWS), ("rows", {})]:
         if name == "planes" and shape[3] > 1:
             continue
-        run = small(target, problem.options, name, folded_elements=folded)
-        found[name, folded] = run.train(problem.x, problem.params, problem.state, **problem.operands)
-    first, *others = found.values()
+        run = small(target, problem.options, name, **thresholds)
+        found.append(run.train(problem.x, problem.params, problem.state, **problem.operands))
+        shapes |= {(plan.schedule.shape, plan.schedule.grid.repeats) for plan in run.engine.plans.values()}
+    assert len(shapes) == len(found), "two of them are the same"
+    first, *others = found
     for other in others:
         np.testing.assert_allclose(first[0], other[0], rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(first[2], other[2], rtol=1e-14, atol=1e-14)
@@ -276,12 +316,12 @@ def test_schedules_agree(target, shape, residual):
 
 WITHOUT_F16C = """
 from tests.oracle.conversions import DTYPES, check_every_value, check_rounding
-from nbbn.kernels.cpu import scalars
-from tests.oracle.targets import CpuScalars
-assert not scalars.HALF_INSTRUCTIONS
+from nbbn.kernels.cpu import floats
+from tests.oracle.targets import CpuConversion
+assert not floats.HALF_INSTRUCTIONS
 for dtype in DTYPES.values():
-    check_every_value(CpuScalars(dtype))
-    check_rounding(CpuScalars(dtype))
+    check_every_value(CpuConversion(dtype))
+    check_rounding(CpuConversion(dtype))
 import numpy as np, nbbn
 x = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float16)
 print(nbbn.BatchNormalization()(x, training=True).tobytes().hex())
@@ -312,7 +352,8 @@ for schedule, shape in (("planes", (4, 3, 64, 1)), ("rows", (1, 1, 64, 70))):
     for plan in run.engine.plans.values():
         (text,) = plan.kernel(False).inspect_asm().values()
         found = set(re.findall(r"\\bv(mul|add|sub|fmadd)\\d*(p[sd])\\b.*%[yz]mm", text))
-        print(schedule, plan.step, *sorted({f"{name}{kind}" for name, kind in found}))
+        fenced = "fenced" if "vmovnt" in text and re.search(r"\\bmfence|\\block\\s+or", text) else "torn"
+        print(schedule, plan.step, fenced, *sorted({f"{name}{kind}" for name, kind in found}))
 """
 
 
@@ -324,10 +365,11 @@ def _has_avx2():
 
 @pytest.mark.skipif(not _has_avx2(), reason="the names of packed instructions are those of AVX2")
 def test_loops_are_vectorized():
-    """Arithmetic on elements is packed float32, and sums are packed float64."""
+    """Arithmetic on elements is packed float32, and sums are packed float64. What is streamed is fenced."""
     lines = check_process(PACKED, NBBN_CACHE_DIR="", timeout=120).splitlines()
     assert len(lines) == 6
     for line in lines:
-        _, step, *found = line.split()
+        _, step, fenced, *found = line.split()
+        assert fenced == "fenced", line
         assert {"mulps", "subps", "addps"} <= set(found), line
         assert step == "infer" or {"fmaddpd", "subpd"} <= set(found), line

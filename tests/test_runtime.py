@@ -145,8 +145,15 @@ def has_tbb():
 class TestTbb:
     """Processes of their own, in which NUMBA_THREADING_LAYER is not set unless the test does."""
 
-    @pytest.mark.parametrize("setting", [None, "default", "tbb", "threadsafe", "forksafe", "safe"])
-    def test_the_wheel_is_used(self, setting):
+    @pytest.mark.parametrize("setting", [None, "default", "threadsafe"])
+    def test_openmp_is_preferred(self, setting):
+        if run(FOUND, NUMBA_THREADING_LAYER="omp").returncode:
+            pytest.skip("Numba finds no OpenMP")
+        code = "import numba; from nbbn.runtime import start_pool; print(start_pool(), numba.threading_layer())"
+        assert check(code, NUMBA_THREADING_LAYER=setting) == "omp omp\n"
+
+    @pytest.mark.parametrize("setting", ["tbb", "forksafe", "safe"])
+    def test_the_wheel_is_used_where_it_is_asked_for(self, setting):
         code = "import numba; from nbbn.runtime import start_pool; print(start_pool(), numba.threading_layer())"
         assert check(code, NUMBA_THREADING_LAYER=setting) == "tbb tbb\n"
 
@@ -178,7 +185,7 @@ class TestTbb:
         if runtime.thread_limit() < 2:
             pytest.skip("this machine, or NBBN_NUM_THREADS, allows one thread only")
         code = f"import numba, numpy as np, nbbn; from nbbn import runtime; {call}; print(numba.threading_layer())"
-        assert check(code, NUMBA_NUM_THREADS="2") == "tbb\n"
+        assert check(code, NUMBA_NUM_THREADS="2", NUMBA_THREADING_LAYER="tbb") == "tbb\n"
 
     def test_a_damaged_library_is_passed_over(self):
         """As if the wheel had a file that cannot be loaded."""
@@ -192,6 +199,33 @@ metadata.files = lambda name: [File()]
 print(threadpool.start_pool())
 """
         assert check(code.format(name=threadpool._TBB)) == check(FOUND)
+        assert check(code.format(name=threadpool._TBB), NUMBA_THREADING_LAYER="tbb") in ("None\n", "tbb\n")  # another
+
+
+def test_without_openmp_the_wheel_is_offered():
+    """Or, where there is none, Numba finds what it would find."""
+    code = """
+from nbbn.runtime import threadpool
+threadpool._has_openmp = lambda: False
+offered = []
+threadpool.metadata.files = lambda name: offered.append(name)
+threadpool.start_pool()
+print(offered, threadpool.likely_layer() in ("tbb", "omp", "workqueue"))
+"""
+    assert check(code, NUMBA_THREADING_LAYER=None) == "['tbb'] True\n"
+
+
+@pytest.mark.parametrize("setting", ["omp", "workqueue", None])
+def test_the_likely_layer_is_the_one_that_starts(setting):
+    code = "from nbbn.runtime import likely_layer, start_pool; before = likely_layer(); print(before == start_pool())"
+    done = run(code, NUMBA_THREADING_LAYER=setting)
+    if (
+        setting
+        and "None"
+        in run("from nbbn.runtime import start_pool; print(start_pool())", NUMBA_THREADING_LAYER=setting).stdout
+    ):
+        pytest.skip(f"Numba finds no threading layer {setting}")
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_without_the_wheel():

@@ -9,32 +9,39 @@ import pytest
 
 from nbbn.engine.cpu import schedule
 from nbbn.engine.cpu.schedule import Thresholds
-from nbbn.kernels.cpu import columns, elements, planes
-from nbbn.kernels.cpu.memory import BLOCK, BUFFERED, DIRECT, STREAMED
+from nbbn.kernels.cpu import plain
+from nbbn.kernels.cpu import tasks as kernel_tasks
+from nbbn.kernels.cpu.lanes import BLOCK, LINE
+from nbbn.kernels.cpu.tasks import bounds_of, chunk_and_tile, chunks_and_tiles, statistics
 from nbbn.runtime import last_level_cache, thread_limit
 
 CACHE = 1 << 20  # bytes of the last level in these tests
-USUAL = Thresholds(threads=2, cache=CACHE)
-# Several chunks per statistic, several tiles of columns, and all kinds of rows, as large inputs have them.
+USUAL = Thresholds(threads=2, cache=CACHE, parallel_elements=1 << 17)
+# Several chunks per statistic, several tiles of columns and of channels, and all kinds of rows, as large inputs have
+# them. Nothing is streamed unless a test says so.
 SMALL = replace(
     USUAL,
     chunk_elements=8,
+    write_elements=8,
     chunk_rows=1,
     max_tasks=20,
+    tile_elements=60,
     tile_columns=16,
-    folded_columns=16,
+    repeated_columns=16,
+    written_columns=24,
+    expanded_rows=1,
     short_plane=12,
-    folded_elements=0,
 )
-STATISTICS = {
-    "planes": planes.statistics,
-    "rows": columns.PLAIN.statistics,
-    "folded": columns.FOLDED.statistics,
-}
+
+
+@pytest.fixture(autouse=True)
+def _numbers(monkeypatch):
+    """What traced functions do with numbers that stand for LLVM's, tests do with Python's."""
+    monkeypatch.setattr(kernel_tasks, "minimum", plain.minimum)
 
 
 def choose(view, step="train", groups=1, itemsize=4, arrays=2, thresholds=USUAL, **choices):
-    common = {"contiguous": True, "foldable": True, "in_place": False, "thresholds": thresholds}
+    common = {"contiguous": True, "foldable": True, "thresholds": thresholds}
     return schedule.choose(step, view, groups, itemsize, arrays, **{**common, **choices})
 
 
@@ -42,27 +49,23 @@ def choose_small(*arguments, **choices):
     return choose(*arguments, thresholds=SMALL, **choices)
 
 
+def extent(chosen):
+    """R0, K0, R1, K1 of the schedule's arrays."""
+    return (*chosen.shape, 1)[:4]
+
+
 def tasks(chosen):
     """(chunk, tile, bounds) of every task, as steps.py finds them."""
-    view = schedule.extent(chosen.loops, chosen.shape)
-    chunks, tiles = elements.chunks_and_tiles.py_func(view, chosen.grid)
-    for task in range(chunks * tiles):
-        chunk, tile = elements.chunk_and_tile.py_func(task, view, chosen.grid)
-        yield chunk, tile, elements.bounds_of.py_func(chunk, tile, view, chosen.grid)
-
-
-def statistics(chosen, bounds):
-    """The first statistic that a task covers, and the one after the last."""
-    return STATISTICS[chosen.loops].py_func(bounds, chosen.grid)
+    view = extent(chosen)
+    for task in range(chosen.grid.chunks * chosen.grid.tiles):
+        chunk, tile = chunk_and_tile(task, view, chosen.grid)
+        yield chunk, tile, bounds_of(chunk, tile, view, chosen.grid)
 
 
 def statistics_of_columns(chosen):
-    """Which statistic each element of the schedule's arrays belongs to, by the rule that elements.py states."""
+    """Which statistic each element of the schedule's arrays belongs to, by the rule that tasks.py states."""
     grid = chosen.grid
-    if chosen.loops == "flat":
-        return np.arange(math.prod(chosen.shape)) // grid.span % grid.period
-    shape = (*chosen.shape, 1) if chosen.loops == "planes" else chosen.shape
-    _, k0, _, k1 = np.indices(shape)
+    _, k0, _, k1 = np.indices(extent(chosen))
     return k0 * grid.period + k1 // grid.span % grid.period
 
 
@@ -82,6 +85,8 @@ VIEWS = [
     (4, 3, 12, 1),
     (4, 3, 13, 1),
     (16, 1, 8, 1),
+    (2, 7, 3, 4),
+    (2, 7, 10, 1),
 ]
 EVERY_VIEW = pytest.mark.parametrize("view", VIEWS, ids=str)
 FUSED = ["train", "infer", "backward", "frozen_backward"]
@@ -94,30 +99,46 @@ STEPS = [*STAGES, *FUSED]
 @EVERY_VIEW
 def test_tasks_cover_everything_exactly_once(view, loops, step):
     """No two tasks share an element; each partial sum (chunk, statistic) belongs to one task, and none is left out."""
-    for foldable in (True, False):
-        chosen = choose_small(view, step, loops=loops, foldable=foldable)
-        r0s, k0s, r1s, k1s = extent = schedule.extent(chosen.loops, chosen.shape)
-        chunks, tiles = elements.chunks_and_tiles.py_func(extent, chosen.grid)
-        covered, written = np.zeros(extent, int), np.zeros((chunks, view[1] * view[3]), int)
+    for foldable, parallel in itertools.product((True, False), repeat=2):
+        chosen = choose_small(view, step, loops=loops, foldable=foldable, parallel=parallel)
+        r0s, k0s, r1s, k1s = sizes = extent(chosen)
+        grid = chosen.grid
+        assert (grid.chunks, grid.tiles) == chunks_and_tiles(sizes, grid)
+        covered, written = np.zeros(sizes, int), np.zeros((grid.chunks, view[1] * view[3]), int)
         for chunk, tile, bounds in tasks(chosen):
             assert bounds.chunk == chunk
-            assert 0 <= bounds.r0_begin < bounds.r0_end <= r0s
-            assert 0 <= bounds.r1_begin < bounds.r1_end <= r1s
-            assert 0 <= bounds.k1_begin < bounds.k1_end <= k1s
-            assert 0 <= tile < tiles
-            assert 0 <= bounds.k0 < k0s
-            assert bounds.k1_end - bounds.k1_begin <= BLOCK, "columns of a task lie in arrays of BLOCK elements"
+            assert 0 <= bounds.r0 < bounds.r0_end <= r0s
+            assert 0 <= bounds.k0 < bounds.k0_end <= k0s
+            assert 0 <= bounds.r1 < bounds.r1_end <= r1s
+            assert 0 <= bounds.k1 < bounds.k1_end <= k1s
+            assert 0 <= tile < grid.tiles
             covered[
-                bounds.r0_begin : bounds.r0_end,
-                bounds.k0,
-                bounds.r1_begin : bounds.r1_end,
-                bounds.k1_begin : bounds.k1_end,
+                bounds.r0 : bounds.r0_end,
+                bounds.k0 : bounds.k0_end,
+                bounds.r1 : bounds.r1_end,
+                bounds.k1 : bounds.k1_end,
             ] += 1
-            if chosen.loops != "flat":  # which write no sums
-                first, last = statistics(chosen, bounds)
-                written[chunk, first:last] += 1
+            first, last = statistics(bounds, grid)
+            written[chunk, first:last] += 1
         assert (covered == 1).all()
-        assert (written == 1).all() or chosen.loops == "flat"
+        assert (written == 1).all()
+
+
+LARGE_TILES = replace(SMALL, tile_columns=4 * BLOCK, repeated_columns=BLOCK, written_columns=BLOCK)
+
+
+@pytest.mark.parametrize("loops", [None, "rows"])
+@EVERY_VIEW
+def test_sums_of_columns_have_room(view, loops):
+    """What there is of columns that are not statistics is in arrays of BLOCK elements, and each row is a whole one."""
+    for thresholds in (SMALL, LARGE_TILES, USUAL):
+        chosen = choose(view, loops=loops, thresholds=thresholds)
+        grid = chosen.grid
+        for rows in (grid.repeats, grid.written):
+            if grid.span * rows > 1:
+                assert grid.k1_step * rows <= BLOCK
+            if rows > 1:
+                assert grid.k1_step == extent(chosen)[3], "a part of a row is followed by another row's"
 
 
 @EVERY_VIEW
@@ -135,26 +156,27 @@ def test_columns_belong_to_the_statistics_of_the_view(view):
 @EVERY_VIEW
 def test_a_task_has_whole_runs_of_the_statistics_that_it_writes(view):
     chosen = choose_small(view)
-    shape = (*chosen.shape, 1) if chosen.loops == "planes" else chosen.shape
     owner = statistics_of_columns(chosen)
-    assert shape[3] == 1 or chosen.grid.k1_step % chosen.grid.span == 0
+    assert chosen.grid.k1_step % chosen.grid.span == 0
     for _, _, bounds in tasks(chosen):
-        found = np.unique(owner[:, bounds.k0, :, bounds.k1_begin : bounds.k1_end])
-        assert found.tolist() == list(range(*statistics(chosen, bounds)))
+        found = np.unique(owner[:, bounds.k0 : bounds.k0_end, :, bounds.k1 : bounds.k1_end])
+        assert found.tolist() == list(range(*statistics(bounds, chosen.grid)))
 
 
 def test_the_small_thresholds_reach_all_loops():
     """Or the tests above would test little."""
-    assert {choose_small(view).loops for view in VIEWS} == {"planes", "rows", "folded"}
-    assert {choose_small(view, "infer").loops for view in VIEWS} == {"flat", "rows", "folded"}
-    folded = [chosen for chosen in map(choose_small, VIEWS) if chosen.loops == "folded"]
-    assert {c.grid.span > 1 for c in folded} == {False, True}
-    assert any(c.shape[3] > c.grid.k1_step for c in folded), "no folded rows are cut into tiles"
-    assert any(c.shape[1] > 1 for c in folded), "no folded rows with a k0"
-    chunks = {choose_small(view).loops: 0 for view in VIEWS}
-    for chosen in map(choose_small, VIEWS):
-        chunks[chosen.loops] = max(chunks[chosen.loops], 1 + max(chunk for chunk, _, _ in tasks(chosen)))
-    assert min(chunks.values()) >= 3, chunks
+    chosen = [choose_small(view) for view in VIEWS]
+    for loops in ("planes", "rows"):
+        those = [(extent(c), c.grid) for c in chosen if c.loops == loops]
+        assert max(grid.chunks for _, grid in those) >= 3, loops
+        tiles = [grid for (_, k0, _, _), grid in those if grid.tiles > 1 and grid.k0_step > 1 and k0 % grid.k0_step]
+        assert tiles, f"no {loops} with a part of a tile of channels"
+    rows = [(extent(c), c.grid) for c in chosen if c.loops == "rows"]
+    assert any(k1 % grid.k1_step for (_, _, _, k1), grid in rows if grid.span == 1), "no part of a tile of columns"
+    assert any(k1 % grid.k1_step for (_, _, _, k1), grid in rows if grid.span > 1), "no part of one of short planes"
+    assert any(r1 % grid.repeats for (_, _, r1, _), grid in rows if grid.repeats > 1), "no part of a long row"
+    assert any(k0 > 1 for (_, k0, _, _), grid in rows if grid.repeats > 1), "no long rows with a k0"
+    assert any(grid.r1_step % grid.written for _, grid in rows if grid.repeats != grid.written), "no others are written"
 
 
 # --- one pass -----------------------------------------------------------------------------------
@@ -173,22 +195,26 @@ GROUPED = [
     ((1, 1, 4, 6), 2),
     ((1, 1, 8, 40), 4),
     ((4, 4, 8, 3), 4),
+    ((1, 1, 4, 48), 3),
+    ((3, 10, 5, 1), 2),
+    ((1, 9, 5, 3), 3),
 ]
 
 
 @pytest.mark.parametrize("step", ["train", "backward"])
 @pytest.mark.parametrize(("view", "groups"), GROUPED, ids=str)
 def test_one_pass_has_the_tiles_of_a_channel_in_all_groups_together(view, groups, step):
-    """steps.py takes tiles t, t + n, t + 2 n ... together: they must be the same channels of each group."""
+    """steps.py takes tiles t, t + n, t + 2 n ... of n families together: they must be the same channels of each
+    group."""
     chosen = choose_small(view, step, groups, one_pass=True)
     if not chosen.one_pass:
         return
     total = view[1] * view[3]
     channels = total // groups
-    by_tile = {tile: statistics(chosen, bounds) for chunk, tile, bounds in tasks(chosen) if chunk == 0}
-    stride, seen = len(by_tile) * channels // total, []
-    for tile in range(stride):
-        reduced = [s for t in range(tile, len(by_tile), stride) for s in range(*by_tile[t])]
+    by_tile = {tile: statistics(bounds, chosen.grid) for chunk, tile, bounds in tasks(chosen) if chunk == 0}
+    families, seen = chosen.grid.families, []
+    for tile in range(families):
+        reduced = [s for t in range(tile, len(by_tile), families) for s in range(*by_tile[t])]
         first, last = by_tile[tile]
         assert 0 <= first < last <= channels, "the first of them has channels of the first group"
         assert sorted(reduced) == sorted(s for c in range(first, last) for s in range(c, total, channels))
@@ -197,21 +223,41 @@ def test_one_pass_has_the_tiles_of_a_channel_in_all_groups_together(view, groups
 
 
 def test_one_pass_where_it_is_possible():
-    one = [choose_small(view, groups=groups, one_pass=True) for view, groups in GROUPED]
-    assert {c.loops for c in one if c.one_pass} == {"planes", "folded"}
-    assert {groups > 1 for (_, groups), c in zip(GROUPED, one, strict=True) if c.one_pass} == {False, True}
+    """Everywhere, but not where a tile of columns has channels of several groups."""
+    for view, groups in GROUPED:
+        chosen = choose_small(view, groups=groups, one_pass=True)
+        covered = [statistics(bounds, chosen.grid) for _, _, bounds in tasks(chosen)]
+        channels = view[1] * view[3] // groups
+        assert chosen.one_pass == all(first // channels == (last - 1) // channels for first, last in covered)
+    found = [choose_small(view, groups=groups, one_pass=True) for view, groups in GROUPED]
+    once = [(c.loops, c.grid.families < c.grid.tiles) for c in found if c.one_pass]
+    assert set(once) == set(itertools.product(("planes", "rows"), (False, True)))
+    assert any(c.grid.tiles > c.grid.families > 1 and c.grid.group % c.grid.k0_step for c in found if c.one_pass)
+    assert not all(c.one_pass for c in found)
     others = set(STEPS) - {"train", "backward"}
     assert not any(choose_small(view, step, one_pass=True).one_pass for view in VIEWS for step in others)
     assert not any(choose_small(view, one_pass=False).one_pass for view in VIEWS)
 
 
-def test_one_pass_waits_for_enough_tiles_per_thread():
-    most = 2 * USUAL.tiles_per_thread
+@pytest.mark.parametrize("tiles_per_thread", [1, 3])
+def test_one_pass_waits_for_enough_tiles_per_thread(tiles_per_thread):
+    thresholds = replace(USUAL, tile_elements=1, tiles_per_thread=tiles_per_thread)
+    most = 2 * tiles_per_thread
     for channels in (1, most - 1, most, most + 1):
         view = (64, channels, 3136, 1)
-        assert choose(view, parallel=True).one_pass == (channels >= most)
-        assert choose(view, parallel=False).one_pass
-    assert not choose((64, most, 3136, 1), parallel=True, thresholds=replace(USUAL, threads=4)).one_pass
+        enough = channels >= most or channels % 2 == 0  # or as many for each thread
+        assert choose(view, parallel=True, thresholds=thresholds).one_pass == enough
+        assert choose(view, parallel=False, thresholds=thresholds).one_pass
+    more = replace(thresholds, threads=most + 1)
+    assert not choose((64, most, 3136, 1), parallel=True, thresholds=more).one_pass
+
+
+@pytest.mark.parametrize(("view", "loops"), [((2, 40, 30, 1), "planes"), ((4, 40, 5, 3), "rows")])
+def test_a_tile_has_so_many_elements_and_leaves_some_to_other_threads(view, loops):
+    """But at least one channel."""
+    for elements, threads, expected in ((600, 1, 10), (600, 2, 10), (1 << 30, 1, 40), (1 << 30, 3, 14), (1, 2, 1)):
+        chosen = choose(view, parallel=True, thresholds=replace(USUAL, tile_elements=elements, threads=threads))
+        assert (chosen.loops, chosen.grid.k0_step) == (loops, expected)
 
 
 # --- what decides ------------------------------------------------------------------------------------
@@ -220,15 +266,17 @@ def test_one_pass_waits_for_enough_tiles_per_thread():
 @pytest.mark.parametrize(("view", "groups"), GROUPED, ids=str)
 @pytest.mark.parametrize("step", STEPS)
 def test_the_order_of_sums_depends_on_shape_and_strides_alone(view, groups, step):
+    """How many channels a task has depends on the machine, but no sum on that."""
     found, stores = set(), set()
-    for threads, cache, in_place in itertools.product([1, 2, 64], [1, 1 << 40], [False, True]):
-        thresholds = replace(SMALL, threads=threads, cache=cache)
+    for threads, cache in itertools.product([1, 2, 64], [1, 1 << 40]):
+        thresholds = replace(SMALL, threads=threads, cache=cache, streamed_run=0)
         for parallel in (None, False, True):
-            chosen = choose(view, step, groups, in_place=in_place, parallel=parallel, thresholds=thresholds)
-            found.add((chosen.loops, chosen.shape, chosen.grid._replace(store=DIRECT)))
-            stores.add(chosen.grid.store)
+            chosen = choose(view, step, groups, parallel=parallel, thresholds=thresholds)
+            same = dict.fromkeys(("k0_step", "tiles", "families", "streamed"), 0)
+            found.add((chosen.loops, chosen.shape, chosen.grid._replace(**same)))
+            stores.add(chosen.grid.streamed)
     assert len(found) == 1
-    assert stores == {DIRECT, BUFFERED, STREAMED}, "the machine decides something"
+    assert stores == {0, 1}, "the machine decides something"
 
 
 @pytest.mark.parametrize("foldable", [False, True])
@@ -242,9 +290,10 @@ def test_a_stage_has_the_tasks_of_the_whole_step(view, groups, foldable):
 
 def test_without_numbers_the_machine_decides():
     """Two arrays of float32 that just fit into its cache, or one element more."""
-    for more, store in ((0, DIRECT), (1, STREAMED)):
-        chosen = choose((1, 1, last_level_cache() // 8 + more, 1), thresholds=Thresholds(parallel_elements=0))
-        assert chosen.grid.store == store
+    for more in (0, 1):
+        thresholds = Thresholds(parallel_elements=0, streamed_share=1.0, streamed_run=0)
+        chosen = choose((1, 1, last_level_cache() // 8 + more, 1), thresholds=thresholds)
+        assert chosen.grid.streamed == more
         assert chosen.parallel == (thread_limit() > 1)
 
 
@@ -252,6 +301,14 @@ def test_without_numbers_the_machine_decides():
 def test_small_inputs_stay_serial(elements, parallel):
     thresholds = replace(USUAL, parallel_elements=24)
     assert choose((1, 24 + elements, 1, 1), thresholds=thresholds).parallel == parallel
+
+
+@pytest.mark.parametrize("layer", schedule.PARALLEL)
+def test_the_threading_layer_decides_what_is_small(monkeypatch, layer):
+    monkeypatch.setattr(schedule, "likely_layer", lambda: layer)
+    least, thresholds = schedule.PARALLEL[layer], replace(USUAL, parallel_elements=None)
+    for elements, parallel in ((least - 1, False), (least, True)):
+        assert choose((1, elements, 1, 1), thresholds=thresholds).parallel == parallel
 
 
 def test_one_thread_is_serial():
@@ -273,59 +330,89 @@ def test_planes_by_hand_where_there_are_none():
         choose((1, 1, 8, 3), loops="planes")
 
 
-STORES = [
-    ({}, 0, DIRECT),
-    ({}, 1, STREAMED),
-    ({"in_place": True}, 0, BUFFERED),
-    ({"in_place": True}, 1, STREAMED),
-    ({"contiguous": False}, 1, DIRECT),
-    ({"contiguous": False, "in_place": True}, 1, BUFFERED),
-]
+FITS = replace(USUAL, streamed_share=1.0, streamed_run=0)
 
 
-@pytest.mark.parametrize(("choices", "more", "store"), STORES, ids=str)
-def test_stores(choices, more, store):
-    """Two arrays of float32 that just fit into the cache, or one element more; gaps are never streamed over."""
-    view = (1, 1, CACHE // 8 + more, 1)
-    for step in ("infer", "train"):
-        assert choose(view, step, **choices).grid.store == store
+@pytest.mark.parametrize("step", ["infer", "train", "backward"])
+def test_what_does_not_fit_into_the_cache_is_streamed(step):
+    """Two arrays of float32 that just fit, or one element more; gaps are never streamed over."""
+    for more, contiguous in itertools.product((0, 1), (False, True)):
+        view = (1, 1, CACHE // 8 + more, 1)
+        assert choose(view, step, contiguous=contiguous, thresholds=FITS).grid.streamed == (more and contiguous)
 
 
-def test_arrays_count_for_the_stores():
+def test_all_arrays_are_to_fit():
     view = (1, 1, CACHE // 8, 1)
-    assert choose(view, arrays=3).grid.store == STREAMED
-    assert choose(view, itemsize=8).grid.store == STREAMED
-    assert choose(view, itemsize=2, arrays=4).grid.store == DIRECT
+    assert choose(view, arrays=3, thresholds=FITS).grid.streamed
+    assert choose(view, itemsize=8, thresholds=FITS).grid.streamed
+    assert not choose(view, itemsize=2, arrays=4, thresholds=FITS).grid.streamed
+    for share, streamed in ((0.5, 1), (1.5, 0)):
+        thresholds = replace(FITS, streamed_share=share)
+        assert choose((1, 1, CACHE // 8 + 1, 1), thresholds=thresholds).grid.streamed == streamed
 
 
-# NCHW with planes of 1 to 256 values, of 257; few channels; many; a prime number of rows; nothing to gain; gaps.
-LOOPS = [
-    ((64, 256, 49, 1), True, "folded", (1, 1, 64, 256 * 49)),
-    ((64, 64, 256, 1), True, "folded", (1, 1, 64, 64 * 256)),
-    ((64, 64, 257, 1), True, "planes", (64, 64, 257)),
-    ((64, 64, 49, 1), False, "planes", (64, 64, 49)),
-    ((3, 64, 200, 1), True, "planes", (3, 64, 200)),
-    ((1, 1, 65536, 3), True, "folded", (1, 1, 512, 384)),
-    ((1, 1, 65536, 256), True, "folded", (1, 1, 32768, 512)),
-    ((1, 1, 65536, 257), True, "rows", (1, 1, 65536, 257)),
-    ((1, 1, 65537, 3), True, "rows", (1, 1, 65537, 3)),
-    ((1, 1, 65536, 3), False, "rows", (1, 1, 65536, 3)),
-    ((8, 4, 4096, 3), True, "folded", (8, 4, 32, 384)),
-    ((1, 1, 4, 16384), True, "rows", (1, 1, 4, 16384)),
-    ((1, 1, 10922, 3), True, "rows", (1, 1, 10922, 3)),  # an element below folded_elements
+# The bytes of a run of float32: of a plane, of a tile of columns, of rows taken as one.
+RUNS = [
+    ((64, 1, 100, 1), {}, 400),
+    ((64, 1, 16, 1), {}, LINE),
+    ((1, 1, 64, 300), {"tile_columns": 100, "written_columns": 0}, 400),
+    ((1, 1, 64, 300), {"tile_columns": 112, "written_columns": 0}, 7 * LINE),
+    ((1, 1, 640, 3), {"written_columns": 30}, 120),
+    ((1, 1, 640, 4), {"written_columns": 16}, LINE),
 ]
 
 
-@pytest.mark.parametrize(("view", "foldable", "loops", "shape"), LOOPS, ids=str)
-def test_loops_of_the_usual_thresholds(view, foldable, loops, shape):
-    chosen = choose(view, foldable=foldable)
-    assert (chosen.loops, chosen.shape) == (loops, shape)
+@pytest.mark.parametrize(("view", "thresholds", "run"), RUNS, ids=str)
+def test_streamed_runs_are_whole_lines_or_long(view, thresholds, run):
+    for least in (run, run + 1):
+        found = choose(view, thresholds=replace(USUAL, streamed_share=0.0, streamed_run=least, **thresholds))
+        assert found.grid.streamed == (least == run or run % LINE == 0)
+
+
+# Short planes, and those of an element more; gaps, or weights; few rows; few channels; rows that fit twice, or once;
+# many channels; a prime number of rows; rows of each r0; few rows. And how many columns a statistic has, and how many
+# rows are taken as one.
+LOOPS = [
+    ((64, 256, 16, 1), True, "rows", (1, 1, 64, 256 * 16), 16, 1),
+    ((64, 256, 17, 1), True, "planes", (64, 256, 17), 1, 1),
+    ((64, 256, 16, 1), False, "planes", (64, 256, 16), 1, 1),
+    ((3, 256, 16, 1), True, "planes", (3, 256, 16), 1, 1),
+    ((64, 1, 16, 1), True, "planes", (64, 1, 16), 1, 1),
+    ((1, 1, 65536, 3), True, "rows", (1, 1, 65536, 3), 1, 33),
+    ((1, 1, 65536, 50), True, "rows", (1, 1, 65536, 50), 1, 2),
+    ((1, 1, 65536, 51), True, "rows", (1, 1, 65536, 51), 1, 1),
+    ((1, 1, 65536, 3), False, "rows", (1, 1, 65536, 3), 1, 1),
+    ((1, 1, 65537, 3), True, "rows", (1, 1, 65537, 3), 1, 33),
+    ((8, 4, 4096, 3), True, "rows", (8, 4, 4096, 3), 1, 33),
+    ((8, 4, 12, 3), True, "rows", (8, 4, 12, 3), 1, 12),
+    ((1, 1, 4, 16384), True, "rows", (1, 1, 4, 16384), 1, 1),
+]
+
+
+@pytest.mark.parametrize(("view", "foldable", "loops", "shape", "span", "repeats"), LOOPS, ids=str)
+def test_loops(view, foldable, loops, shape, span, repeats):
+    thresholds = replace(USUAL, short_plane=16, repeated_columns=100, written_columns=0, expanded_rows=1)
+    chosen = choose(view, foldable=foldable, thresholds=thresholds)
+    assert (chosen.loops, chosen.shape, chosen.grid.span, chosen.grid.repeats) == (loops, shape, span, repeats)
+    assert chosen.grid.written == 1
+
+
+@pytest.mark.parametrize("least", [1, 5])
+def test_as_many_long_rows_as_repay_them(least):
+    """Of an r0 where sums are made, and of a task where results are written."""
+    thresholds = replace(SMALL, repeated_columns=40, written_columns=60, expanded_rows=least)
+    for rows in (4, 9, 20, 21, 60):
+        grid = choose((3, 2, rows, 2), thresholds=thresholds).grid
+        assert grid.repeats == max(1, min(20, rows // least))
+        assert grid.written == max(1, min(30, grid.r1_step // least))
 
 
 def test_thresholds_that_depend_on_each_other():
-    assert USUAL.tile_columns <= BLOCK, "the columns of a task lie in local arrays"
-    assert USUAL.folded_columns <= USUAL.tile_columns, "a tile has whole periods"
-    assert USUAL.short_plane <= USUAL.tile_columns, "a tile has whole runs"
+    for columns in (USUAL.repeated_columns, USUAL.written_columns):
+        assert columns <= BLOCK, "what there is of columns lies in local arrays"
+        assert columns <= USUAL.tile_columns, "a tile has whole rows where several are one"
+    assert USUAL.short_plane <= min(BLOCK, USUAL.tile_columns), "a tile has whole runs"
+    assert 2 * USUAL.write_elements <= USUAL.chunk_elements, "a part of a plane is a task of its own"
 
 
 LARGE = [
@@ -340,24 +427,44 @@ LARGE = [
 ]
 
 
+@pytest.mark.parametrize("view", [(7, 3, 11, 1), (30, 2, 1, 1), (2, 7, 10, 1), (1, 3, 100, 1), (5, 1, 8, 1)], ids=str)
+def test_a_task_of_inference_is_one_piece_of_memory(view):
+    """Of planes, as there are no sums to be made."""
+    chosen = choose_small(view, "infer", foldable=False)
+    assert chosen.loops == "planes"
+    places = np.arange(math.prod(view)).reshape(view[:3])
+    for _, _, bounds in tasks(chosen):
+        piece = places[bounds.r0 : bounds.r0_end, bounds.k0 : bounds.k0_end, bounds.r1 : bounds.r1_end]
+        assert piece.max() - piece.min() == piece.size - 1
+
+
 def test_the_tasks_of_a_step_are_limited():
     """One chunk per tile is the least; cutting at the ends of planes may double what is asked for."""
     for view in [*LARGE, *((n, 1, 40_000, 1) for n in range(1, 300))]:
-        chosen = choose(view)
-        chunks, tiles = elements.chunks_and_tiles.py_func(schedule.extent(chosen.loops, chosen.shape), chosen.grid)
-        assert chunks == 1 or chunks * tiles <= 2 * USUAL.max_tasks, f"{chunks} chunks, {tiles} tiles for {view}"
+        grid = choose(view).grid
+        assert grid.chunks == 1 or grid.chunks * grid.tiles <= 2 * USUAL.max_tasks, view
 
 
 @pytest.mark.parametrize("view", LARGE, ids=str)
 def test_chunks_are_worth_a_task(view):
     """A chunk of a large input has at least half of chunk_elements."""
-    chosen = choose(view)
-    r0, r1, k1 = chosen.grid.r0_step, chosen.grid.r1_step, chosen.grid.k1_step
-    assert r0 * r1 * k1 >= min(USUAL.chunk_elements, view[0] * view[2] * k1) / 2
+    grid = choose(view).grid
+    elements = grid.r0_step * grid.r1_step * grid.k1_step
+    assert elements >= min(USUAL.chunk_elements, view[0] * view[2] * grid.k1_step) / 2
+
+
+@pytest.mark.parametrize("view", LARGE, ids=str)
+def test_large_inputs_are_many_tasks(view):
+    """As many as a machine has cores, of chunks, of tiles, or of both."""
+    grid = choose(view, thresholds=replace(USUAL, threads=8)).grid
+    assert grid.chunks * grid.tiles >= 8
 
 
 @pytest.mark.parametrize("view", [*VIEWS, *LARGE], ids=str)
-def test_rows_are_cut_into_whole_blocks(view):
-    chosen = choose(view)
-    if chosen.loops != "planes":
-        assert chosen.grid.r1_step % schedule.ROW_BLOCK == 0
+def test_parts_of_a_row_sequence_are_whole_blocks(view):
+    """Four rows, or four times so many as are taken as one, at a time; or all there are."""
+    for chosen in (choose(view), choose_small(view)):
+        grid = chosen.grid
+        if chosen.loops == "rows" and grid.r1_step < chosen.shape[2]:
+            assert grid.r0_step == 1
+            assert grid.r1_step % (schedule.ROW_BLOCK * grid.repeats) == 0

@@ -5,6 +5,7 @@ import copy
 import functools
 import itertools
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_operands(target, way, weights, adjustment, dtype):
 
 
 @over_ways("short planes", "few channels")
-def test_operands_of_rows_that_are_folded_without_them(target, way):
+def test_operands_of_rows_that_are_longer_without_them(target, way):
     """On a CPU, where a stage that has no operand beside its input may take the values in another order."""
     for weights in (False, True):
         problem = Problem(way.shape, np.float32, weights, adjustment=True)
@@ -497,7 +498,8 @@ def test_an_exchange_that_returns_another_shape(target, way, name):
     problem = Problem(way.shape, np.float32)
     run = way.make(target, problem.options, exchange=Changing(name, lambda a: np.tile(a, 2)))
     state = problem.state.copy()
-    with pytest.raises(ValueError, match=r"exchange must return the shape \((4, 3|4, 2|2, 3|2, 2)\) that it got"):
+    shape = (4 if name == "merge" else 2, problem.params.shape[1])
+    with pytest.raises(ValueError, match=re.escape(f"exchange must return the shape {shape} that it got")):
         run.backward(problem.dy, problem.x, run.train(problem.x, problem.params, state, in_place=name == "merge")[2])
     assert bits(state) == bits(problem.state)
 

@@ -11,6 +11,7 @@ from benchmarks.peers import Contender, nbbn
 from benchmarks.peers.jax import Formulas, ordinary
 from benchmarks.peers.torch import module_for
 from benchmarks.problem import EPSILON, MOMENTUM
+from nbbn import force
 
 Forms = dict[str, Contender]
 Prepare = Callable[[Problem, str], Forms]
@@ -32,10 +33,12 @@ def nbbn_forms(problem: Problem, mode: str, **choices: Any) -> Forms:
     """
     library = importlib.import_module("nbbn.arrays.gpu").find_library(problem.x)
     given = {"ordinary": None, "preallocated": library.empty_like(problem.x)}
-    return {
-        form: nbbn.contender(problem, nbbn.layer_for(problem, **choices).to("cuda"), mode, out)
-        for form, out in given.items()
-    }
+    found = {}
+    for form, out in given.items():
+        layer = nbbn.layer_for(problem).to("cuda")
+        force(layer, **choices)  # the thresholds of a GPU are none of a CPU's
+        found[form] = nbbn.contender(problem, layer, mode, out)
+    return found
 
 
 # -- PyTorch -----------------------------------------------------------------------------------------------------------

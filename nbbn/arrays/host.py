@@ -42,7 +42,8 @@ class Host:
 
     def row(self, array: Array, row: int, shape: Sizes) -> Any:
         """A row of an Array as the user gets it, in another shape; a view where the library has views."""
-        return array[row].reshape(shape)
+        found = array[row]
+        return found if len(shape) == 1 else found.reshape(shape)
 
     def empty(self, shape: Sizes, dtype: np.dtype) -> Array:
         return np.empty(shape, dtype)

@@ -135,7 +135,7 @@ class Normalizer:
         step: Any = None  # the bound step of these arrays, where there is one
         if mask is None and type(inputs) is np.ndarray:
             name = "train" if batch else "infer"
-            step = self._dispatcher.bound.get((name, residual is not None, inputs.shape, inputs.strides, inputs.dtype))
+            step = self._dispatcher.bound.get((name, residual is not None, inputs.shape, inputs.dtype))
         general = step is None or not step.fits(variables, inputs, out, residual)
         if general:
             x, target, operands, dtype, clips, variables = _prepare(self, inputs, batch, mask, out, residual, keep)
@@ -165,7 +165,7 @@ class Normalizer:
         if keep:
             if not general:
                 operands, dtype = NOTHING if residual is None else Operands(residual), x.dtype
-            record = Record(x, saved, batch, operands, dtype, variables)
+            record = Record(x, saved, batch, operands, dtype, variables, None if general or not batch else step)
         if general:
             beside = [a for a in (target, residual) if a is not None]
             if mask is None and all(isinstance(a, np.ndarray) and a.flags.c_contiguous for a in beside):

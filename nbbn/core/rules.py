@@ -1,7 +1,7 @@
 """The arithmetic of one statistic: scalar functions that every target compiles and plain Python can run.
 
 Constants take the type of an argument (`type(x)(1)`), because a literal would turn float32 into float64 on a GPU, and
-bounds are branches instead of min and max, because those drop NaN on a GPU.
+there is no min or max, because those drop NaN on a GPU.
 """
 
 import math
@@ -11,6 +11,30 @@ from numba.extending import register_jitable
 
 LARGEST = sys.float_info.max
 
+# -- what chooses between values: all else is arithmetic, so that a vector can stand for a number ----------------------
+
+
+@register_jitable
+def drop(condition, x):
+    """0 where the condition holds, else x, which may be NaN where it is dropped."""
+    return type(x)(0) if condition else x
+
+
+@register_jitable
+def choose(condition, x, other):
+    """x where the condition holds, else the other."""
+    return x if condition else other
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+
+
+@register_jitable
+def divide(x, count):
+    """x / count; 0 where the count is 0."""
+    empty = count == 0
+    return drop(empty, x / choose(empty, type(count)(1), count))
+
 
 @register_jitable
 def shifted_moments(count, shift, total, squares):
@@ -19,23 +43,20 @@ def shifted_moments(count, shift, total, squares):
     With a value of the data as `shift` the subtraction loses at most log2(count / its weight) bits, however large the
     mean. Without any value both are 0. Of finite values m2 is finite: the largest number instead of infinity.
     """
-    zero = type(total)(0)
-    if count == 0:
-        return zero, zero
-    mean, m2 = shift + total / count, squares - total * (total / count)
-    if math.isinf(squares) and math.isfinite(mean):
-        return mean, type(total)(LARGEST)
-    return mean, (zero if m2 < 0 else m2)
+    distance = divide(total, count)
+    mean, m2 = drop(count == 0, shift + distance), squares - total * distance
+    m2 = drop(m2 < 0, m2)
+    return mean, choose(math.isinf(squares) & math.isfinite(mean), type(m2)(LARGEST), m2)
 
 
 @register_jitable
-def is_typical(shift, count, mean, m2):
-    """Whether the subtraction in shifted_moments() has lost at most 10 bits, or the shift cannot be nearer to the mean.
+def is_far(shift, count, mean, m2):
+    """Whether the subtraction in shifted_moments() has lost more than 10 bits, and the shift can be nearer to the mean.
 
     A value with next to no weight can be any number of deviations away from all others.
     """
     distance = mean - shift
-    return not (count * distance * distance > 1024 * m2 and abs(distance) > 1e-14 * abs(mean))
+    return (count * distance * distance > 1024 * m2) & (abs(distance) > 1e-14 * abs(mean))
 
 
 @register_jitable
@@ -58,7 +79,7 @@ def combine(count_a, mean_a, m2_a, squares_a, count_b, mean_b, m2_b, squares_b):
 @register_jitable
 def biased_variance(count, m2):
     """The variance with divisor `count`; 0 without any value."""
-    return m2 / count if count > 0 else type(m2)(0)
+    return divide(m2, count)
 
 
 @register_jitable
@@ -68,34 +89,29 @@ def unbiased_variance(count, m2, squares):
     squares: the sum of the squared weights, where count is the sum of the weights. m = count^2 / squares is how many
     values of equal weight would be as good: it does not depend on the scale of the weights.
     """
-    divisor = count - squares / count if count > 0 else count
+    divisor = count - divide(squares, count)
     # Where next to all weight is one value's, the difference is what rounding has left of it.
-    return biased_variance(count, m2) if divisor <= 1e-12 * count else m2 / divisor
+    return divide(m2, choose(divisor <= 1e-12 * count, count, divisor))
 
 
 @register_jitable
 def moving_average(old, new, momentum):
     """old - (old - new) * (1 - momentum); exactly `new` for momentum 0 and `old` for 1, be they NaN or infinite."""
-    one = type(momentum)(1)
-    if momentum == 0:
-        return new
-    if momentum == one:
-        return old
-    return old - (old - new) * (one - momentum)
+    moved = old - (old - new) * (type(momentum)(1) - momentum)
+    return choose(momentum == 0, new, choose(momentum == 1, old, moved))
 
 
 @register_jitable
 def stddev(variance, epsilon):
     """sigma = sqrt(variance + epsilon)."""
-    return type(variance)(math.sqrt(variance + epsilon))  # a Python float, in plain Python, would raise for 1 / 0
+    return type(variance)(math.sqrt(variance + epsilon))
 
 
 @register_jitable
 def reciprocal_stddev(variance, epsilon):
     """1 / sigma; 0 where sigma is 0: all values that it is of are the mean, and the output is beta."""
     sigma = stddev(variance, epsilon)
-    one = type(sigma)(1)
-    return one - one if sigma == 0 else one / sigma
+    return divide(type(sigma)(1), sigma)
 
 
 @register_jitable
@@ -113,23 +129,19 @@ def output_terms(mean, rounded_mean, rstd, r, d, gamma):
 def inference_terms(mean, rounded_mean, variance, epsilon, gamma):
     """Scale and shift of the same for moving statistics, without r and d."""
     scale = gamma * reciprocal_stddev(variance, epsilon)
-    return scale, type(scale)(0) if mean == rounded_mean else (rounded_mean - mean) * scale
+    return scale, drop(mean == rounded_mean, (rounded_mean - mean) * scale)
 
 
 @register_jitable
 def clip(value, low, high):
     """`value` between the bounds; NaN stays NaN."""
-    if value < low:
-        return low
-    if value > high:
-        return high
-    return value
+    return choose(value < low, low, choose(value > high, high, value))
 
 
 @register_jitable
 def saturate(value, most):
     """`value`, but nothing finite beyond `most`, the largest number of a dtype; infinity and NaN stay what they are."""
-    return clip(value, -most, most) if math.isfinite(value) else value
+    return choose(math.isfinite(value), clip(value, -most, most), value)
 
 
 @register_jitable
@@ -139,7 +151,7 @@ def renorm_correction(mean, sigma, renorm_mean, renorm_stddev, epsilon, rmin, rm
     Source: Ioffe, "Batch Renormalization", 2017, algorithm 1; the floor of the divisor is TensorFlow's.
     """
     floor = math.sqrt(epsilon)
-    divisor = floor if renorm_stddev < floor else renorm_stddev
+    divisor = choose(renorm_stddev < floor, floor, renorm_stddev)
     return clip(sigma / divisor, rmin, rmax), clip((mean - renorm_mean) / divisor, -dmax, dmax)
 
 
@@ -147,7 +159,7 @@ def renorm_correction(mean, sigma, renorm_mean, renorm_stddev, epsilon, rmin, rm
 def variance_of_stddev(sigma, epsilon):
     """The variance for which stddev() gives `sigma`, at least 0."""
     variance = sigma * sigma - epsilon
-    return type(variance)(0) if variance < 0 else variance
+    return drop(variance < 0, variance)
 
 
 @register_jitable
@@ -156,10 +168,7 @@ def input_gradient_terms(count, sum_dy, sum_dy_centered, rstd):
 
     With scale outside, every factor is in the range of float32 whenever dx is.
     """
-    if count == 0:
-        zero = type(rstd)(0)
-        return zero, zero
-    return sum_dy / count, rstd * (rstd * (sum_dy_centered / count))
+    return divide(sum_dy, count), rstd * (rstd * divide(sum_dy_centered, count))
 
 
 @register_jitable
@@ -168,11 +177,14 @@ def gamma_gradient(sum_dy, sum_dy_centered, rstd, r, d):
     return sum_dy_centered * rstd * r + sum_dy * d
 
 
+# -- elements ----------------------------------------------------------------------------------------------------------
+
+
 @register_jitable
-def counts(x, weight):
-    """Whether an element has a part in the sums of the gradient. One without weight has, as its output depends on
-    gamma and on all others, but not if there is no such output."""
-    return weight > 0 or math.isfinite(x)
+def is_left_out(x, weight):
+    """Whether an element has no part in the sums of the gradient. One without weight has, as its output depends on
+    gamma and on all others, but not if there is no such output: if x is not finite."""
+    return (weight <= 0) & (math.isfinite(x) == 0)  # `not` is no operator of vectors
 
 
 @register_jitable
@@ -201,24 +213,23 @@ def output(x, mean, scale, shift, a, b, gamma, beta, residual):
 @register_jitable
 def relu(z):
     """z where it is positive, else 0; NaN stays NaN."""
-    return type(z)(0) if z <= 0 else z
+    return drop(z <= 0, z)
 
 
 @register_jitable
 def relu_gradient(dy, z):
     """What relu(z) lets through of the gradient of its result."""
-    return type(dy)(0) if z <= 0 else dy
+    return drop(z <= 0, dy)
 
 
 @register_jitable
 def input_gradient(dy, x, mean, scale, bias, slope, a, weight):
     """One dx, with the terms of input_gradient_terms(), the a of an adjustment and the weight of x in the moments;
     None where there is none."""
-    term = bias if slope == 0 else bias + (x - mean) * slope  # statistics that are constants let x be infinite
+    # statistics that are constants let x be infinite
+    term = choose(slope == 0, bias, bias + (x - mean) * slope)
     if a is not None:
         dy = dy * a
     if weight is None:
         return scale * (dy - term)
-    if not counts(x, weight):
-        return type(dy)(0)
-    return scale * (dy - (weight * term if weight > 0 else type(term)(0)))
+    return drop(is_left_out(x, weight), scale * (dy - drop(weight <= 0, weight * term)))

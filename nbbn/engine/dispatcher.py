@@ -252,17 +252,25 @@ class Dispatcher:
             return
         if not (owner.params.flags.c_contiguous and owner.params.flags.aligned):
             return  # general steps get a copy
-        key = name, residual, x.shape, x.strides, x.dtype
+        key = name, residual, x.shape, x.dtype
         known, engine = self.bound.get(key), self.engine(x)
-        if known is not None and known.fits(owner, x, None, None):
+        if known is None or not known.fits(owner, x, None, None):
+            known = self._new_bound(name, x, residual, owner, engine)
+        if known is None:
             return
+        forward = self.bound.get(("train", *key[1:]))
+        if name == "backward" and forward is not None:
+            forward.gradient = known
+
+    def _new_bound(self, name: str, x: Array, residual: bool, owner: Any, engine: Engine) -> BoundStep | None:
         assert isinstance(engine, CpuEngine)
         hyper = self._hyper_of(x.ndim, x.dtype) if name == "train" else self._epsilon
         found = engine.bind(self._plain_step(name, x, residual)._replace(numbers={"hyper": hyper}), owner)
         if found is not None:
             if len(self.bound) >= self.force.max_plans:
                 self.bound.clear()
-            self.bound[key] = found
+            self.bound[name, residual, x.shape, x.dtype] = found
+        return found
 
     def _batch(self, x: Array, training: bool, operands: Operands, out: Array | None, dy: Array | None = None) -> Batch:
         """Raises: ValueError for an array that has not the input's shape."""

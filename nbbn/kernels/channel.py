@@ -35,17 +35,13 @@ OUTPUT_ROWS, GRADIENT_ROWS = {False: 3, True: 5}, {False: 2, True: 4}
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
-def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
-    """The functions of this stage, for the target whose decorator `compiled` is. They work on channels first to last,
-    or on statistics first to last. A flag is True or None: what is None is not compiled."""
+def functions(compiled: Callable[[Any], Any], rules: Any = rules, wide: Any = np.float64) -> SimpleNamespace:
+    """The functions of this stage, for the target whose decorator `compiled` is, whose rules these are, and which makes
+    float64 of a number by `wide`.
 
-    @compiled
-    def add_chunks(first, last, partial):
-        """Add up the sums of all chunks, in their order, in the place of the first chunk's."""
-        for chunk in range(1, partial.shape[0]):
-            for row in range(partial.shape[1]):
-                for s in range(first, last):
-                    partial[0, row, s] += partial[chunk, row, s]
+    They are about one channel c, one statistic s, or about whatever a target lets stand for several of them. Which ones
+    there are, and in how many groups, is the target's. A flag is True or None: what is None is not compiled.
+    """
 
     @compiled
     def largest(array):
@@ -53,40 +49,69 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
         return LARGEST_FLOAT32 if array.itemsize == 4 else rules.LARGEST
 
     @compiled
-    def train(first, last, params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients):
-        """From moments to the new state, what the gradient needs, and the coefficients of the output."""
-        update(first, last, state, hyper, renorm, cumulative, new_state, saved)
-        channels, epsilon = params.shape[1], hyper[EPSILON]
-        for g in range(saved.shape[1] // channels):
-            begin, end = g * channels + first, g * channels + last
-            count, m2, rstd = saved[COUNT, begin:end], saved[M2, begin:end], saved[RSTD, begin:end]
-            for i in range(rstd.size):  # a loop of its own is vectorized
-                rstd[i] = rules.reciprocal_stddev(rules.biased_variance(count[i], m2[i]), epsilon)
-            for c in range(first, last):
-                saved[USED_GAMMA, g * channels + c] = params[GAMMA, c]
-                saved[USED_BETA, g * channels + c] = params[BETA, c]
-        output_coefficients(first, last, channels, saved, a, coefficients)
+    def add_group(s, saved, bessel, present, mean, variance):
+        """The sums over a channel's groups that have any value, with one more: how many, their means and variances."""
+        n, m2 = saved[COUNT, s], saved[M2, s]
+        biased, unbiased = rules.biased_variance(n, m2), rules.unbiased_variance(n, m2, saved[SQUARES, s])
+        own = rules.choose(bessel != 0, unbiased, biased)
+        # without any value its mean and its variance are 0
+        return present + rules.drop(n == 0, bessel * 0 + 1), mean + saved[BATCH_MEAN, s], variance + own
 
     @compiled
-    def freeze(first, last, params, state, epsilon, saved):
+    def update(c, present, mean, variance, state, hyper, renorm, cumulative, new_state):
+        """Write the moving statistics of a channel from the sums over its groups. Returns: r and d of renorm.
+
+        What the state's dtype cannot hold becomes its largest number, from which later batches bring it back. The
+        batch's statistics are the average over its groups; a group without any value has none, and without any at all
+        nothing changes.
+        """
+        nothing, epsilon, most = present == 0, hyper[EPSILON], largest(new_state)
+        mean, variance = rules.divide(mean, present), rules.divide(variance, present)
+        mean_momentum = variance_momentum = hyper[MOMENTUM]
+        if cumulative is not None:
+            seen_mean, seen_variance = wide(state[SEEN_MEAN, c]), wide(state[SEEN_VARIANCE, c])
+            mean_momentum, variance_momentum = seen_mean / (seen_mean + 1.0), seen_variance / (seen_variance + 1.0)
+            new_state[SEEN_MEAN, c] = rules.choose(nothing, seen_mean, seen_mean + 1.0)
+            new_state[SEEN_VARIANCE, c] = rules.choose(nothing, seen_variance, seen_variance + 1.0)
+        old_mean, old_variance = wide(state[MEAN, c]), wide(state[VARIANCE, c])
+        new_state[MEAN, c] = moved(old_mean, mean, mean_momentum, nothing, most)
+        if renorm is None:
+            new_state[VARIANCE, c] = moved(old_variance, variance, variance_momentum, nothing, most)
+            return 1.0, 0.0
+        sigma, momentum = rules.stddev(variance, epsilon), hyper[RENORM_MOMENTUM]
+        old_renorm_mean, old_renorm_stddev = wide(state[RENORM_MEAN, c]), wide(state[RENORM_STDDEV, c])
+        stddev = moved(wide(state[STDDEV, c]), sigma, variance_momentum, nothing, most)
+        new_variance = rules.saturate(rules.variance_of_stddev(stddev, epsilon), most)
+        new_state[STDDEV, c] = stddev
+        new_state[VARIANCE, c] = rules.choose(nothing, old_variance, new_variance)
+        new_state[RENORM_MEAN, c] = moved(old_renorm_mean, mean, momentum, nothing, most)
+        new_state[RENORM_STDDEV, c] = moved(old_renorm_stddev, sigma, momentum, nothing, most)
+        return rules.renorm_correction(
+            mean, sigma, old_renorm_mean, old_renorm_stddev, epsilon, hyper[RMIN], hyper[RMAX], hyper[DMAX]
+        )
+
+    @compiled
+    def moved(old, new, momentum, nothing, most):
+        """A moving statistic after this batch."""
+        return rules.choose(nothing, old, rules.saturate(rules.moving_average(old, new, momentum), most))
+
+    @compiled
+    def save(s, c, rstd, r, d, params, saved):
+        """Write what a gradient needs beside the moments."""
+        saved[RSTD, s] = rstd
+        saved[R, s] = r
+        saved[D, s] = d
+        saved[USED_GAMMA, s] = wide(params[GAMMA, c])
+        saved[USED_BETA, s] = wide(params[BETA, c])
+
+    @compiled
+    def freeze(c, params, state, hyper, saved):
         """Write what a gradient needs of statistics that are constants, which is what a count of 0 says."""
-        for c in range(first, last):
-            saved[COUNT, c] = 0.0
-            saved[BATCH_MEAN, c] = state[MEAN, c]
-            saved[M2, c] = 0.0
-            saved[SQUARES, c] = 0.0
-            saved[RSTD, c] = rules.reciprocal_stddev(np.float64(state[VARIANCE, c]), epsilon)
-            saved[R, c] = 1.0
-            saved[D, c] = 0.0
-            saved[USED_GAMMA, c] = params[GAMMA, c]
-            saved[USED_BETA, c] = params[BETA, c]
-
-    @compiled
-    def output_coefficients(first, last, channels, saved, a, coefficients):
-        """Write the coefficients of the output of some channels; with an adjustment (a is not None) beta is apart."""
-        for group in range(0, saved.shape[1], channels):
-            for s in range(group + first, group + last):
-                statistic_coefficients(s, s, saved, a, coefficients)
+        saved[COUNT, c] = 0.0
+        saved[BATCH_MEAN, c] = wide(state[MEAN, c])
+        saved[M2, c] = 0.0
+        saved[SQUARES, c] = 0.0
+        save(c, c, rules.reciprocal_stddev(wide(state[VARIANCE, c]), hyper[EPSILON]), 1.0, 0.0, params, saved)
 
     @compiled
     def element_mean(s, saved, coefficients):
@@ -95,16 +120,17 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
         mean = saved[BATCH_MEAN, s]
         if coefficients.itemsize == 8:
             return mean
-        # m2 with equal weights as if they were 1; a division or a branch would be felt in small calls
+        # m2 with equal weights as if they were 1
         far = saved[M2, s] * saved[COUNT, s] > LARGEST_FLOAT32 * LARGEST_FLOAT32 * saved[SQUARES, s]
-        return 0.0 if far | (abs(mean) > LARGEST_FLOAT32) else mean
+        return rules.drop(far | (abs(mean) > LARGEST_FLOAT32), mean)
 
     @compiled
-    def statistic_coefficients(s, target, saved, a, coefficients):
-        """Write the coefficients of the output of one statistic to column `target`."""
+    def output_coefficients(s, target, saved, a, coefficients):
+        """Write the coefficients of the output of a statistic to column `target`; with an adjustment (a is not None)
+        beta is apart."""
         gamma, beta, mean = saved[USED_GAMMA, s], saved[USED_BETA, s], saved[BATCH_MEAN, s]
         coefficients[Y_MEAN, target] = element_mean(s, saved, coefficients)
-        rounded = np.float64(coefficients[Y_MEAN, target])
+        rounded = wide(coefficients[Y_MEAN, target])
         scale, shift = rules.output_terms(mean, rounded, saved[RSTD, s], saved[R, s], saved[D, s], gamma)
         coefficients[Y_SCALE, target] = scale
         if a is None:
@@ -115,115 +141,34 @@ def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
             coefficients[Y_BETA, target] = beta
 
     @compiled
-    def add_group(s, bessel, saved, present, mean, variance):
-        """The sums over a channel's groups that have any value, with one more."""
-        n = saved[COUNT, s]
-        if n > 0:
-            m2 = saved[M2, s]
-            own = rules.unbiased_variance(n, m2, saved[SQUARES, s]) if bessel else rules.biased_variance(n, m2)
-            return present + 1, mean + saved[BATCH_MEAN, s], variance + own
-        return present, mean, variance
-
-    @compiled
-    def update(first, last, state, hyper, renorm, cumulative, new_state, saved):
-        """Write the moving statistics of some channels, and to `saved` r and d of renorm, 1 and 0 without it.
-
-        What the state's dtype cannot hold becomes its largest number, from which later batches bring it back. The
-        batch's statistics are the average over its groups; a group without any value has none. The loop is inside:
-        a call per channel, with its arrays as arguments, would take longer than what it does.
-        """
-        renorm_momentum, epsilon, most = hyper[RENORM_MOMENTUM], hyper[EPSILON], largest(new_state)
-        mean_momentum = variance_momentum = hyper[MOMENTUM]
-        bessel, channels = hyper[BESSEL] != 0, state.shape[1]
-        groups = saved.shape[1] // channels
-        for c in range(first, last):
-            present, mean, variance = add_group(c, bessel, saved, 0, 0.0, 0.0)
-            for g in range(1, groups):
-                present, mean, variance = add_group(g * channels + c, bessel, saved, present, mean, variance)
-            if present > 1:
-                mean, variance = mean / present, variance / present
-            if cumulative is not None:
-                seen_mean, seen_variance = np.float64(state[SEEN_MEAN, c]), np.float64(state[SEEN_VARIANCE, c])
-                mean_momentum = seen_mean / (seen_mean + 1.0)
-                variance_momentum = seen_variance / (seen_variance + 1.0)
-                if present > 0:
-                    new_state[SEEN_MEAN, c] = seen_mean + 1.0
-                    new_state[SEEN_VARIANCE, c] = seen_variance + 1.0
-            if present == 0:
-                for row in range(state.shape[0]):
-                    new_state[row, c] = state[row, c]
-            else:
-                old_mean = np.float64(state[MEAN, c])
-                new_state[MEAN, c] = rules.saturate(rules.moving_average(old_mean, mean, mean_momentum), most)
-            if renorm is None:
-                if present > 0:
-                    old_variance = np.float64(state[VARIANCE, c])
-                    moved = rules.moving_average(old_variance, variance, variance_momentum)
-                    new_state[VARIANCE, c] = rules.saturate(moved, most)
-                continue
-            sigma, old_stddev = rules.stddev(variance, epsilon), np.float64(state[STDDEV, c])
-            old = np.float64(state[RENORM_MEAN, c]), np.float64(state[RENORM_STDDEV, c])
-            r, d = rules.renorm_correction(mean, sigma, old[0], old[1], epsilon, hyper[RMIN], hyper[RMAX], hyper[DMAX])
-            if present > 0:
-                stddev = rules.saturate(rules.moving_average(old_stddev, sigma, variance_momentum), most)
-                renorm_mean = rules.saturate(rules.moving_average(old[0], mean, renorm_momentum), most)
-                renorm_stddev = rules.saturate(rules.moving_average(old[1], sigma, renorm_momentum), most)
-                new_state[STDDEV, c] = stddev
-                new_state[VARIANCE, c] = rules.saturate(rules.variance_of_stddev(stddev, epsilon), most)
-                new_state[RENORM_MEAN, c] = renorm_mean
-                new_state[RENORM_STDDEV, c] = renorm_stddev
-            for g in range(groups):
-                saved[R, g * channels + c] = r
-                saved[D, g * channels + c] = d
-        if renorm is None:
-            for row, value in ((R, 1.0), (D, 0.0)):
-                for g in range(groups):
-                    for c in range(first, last):
-                        saved[row, g * channels + c] = value
-
-    @compiled
-    def infer(params, state, hyper, coefficients):
+    def inference_coefficients(c, params, state, hyper, coefficients):
         """Write the coefficients of the output from the moving statistics."""
-        for c in range(params.shape[1]):
-            gamma, variance = np.float64(params[GAMMA, c]), np.float64(state[VARIANCE, c])
-            mean = np.float64(state[MEAN, c])
-            coefficients[Y_MEAN, c] = mean if abs(mean) <= largest(coefficients) else 0.0  # of a wider state
-            rounded = np.float64(coefficients[Y_MEAN, c])
-            scale, shift = rules.inference_terms(mean, rounded, variance, hyper[EPSILON], gamma)
-            coefficients[Y_SCALE, c] = scale
-            coefficients[Y_SHIFT, c] = shift + np.float64(params[BETA, c])
+        mean = wide(state[MEAN, c])
+        # what a wider state holds may be too much
+        coefficients[Y_MEAN, c] = rules.drop(abs(mean) > largest(coefficients), mean)
+        rounded, gamma = wide(coefficients[Y_MEAN, c]), wide(params[GAMMA, c])
+        scale, shift = rules.inference_terms(mean, rounded, wide(state[VARIANCE, c]), hyper[EPSILON], gamma)
+        coefficients[Y_SCALE, c] = scale
+        coefficients[Y_SHIFT, c] = shift + wide(params[BETA, c])
 
     @compiled
-    def parameter_gradients(first, last, sums, saved, dparams):
-        """Write the gradients of gamma and beta of some channels."""
-        channels = dparams.shape[1]
-        for c in range(first, last):
-            dgamma, dbeta = 0.0, 0.0
-            for s in range(c, saved.shape[1], channels):
-                total, centered = sums[SUM_DYA, s], sums[SUM_DYA_X, s]
-                dgamma += rules.gamma_gradient(total, centered, saved[RSTD, s], saved[R, s], saved[D, s])
-                if sums.shape[0] == 2:
-                    dbeta += total
-                else:
-                    dgamma += sums[SUM_DYB, s]
-                    dbeta += sums[SUM_DY, s]
-            dparams[GAMMA, c] = dgamma
-            dparams[BETA, c] = dbeta
+    def add_parameter_gradients(s, sums, saved, adjusted, dgamma, dbeta):
+        """The gradients of gamma and beta with those of one more group. adjusted: None without an adjustment."""
+        total, centered = sums[SUM_DYA, s], sums[SUM_DYA_X, s]
+        own = rules.gamma_gradient(total, centered, saved[RSTD, s], saved[R, s], saved[D, s])
+        if adjusted is None:
+            return dgamma + own, dbeta + total
+        return dgamma + own + sums[SUM_DYB, s], dbeta + sums[SUM_DY, s]
 
     @compiled
-    def input_coefficients(first, last, channels, sums, saved, coefficients):
-        """Write mean, scale, bias and slope of dx of some channels.
+    def input_coefficients(s, sums, saved, coefficients):
+        """Write mean, scale, bias and slope of dx. Where the statistics are constants bias and slope are 0."""
+        rstd, mean = saved[RSTD, s], saved[BATCH_MEAN, s]
+        bias, slope = rules.input_gradient_terms(saved[COUNT, s], sums[SUM_DYA, s], sums[SUM_DYA_X, s], rstd)
+        coefficients[DX_MEAN, s] = element_mean(s, saved, coefficients)
+        coefficients[DX_SCALE, s] = saved[USED_GAMMA, s] * saved[R, s] * rstd
+        coefficients[DX_BIAS, s] = bias - (mean - wide(coefficients[DX_MEAN, s])) * slope
+        coefficients[DX_SLOPE, s] = slope
 
-        saved: with a count of 0 the statistics are constants, and bias and slope are 0.
-        """
-        for c in range(first, last):
-            for s in range(c, saved.shape[1], channels):
-                rstd, mean = saved[RSTD, s], saved[BATCH_MEAN, s]
-                bias, slope = rules.input_gradient_terms(saved[COUNT, s], sums[SUM_DYA, s], sums[SUM_DYA_X, s], rstd)
-                coefficients[DX_MEAN, s] = element_mean(s, saved, coefficients)
-                coefficients[DX_SCALE, s] = saved[USED_GAMMA, s] * saved[R, s] * rstd
-                coefficients[DX_BIAS, s] = bias - (mean - np.float64(coefficients[DX_MEAN, s])) * slope
-                coefficients[DX_SLOPE, s] = slope
-
-    found = (add_chunks, train, freeze, output_coefficients, statistic_coefficients, infer)
-    return SimpleNamespace(**{f.__name__: f for f in (*found, parameter_gradients, input_coefficients)})
+    found = (add_group, update, save, freeze, output_coefficients, inference_coefficients)
+    return SimpleNamespace(**{f.__name__: f for f in (*found, add_parameter_gradients, input_coefficients)})

@@ -10,8 +10,8 @@ from typing import Any
 from nbbn.core import rules
 
 
-def functions(compiled: Callable[[Any], Any]) -> SimpleNamespace:
-    """The functions, for the target whose decorator `compiled` is."""
+def functions(compiled: Callable[[Any], Any], rules: Any = rules) -> SimpleNamespace:
+    """The functions, for the target whose decorator `compiled` is, and whose rules these are."""
 
     @compiled
     def output(x, mean, scale, shift, a, b, gamma, beta, residual, relu):

@@ -4,7 +4,7 @@ from nbbn.runtime.cache import cache_folder, code_hash, compile_kernel, entry_po
 from nbbn.runtime.machine import last_level_cache
 from nbbn.runtime.plain import PLAIN, intrinsic, run_by_python
 from nbbn.runtime.progress import LOGGER
-from nbbn.runtime.threadpool import start_pool
+from nbbn.runtime.threadpool import likely_layer, start_pool
 from nbbn.runtime.threads import StateLock, parallel_region, thread_limit, thread_limits
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "find_cache",
     "intrinsic",
     "last_level_cache",
+    "likely_layer",
     "parallel_region",
     "run_by_python",
     "start_pool",

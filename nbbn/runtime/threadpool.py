@@ -1,11 +1,14 @@
 """Numba's thread pool: which threading layer it has, and what a thread that has used it leaves behind.
 
-Numba takes the first layer of tbb, omp, workqueue that it can load. The pip wheel `tbb` puts its library into
+Numba takes the first layer of tbb, omp, workqueue that it can load. OpenMP is the quickest, and its dangers are those
+of nested and forked calls, which never reach it from here (threads.py). The pip wheel `tbb` puts its library into
 <prefix>/lib, where neither the dynamic linker nor Numba looks; once that very file is loaded, Numba finds it by name.
+So it is loaded only for who asks for it, or has no OpenMP.
 """
 
 import contextlib
 import ctypes
+import importlib
 import re
 import sys
 import threading
@@ -19,9 +22,11 @@ from numba.np.ufunc import parallel as numba_pool
 
 # The names by which Numba asks for the library.
 _TBB = {"win32": "tbb12.dll", "darwin": "libtbb.12.dylib"}.get(sys.platform, "libtbb.so.12")
-_ADMITS_TBB = ("default", "tbb", "safe", "threadsafe", "forksafe")  # settings of NUMBA_THREADING_LAYER
+# Settings of NUMBA_THREADING_LAYER that ask for TBB, and those that OpenMP satisfies as well.
+_ASKS_FOR_TBB, _ADMITS_BOTH = ("tbb", "safe", "forksafe"), ("default", "threadsafe")
 
 _starter = threading.main_thread().ident  # who has started the pool, unless nbbn learns better
+_is_missing = False  # no layer could be loaded, and to try takes 0.2 ms
 
 
 def start_pool() -> str | None:
@@ -30,7 +35,9 @@ def start_pool() -> str | None:
     The pool is the process's, whoever starts it: a choice made by NUMBA_THREADING_LAYER, numba.config or an earlier
     kernel stays.
     """
-    global _starter
+    global _starter, _is_missing
+    if _is_missing:
+        return None
     if not numba_pool._is_initialized:
         with global_compiler_lock:  # which a fork waits for
             if not numba_pool._is_initialized:
@@ -39,18 +46,41 @@ def start_pool() -> str | None:
             try:
                 numba.get_num_threads()
             except ValueError:
+                _is_missing = True
                 return None
-    return str(numba.threading_layer())
+    return str(numba_pool._threading_layer)
+
+
+def likely_layer() -> str:
+    """The layer that the pool has or, if it does not run yet, will have unless something is missing."""
+    asked = str(numba.config.THREADING_LAYER).lower()
+    if numba_pool._is_initialized or asked in ("tbb", "omp", "workqueue"):
+        return str(numba_pool._threading_layer or asked)
+    if asked in _ADMITS_BOTH and _has_openmp():
+        return "omp"
+    return "workqueue" if asked == "default" else "tbb"
 
 
 def _offer_tbb() -> None:
     layer, first = str(numba.config.THREADING_LAYER).lower(), numba.config.THREADING_LAYER_PRIORITY[0]
-    if layer not in _ADMITS_TBB or (layer == "default" and first != "tbb"):
+    wanted = layer in _ADMITS_BOTH and (layer != "default" or first == "tbb") and not _has_openmp()
+    if not (wanted or layer in _ASKS_FOR_TBB):
         return
     with contextlib.suppress(metadata.PackageNotFoundError, OSError):  # Numba then takes the next layer
         for file in metadata.files("tbb") or ():
             if re.fullmatch(re.escape(_TBB), file.name, re.IGNORECASE):
                 ctypes.CDLL(str(file.locate()))
+
+
+@lru_cache(maxsize=1)
+def _has_openmp() -> bool:
+    """Whether Numba's layer can be loaded: it needs the compiler's runtime library."""
+    with global_compiler_lock:  # which a fork waits for
+        try:
+            importlib.import_module("numba.np.ufunc.omppool")
+        except ImportError:
+            return False
+    return True
 
 
 def openmp_threads() -> int:

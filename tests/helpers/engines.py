@@ -107,9 +107,11 @@ def _check(given, written):
 
 
 def _random(rng, like):
-    """Numbers from 0 to 1, as the kernels' arrays hold them: 16-bit floats are integers there."""
+    """Numbers from 0 to 1, as the kernels' arrays hold them: in strided views 16-bit floats are integers."""
     if like.dtype == np.uint16:
         return rng.random(like.shape, np.float32).astype(np.float16).view(np.uint16)
     if like.dtype == np.int16:
         return rng.integers(0x3C00, 0x3F80, like.shape, np.int16)
+    if like.dtype.itemsize == 2:
+        return rng.random(like.shape, np.float32).astype(like.dtype)
     return rng.random(like.shape, like.dtype)

@@ -10,6 +10,7 @@ from tests.helpers.concurrency import in_threads
 
 X = np.random.default_rng(0).normal(size=(2048, 128)).astype(np.float32)
 layer = nbbn.BatchNormalization()
+nbbn.force(layer, parallel=True)  # whatever the threading layer costs, its dangers are what is tested
 expected = layer(X, training=True, update_statistics=False)
 _mean, _variance = X.mean(0, np.float64), X.var(0, np.float64)
 # float32 holds 24 bits, and a few operations on numbers below 8 lose less than 3 of them.

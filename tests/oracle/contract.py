@@ -1,5 +1,6 @@
 """What the tests of all targets share: schedules, small problems, and what the oracle makes of them."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,15 +12,23 @@ from tests.oracle.agreement import check, gated_as, gradients, output, saturated
 from tests.oracle.reference import Reference
 from tests.oracle.targets import TARGETS
 
-# Several chunks per statistic and several tiles of K1, and rows of all kinds, as large inputs have them.
+# On a CPU: several chunks per statistic, several tiles of columns and of channels, parts of them, and rows of all
+# kinds, as large inputs have them; nothing is streamed unless a test says so.
 THRESHOLDS: dict[str, dict[str, Any]] = {
     "cpu": {
-        "chunk_elements": 16,
+        "chunk_elements": 64,
+        "write_elements": 64,
+        "max_tasks": 32,
         "chunk_rows": 1,
-        "tile_columns": 16,
-        "folded_columns": 16,
+        "tile_elements": 500,
+        "tile_columns": 32,
+        "repeated_columns": 32,
+        "written_columns": 48,
+        "expanded_rows": 1,
         "short_plane": 12,
-        "folded_elements": 0,
+        "tiles_per_thread": 1,
+        "streamed_share": math.inf,
+        "streamed_run": 0,
     },
     "cuda": {"threads": 4, "columns": 2, "vectors": 1, "applied": 8, "max_chunks": 3},
 }
@@ -52,9 +61,9 @@ class Way(NamedTuple):
         return self._replace(one_pass=False)
 
 
-# With THRESHOLDS: whole chunks and parts of them, whole tiles and parts.
-PLANES, ROWS = Way("planes", (6, 3, 7, 1), True), Way("rows", (6, 3, 7, 19))
-SHORT_PLANES, FEW_CHANNELS = Way("rows", (6, 3, 7, 1), True), Way("rows", (6, 3, 8, 5), True)
+# With THRESHOLDS: whole chunks, tiles and vectors, and parts of them.
+PLANES, ROWS = Way("planes", (6, 5, 23, 1), True), Way("rows", (6, 2, 7, 51), True)
+SHORT_PLANES, FEW_CHANNELS = Way("rows", (6, 5, 7, 1), True), Way("rows", (6, 3, 5, 8), True)
 GPU_PLANES, GPU_SHORT_PLANES = Way("planes", (6, 2, 5, 1)), Way("planes", (6, 2, 8, 1), True)
 GPU_ROWS = Way("rows", (6, 2, 2, 3), True)
 WAYS = {
@@ -62,11 +71,13 @@ WAYS = {
         "planes": PLANES,
         "planes, two passes": PLANES.twice(),
         "rows": ROWS,
-        "rows of planes": Way("rows", (6, 3, 13, 1)),
+        "rows, two passes": ROWS.twice(),
+        "rows of planes": Way("rows", (6, 3, 13, 1), True),
         "short planes": SHORT_PLANES,
         "short planes, two passes": SHORT_PLANES.twice(),
         "few channels": FEW_CHANNELS,
         "few channels, two passes": FEW_CHANNELS.twice(),
+        "few channels, a part of a long row": Way("rows", (1, 1, 33, 5), True),
     },
     # A GPU's simulator runs some hundred threads a second: just enough for what differs, which is the elements of one
     # access (1, or 2 to 8, by the dtype), parts of tiles, and planes that several chunks share.
@@ -80,14 +91,19 @@ WAYS = {
         "wide rows": Way("rows", (1, 1, 4, 24)),
     },
 }
-# The statistics of all groups of a channel are in tiles that one pass takes together.
+# Of a batch of 6, or 12. The statistics of all groups of a channel are in tiles that one pass takes together, unless a
+# name says that tiles do not end where groups do: there are two passes.
 GROUPED = {
     "cpu": {
         "planes": Way("planes", (6, 3, 7, 1), True),
-        "short planes": Way("rows", (6, 4, 4, 1), True),
-        "one tile per group": Way("rows", (12, 2, 8, 2), True),
-        "tiles that hold parts of two groups": Way("rows", (12, 3, 5, 1), True),
-        "few channels": Way("rows", (12, 1, 8, 3), True),
+        "a part of a tile in each group": Way("planes", (12, 5, 23, 1), True),
+        "rows": Way("rows", (6, 1, 2, 51), True),
+        "one tile of columns per group": Way("rows", (12, 1, 1, 32), True),
+        "tiles of columns across groups": Way("rows", (12, 1, 1, 19), True),
+        "short planes": Way("rows", (12, 8, 4, 1), True),
+        "short planes, tiles across groups": Way("rows", (12, 9, 5, 1), True),
+        "few channels": Way("rows", (12, 3, 8, 3), True),
+        "few channels, one tile across groups": Way("rows", (12, 1, 1, 3), True),
     },
     "cuda": {
         "planes": Way("planes", (6, 2, 3, 1), True),
@@ -98,16 +114,7 @@ GROUPED = {
 }
 # What runs, whatever was asked for: loops, one pass.
 RUNS = {
-    "cpu": {
-        "planes": ("planes", True),
-        "planes, two passes": ("planes", False),
-        "rows": ("rows", False),
-        "rows of planes": ("rows", False),
-        "short planes": ("folded", True),
-        "short planes, two passes": ("folded", False),
-        "few channels": ("folded", True),
-        "few channels, two passes": ("folded", False),
-    },
+    "cpu": {name: (way.schedule, way.one_pass) for name, way in WAYS["cpu"].items()},
     "cuda": {
         "planes": ("planes", False),
         "wide planes": ("planes", False),
@@ -118,12 +125,12 @@ RUNS = {
         "wide rows": ("rows", False),
     },
 }
-# On a CPU every pair is a kernel that takes seconds to compile: folded rows are the rows' loops with another look-up.
+# On a CPU every pair of loops and a dtype is kernels that take seconds to compile: all rows have the same.
 _OTHER_DTYPES = {
     "cpu": [
-        *((name, dtype) for name in ("planes", "rows") for dtype in (np.float16, bfloat16, np.float64)),
-        ("short planes", np.float16),
-        ("few channels", np.float16),
+        (name, dtype)
+        for name in ("planes", "rows", "short planes", "few channels")
+        for dtype in (np.float16, bfloat16, np.float64)
     ],
     "cuda": [(name, dtype) for name in WAYS["cuda"] for dtype in (np.float16, bfloat16, np.float64)],
 }

@@ -1,7 +1,6 @@
 """The machines that run the stages, behind one face (face.py): all that the tests of every target know of them."""
 
 import os
-from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbbn.core import dtypes
-from nbbn.kernels.cpu.memory import STREAMED
-from nbbn.kernels.cpu.scalars import load, store
+from nbbn.kernels.cpu.lanes import LANES, load, over, store, traced
 from nbbn.runtime import PLAIN, run_by_python
 from tests.oracle.face import Target
 
@@ -26,51 +24,53 @@ class Cpu(Target):
     def kernels(self) -> list[tuple[str, str, bool, bool]]:
         """Step, loops, whether it is one pass, and whether results go past the caches: of all that has run."""
         return [
-            (p.step, p.schedule.loops, p.schedule.one_pass, p.schedule.grid.store == STREAMED)
+            (p.step, p.schedule.loops, p.schedule.one_pass, bool(p.schedule.grid.streamed))
             for p in self.engine.plans.values()
         ]
 
 
-def _compiled(function: Any) -> Any:
+def compiled(function: Any) -> Any:
+    """A function as the kernels are: by Numba, or as it is where there is no compiler."""
     return run_by_python(function) if PLAIN else numba.njit(function)
 
 
-def _carried(stored: Array) -> Array:
+def carried(stored: Array) -> Array:
     """As the loops get it."""
     return stored if PLAIN else stored.view(dtypes.carrier(stored.dtype))
 
 
-class CpuScalars:
-    """How a target reads and writes the elements of one 16-bit dtype."""
+@traced
+def copy_elements(source: Any, target: Any) -> None:
+    """Read elements and write them, sixteen at a time and then those that are left."""
+    over(0, source.size, lambda i, n, _: store(target, i, load(source, i, n), n))
+
+
+@compiled
+def _convert(source, target, piece):
+    for i in range(0, source.size, piece):
+        copy_elements(source[i : i + piece], target[i : i + piece])
+
+
+class CpuConversion:
+    """How a target reads and writes the elements of one 16-bit dtype: sixteen at a time, and fewer."""
 
     def __init__(self, dtype: Any) -> None:
         self.dtype = np.dtype(dtype)
 
-    @cached_property
-    def _loops(self) -> Any:
-        @_compiled
-        def read(stored, values):
-            for i in range(stored.size):
-                values[i] = load(stored, i)
-
-        @_compiled
-        def write(values, stored):
-            for i in range(stored.size):
-                store(stored, i, values[i])
-
-        return read, write
-
     def read(self, stored: Array) -> Array:
         """float32 values of (n,) elements."""
-        values = np.empty(stored.shape, np.float32)
-        self._loops[0](_carried(stored), values)
-        return values
+        return self._in_vectors_and_parts(stored, np.dtype(np.float32))
 
     def write(self, values: Array) -> Array:
         """(n,) elements for float32 values."""
-        stored = np.empty(values.shape, self.dtype)
-        self._loops[1](values, _carried(stored))
-        return stored
+        return self._in_vectors_and_parts(values, self.dtype)
+
+    def _in_vectors_and_parts(self, source: Array, dtype: np.dtype[Any]) -> Array:
+        whole, parts = np.empty(source.shape, dtype), np.empty(source.shape, dtype)
+        for target, piece in ((whole, source.size), (parts, LANES - 1)):
+            _convert(carried(source), carried(target), piece)
+        np.testing.assert_array_equal(whole.view(np.uint8), parts.view(np.uint8))
+        return whole
 
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
@@ -87,8 +87,8 @@ def _has_gpu() -> bool:
 # name: (runs the steps, converts elements). The simulator's session is for what it simulates.
 TARGETS: dict[str, tuple[type[Any], type[Any]]] = {}
 if not SIMULATED:
-    TARGETS["cpu"] = (Cpu, CpuScalars)
+    TARGETS["cpu"] = (Cpu, CpuConversion)
 if SIMULATED or _has_gpu():
-    from tests.oracle.targets_cuda import Cuda, CudaScalars
+    from tests.oracle.targets_cuda import Cuda, CudaConversion
 
-    TARGETS["cuda"] = (Cuda, CudaScalars)
+    TARGETS["cuda"] = (Cuda, CudaConversion)

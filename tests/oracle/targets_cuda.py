@@ -99,7 +99,7 @@ class Cuda(Target):
         return [plan.schedule for plan in self.engine.plans.values()]
 
 
-class CudaScalars:
+class CudaConversion:
     """How kernels read and write the elements of one 16-bit dtype: alone, and several in one access."""
 
     def __init__(self, dtype: Any) -> None:

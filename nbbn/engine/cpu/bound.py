@@ -3,8 +3,6 @@
 Of a call of a few microseconds, finding the same answers again would be the larger part.
 """
 
-from collections.abc import Callable
-from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from nbbn.kernels.channel import SAVED_ROWS
 from nbbn.runtime import buffers
 
 Array = np.ndarray
+_overlap = np.may_share_memory
 
 
 # By the name of a step: the arguments that differ between its calls, as the methods of BoundStep pass them.
@@ -29,48 +28,53 @@ class BoundStep:
     """A step on C-contiguous arrays of one shape and dtype, beside which there is nothing but a residual.
 
     owner: the variables that it is for. Every method that runs it takes None for a residual, or for an output, that is
-    not there; whether there is a residual is fixed.
+    not there; whether there is a residual is fixed. gradient: of a training step, the step for its gradient, once there
+    is one.
     """
 
-    __slots__ = ("_dtype", "_empty", "_owner", "_run", "_saved_shape", "_shape", "_state_shape", "_viewed")
+    __slots__ = ("_dtype", "_empty", "_owner", "_run", "_saved_shape", "_shape", "_state_shape", "gradient")
 
     def __init__(self, plan: Plan, step: Step, owner: Any) -> None:
-        self._shape, self._dtype, self._saved_shape = step.x.shape, plan.dtype, (SAVED_ROWS, step.lay.statistics)
+        self._shape, self._dtype = step.x.shape, plan.dtype
+        self._saved_shape = SAVED_ROWS, step.lay.statistics
         self._owner, self._state_shape = owner, owner.state.shape
-        view, carrier = plan.schedule.shape, plan.carrier
-        as_it_is: Callable[[Array], Array] = methodcaller("reshape", view)
-        self._viewed = as_it_is if carrier is None else lambda array: array.view(carrier).reshape(view)
         self._empty = buffers.empty if step.x.nbytes >= buffers.SMALLEST else np.empty
         self._run = plan.bind(step.numbers, _GIVEN[step.name])
+        self.gradient: BoundStep | None = None
 
     def fits(self, owner: Any, x: Array, out: Any, residual: Any, dy: Any = None) -> bool:
-        """Whether the step can be run for `owner` on `x`, which has its geometry, and the others that are not None, and
-        write its result to `out`. If not, somebody else has to find out why."""
-        if owner is not self._owner or not x.flags.aligned:
-            return False
-        if residual is not None and not self._is_like_input(residual):
+        """Whether the step can be run for `owner` on `x`, which has its shape and dtype, and the others that are not
+        None, and write its result to `out`. If not, somebody else has to find out why."""
+        flags = x.flags
+        if owner is not self._owner or not (flags.c_contiguous and flags.aligned):
             return False
         if dy is not None and not self._is_like_input(dy):
             return False
+        if residual is not None and not self._is_like_input(residual):
+            return False
         if out is None:
             return True
-        if not self._is_like_input(out) or not out.flags.writeable or np.may_share_memory(out, x):
+        # `carray` says at once that memory is contiguous, aligned and writable
+        if not (self._has_geometry(out) and out.flags.carray) or _overlap(out, x):
             return False
-        if dy is not None and np.may_share_memory(out, dy):
+        return (dy is None or not _overlap(out, dy)) and (residual is None or not _overlap(out, residual))
+
+    def _has_geometry(self, array: Any) -> bool:
+        if type(array) is not np.ndarray or array.shape != self._shape:
             return False
-        return residual is None or not np.may_share_memory(out, residual)
+        dtype = array.dtype
+        return dtype is self._dtype or dtype == self._dtype
 
     def _is_like_input(self, array: Any) -> bool:
-        if type(array) is not np.ndarray or array.shape != self._shape or array.dtype != self._dtype:
+        if not self._has_geometry(array):
             return False
         flags = array.flags
-        return flags.c_contiguous and flags.aligned
+        return bool(flags.c_contiguous and flags.aligned)
 
     def infer(self, x: Array, residual: Array | None, out: Array | None, params: Array, state: Array) -> Array:
         """The output."""
         y = self._empty(self._shape, self._dtype) if out is None else out
-        view = self._viewed
-        self._run(None if residual is None else view(residual), view(x), view(y), params, state)
+        self._run(residual, x, y, params, state)
         return y
 
     def train(
@@ -78,9 +82,8 @@ class BoundStep:
     ) -> tuple[Array, Array, Array]:
         """The output, the new state and saved."""
         y = self._empty(self._shape, self._dtype) if out is None else out
-        new_state, saved, view = np.empty(self._state_shape, state.dtype), np.empty(self._saved_shape), self._viewed
-        added = None if residual is None else view(residual)
-        self._run(added, view(x), view(y), params, state, new_state, saved)
+        new_state, saved = np.empty(self._state_shape, state.dtype), np.empty(self._saved_shape)
+        self._run(residual, x, y, params, state, new_state, saved)
         return y, new_state, saved
 
     def backward(
@@ -95,7 +98,5 @@ class BoundStep:
     ) -> Array:
         """The gradient of x. Those of gamma and beta are written to `dparams`, that of the residual to `dz`."""
         dx = self._empty(self._shape, self._dtype) if out is None else out
-        view = self._viewed
-        added = None if residual is None else view(residual)
-        self._run(None if dz is None else view(dz), added, view(x), view(dy), view(dx), saved, dparams)
+        self._run(dz, residual, x, dy, dx, saved, dparams)
         return dx

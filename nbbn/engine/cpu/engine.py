@@ -43,7 +43,6 @@ class CpuEngine(Engine):
             len(data),
             contiguous=contiguous,
             foldable=all(reshaped.values()) and len(data) == len(there),
-            in_place=in_place,
             thresholds=self._thresholds,
             loops=self.force.schedule,
             parallel=self.force.parallel,

@@ -13,11 +13,11 @@ from nbbn.core import dtypes
 from nbbn.core.layout import Sizes
 from nbbn.engine.base import Copied
 from nbbn.engine.cpu.schedule import Schedule
-from nbbn.kernels.cpu.memory import STREAMED
-from nbbn.kernels.cpu.steps import WRITES, Step, compiled, names_of
+from nbbn.kernels.cpu.steps import ARGUMENTS, WRITES, Step, compiled, names_of
 from nbbn.runtime import PLAIN, entry_point, parallel_region, thread_limit
 
 Array = np.ndarray
+_FLOAT64 = np.dtype(np.float64)
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Plan:
     carrier: np.dtype | None = field(init=False)  # what the arrays of `dtype` are viewed as
     names: tuple[str, ...] = field(init=False)
     _kernels: dict[bool, Step] = field(init=False, default_factory=dict, repr=False)
+    _entries: dict[bool, Step] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         carrier = dtypes.carrier(self.dtype)
@@ -57,9 +58,22 @@ class Plan:
         return self._kernels[parallel]
 
     def run(self, views: Mapping[str, Array | None], numbers: Mapping[str, Any]) -> None:
-        """Run the step. views: arrays of the input's shape; numbers: the small arrays."""
-        arguments = {**self.constants, **numbers, **{n: self._view(n, a) for n, a in views.items() if a is not None}}
+        """Run the step. views: arrays of the input's shape; numbers: the small arrays. Raises: see _check()."""
+        there = {name: array for name, array in views.items() if array is not None}
+        self._check({**numbers, **there})
+        arguments = {**self.constants, **numbers, **{n: self._view(n, a) for n, a in there.items()}}
         self._call(*[arguments[name] for name in self.names])
+
+    def _check(self, arrays: Mapping[str, Array]) -> None:
+        """Raises: TypeError for a dtype, and ValueError for an order in memory, that the kernel would misread."""
+        known = {"X": self.dtype, "S": dtypes.statistic(self.dtype), "t": self.state, "d": _FLOAT64}
+        for name, array in arrays.items():
+            kind = ARGUMENTS[name]
+            dtype = known[kind] if kind in known else known["S" if kind[0] == "s" else kind[0]]
+            if array.dtype != dtype:
+                raise TypeError(f"{name} must have dtype {dtype.name}; received {array.dtype.name}")
+            if kind not in ("X", "S") and not (array.flags.c_contiguous and array.flags.aligned):
+                raise ValueError(f"{name} must be C-contiguous and aligned; received strides {array.strides}")
 
     def bind(self, constants: Mapping[str, Any], given: tuple[str, ...]) -> Callable[..., None]:
         """The step as a function of the arguments `given`, in that order; the others are the constants.
@@ -72,21 +86,32 @@ class Plan:
         if self.names[first:] != given:
             raise TypeError(f"{self.step} ends with the arguments {self.names[first:]}; received {given}")
         known = {**self.constants, **constants}
-        run = self._call if self.schedule.parallel else entry_point(self.kernel(False))
+        run = self._in_pool if self.schedule.parallel else self._entry(False)
         return partial(run, *[known[name] for name in self.names[:first]])
+
+    def _entry(self, parallel: bool) -> Callable[..., None]:
+        if parallel not in self._entries:
+            self._entries[parallel] = entry_point(self.kernel(parallel))
+        return self._entries[parallel]
 
     def _call(self, *arguments: Any) -> None:
         if self.schedule.parallel:
-            elements = math.prod(self.view) if True in self._kernels else None  # that call compiles
-            with parallel_region(elements) as granted:
-                self.kernel(granted)(*arguments)
+            self._in_pool(*arguments)
         else:
-            self.kernel(False)(*arguments)
+            self._entry(False)(*arguments)
+
+    def _in_pool(self, *arguments: Any) -> None:
+        elements = math.prod(self.view) if True in self._kernels else None  # that call compiles
+        with parallel_region(elements) as granted:
+            self._entry(granted)(*arguments)
 
     def _view(self, name: str, array: Array) -> Array:
         """The array in the shape and carrier dtype of the kernels."""
         shape, strides = self.schedule.shape, self.strides[name]
-        if self.carrier is not None and array.dtype == self.dtype:
+        is_data = array.dtype == self.dtype and name not in ("weights", "a", "b")
+        if is_data and self.contiguous and not PLAIN:
+            return array  # its memory is what the kernel takes
+        if self.carrier is not None and is_data:
             array = array.view(self.carrier)
         if strides is None:
             return array.reshape(shape)
@@ -100,7 +125,7 @@ class Plan:
         if self.copied is not None:
             memory = f"no canonical view: copied in the order of dimensions {self.copied.order}"
         passes = "one, tile by tile" if s.one_pass else "two" if self.step in ("train", "backward") else "one"
-        store = "past the caches" if s.grid.store == STREAMED else "through the caches"
+        store = "past the caches" if s.grid.streamed else "through the caches"
         return "\n".join(
             (
                 f"step          {self.step}",

@@ -1,32 +1,138 @@
-"""The middle stage, compiled for the CPU."""
+"""The middle stage on the CPU: sixteen channels at a time."""
 
-from nbbn.core import rules
 from nbbn.kernels import channel
-from nbbn.kernels.cpu.elements import element
+from nbbn.kernels.cpu.lanes import (
+    each,
+    is_any,
+    load,
+    local,
+    number,
+    over,
+    over_columns,
+    part,
+    splat,
+    store,
+    vector_rules,
+    when,
+    wide,
+)
 
-_functions = channel.functions(element)
-add_chunks, train, freeze = _functions.add_chunks, _functions.train, _functions.freeze
-output_coefficients, infer = _functions.output_coefficients, _functions.infer
-parameter_gradients, input_coefficients = _functions.parameter_gradients, _functions.input_coefficients
+_stage = channel.functions(lambda function: function, vector_rules, wide)
 
 
-@element
-def moments(first, last, sums, shift, count, saved):
+def add_chunks(first, last, chunks, partial):
+    """Add up the sums of all chunks, in their order, in the place of the first chunk's."""
+
+    def of_row(row, _):
+        sums = part(partial, (0, row), first, last)
+
+        def of_chunk(chunk, _):
+            terms = part(partial, (chunk, row), first, last)
+            over(0, last - first, lambda i, n, _: store(sums, i, load(sums, i, n) + load(terms, i, n), n))
+
+        each(1, chunks, 1, of_chunk)
+
+    each(0, partial.shape[1], 1, of_row)
+
+
+def moments(first, last, chunks, partial, shift, count, weights, saved):
     """Write the moments of some statistics from their sums about `shift`.
 
     count: values per statistic; with weights the sums hold each statistic's own. Only weights can make a value of the
     data a bad shift: then the mean takes its place, and the sums are to be made again.
-    Returns: whether they are.
+    Returns: whether they are; None without weights.
     """
-    weighted, again = sums.shape[0] == channel.WEIGHTED_SUMS, False
-    for s in range(first, last):
-        n, squares = (sums[2, s], sums[3, s]) if weighted else (count, count)
-        mean, m2 = rules.shifted_moments(n, shift[s], sums[0, s], sums[1, s])
-        saved[channel.COUNT, s] = n
-        saved[channel.BATCH_MEAN, s] = mean
-        saved[channel.M2, s] = m2
-        saved[channel.SQUARES, s] = squares
-        if weighted and not rules.is_typical(shift[s], n, mean, m2):
-            shift[s] = mean
-            again = True
-    return again
+    add_chunks(first, last, chunks, partial)
+    sums, flag = partial[0], local(partial, weights)
+    store(flag, 0, splat(0.0), 1)
+
+    def write(columns, _):
+        s = columns()
+        n, squares = (splat(count), splat(count)) if weights is None else (sums[2, s], sums[3, s])
+        origin = shift[(s,)]
+        mean, m2 = vector_rules.shifted_moments(n, origin, sums[0, s], sums[1, s])
+        rows = {channel.COUNT: n, channel.BATCH_MEAN: mean, channel.M2: m2, channel.SQUARES: squares}
+        for row, value in rows.items():
+            saved[row, s] = value
+        if weights is not None:
+            is_far = vector_rules.is_far(origin, n, mean, m2)
+            shift[(s,)] = vector_rules.choose(is_far, mean, origin)
+            when(is_any(is_far), lambda: store(flag, 0, splat(1.0), 1))
+
+    over_columns(first, last, write)
+    return None if weights is None else is_any(number(flag, 0) > 0)
+
+
+def train(first, last, params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients):
+    """From moments to the new state, what the gradient needs, and the coefficients of the output, of some channels in
+    all groups."""
+    channels, statistics = params.shape[1], saved.shape[1]
+
+    def write(columns, _):
+        bessel, zeros = hyper[channel.BESSEL], [splat(0.0)] * 3
+
+        def add(group, found):
+            return _stage.add_group(columns(group), saved, bessel, *found)
+
+        sums = each(0, statistics, channels, add, zeros)
+        r, d = _stage.update(columns(), *sums, state, hyper, renorm, cumulative, new_state)
+
+        def finish(group, _):
+            s = columns(group)
+            variance = vector_rules.biased_variance(saved[channel.COUNT, s], saved[channel.M2, s])
+            rstd = vector_rules.reciprocal_stddev(variance, hyper[channel.EPSILON])
+            _stage.save(s, columns(), rstd, r, d, params, saved)
+            _stage.output_coefficients(s, s, saved, a, coefficients)
+
+        each(0, statistics, channels, finish)
+
+    over_columns(first, last, write)
+
+
+def freeze(params, state, hyper, saved):
+    """What a gradient needs of statistics that are constants."""
+    over_columns(0, params.shape[1], lambda columns, _: _stage.freeze(columns(), params, state, hyper, saved))
+
+
+def output_coefficients(saved, a, coefficients):
+    """The coefficients of the output of all statistics."""
+
+    def write(columns, _):
+        _stage.output_coefficients(columns(), columns(), saved, a, coefficients)
+
+    over_columns(0, saved.shape[1], write)
+
+
+def infer(params, state, hyper, coefficients):
+    """The coefficients of the output from the moving statistics."""
+
+    def write(columns, _):
+        _stage.inference_coefficients(columns(), params, state, hyper, coefficients)
+
+    over_columns(0, params.shape[1], write)
+
+
+def parameter_gradients(first, last, sums, saved, adjusted, dparams):
+    """The gradients of gamma and beta of some channels."""
+
+    def write(columns, _):
+        def add(group, found):
+            return _stage.add_parameter_gradients(columns(group), sums, saved, adjusted, *found)
+
+        dgamma, dbeta = each(0, saved.shape[1], dparams.shape[1], add, [splat(0.0), splat(0.0)])
+        dparams[channel.GAMMA, columns()] = dgamma
+        dparams[channel.BETA, columns()] = dbeta
+
+    over_columns(first, last, write)
+
+
+def input_coefficients(first, last, channels, sums, saved, coefficients):
+    """Mean, scale, bias and slope of dx of some channels in all groups."""
+
+    def write(columns, _):
+        def of_group(group, _):
+            _stage.input_coefficients(columns(group), sums, saved, coefficients)
+
+        each(0, saved.shape[1], channels, of_group)
+
+    over_columns(first, last, write)

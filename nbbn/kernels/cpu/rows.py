@@ -1,285 +1,241 @@
 """Loops for contiguous runs across statistics: arrays are [R0, K0, R1, W], a row is one x[r0, k0, r1].
 
-The functions of planes.py, which says what each of them does, with vectors of accumulators in place of scalar ones. A
-column of W is a statistic of its own, or several belong to one (columns.py): short planes lie side by side in a row,
-and of few channels several periods do, so that the loops are long.
+The functions of planes.py, which says what each of them does, with a sum for each column in place of each statistic.
+A column is a statistic of its own, or several belong to one: short planes lie side by side in a row (grid.span), and of
+few channels several rows are taken as one (grid.repeats, and grid.written where results are), so that the loops are
+long.
 
-Sums take four rows at a time, which halves the time that the accumulators cost. The four are a quarter of the chunk
+Sums take four rows at a time, which halves the time that the sums in memory cost. The four are a quarter of the rows
 apart: each is a long sequence for the processor's prefetcher, which four neighbours disturb (14 instead of 33 GB/s).
 """
 
-from types import SimpleNamespace
+from nbbn.kernels.cpu.lanes import (
+    each,
+    either,
+    load,
+    local,
+    minimum,
+    number,
+    over,
+    part,
+    splat,
+    store,
+    when,
+    write_total,
+)
+from nbbn.kernels.cpu.shared import (
+    GRADIENT,
+    OUTPUT,
+    gradient_terms,
+    moment_terms,
+    plus,
+    write_gradients,
+    write_outputs,
+)
 
-import numpy as np
 
-from nbbn.core import rules
-from nbbn.kernels import channel
-from nbbn.kernels.cpu.columns import FOLDED, PLAIN
-from nbbn.kernels.cpu.elements import adding, element, inlined
-from nbbn.kernels.cpu.memory import DIRECT, STREAMED, ahead, expect, fence, local, local_sums, segment, write
-from nbbn.kernels.cpu.scalars import load, store
-from nbbn.kernels.cpu.shared import gradient, gradient_terms, moment_terms, output
-
-
-@element
 def extent(x):
-    """R1 counts all rows of a k0: r0 * R1 + r1."""
-    return 1, x.shape[1], x.shape[0] * x.shape[2], x.shape[3]
+    return x.shape
 
 
-@element
-def place(x, r, k0):
-    return r // x.shape[2], k0, r % x.shape[2]
+def write_shifts(arrays, bounds, grid, write):
+    def of_k0(k0, _):
+        columns, row = _Columns(k0, bounds, grid, grid.repeats), part(arrays, (0, k0, 0), bounds.k1, bounds.k1_end)
+
+        def of_statistic(j, _):
+            write(columns.s + j, part(row, (), j * grid.span, j * grid.span + 1))
+
+        when(grid.span == 1, lambda: write(columns.s, row), lambda: each(0, columns.statistics, 1, of_statistic))
+
+    each(bounds.k0, bounds.k0_end, 1, of_k0)
 
 
-@element
-def after(x, place):
-    """The place of the next row: a division per row would take as long as a short row does."""
-    r0, k0, r1 = place
-    return (r0, k0, r1 + 1) if r1 + 1 < x.shape[2] else (r0 + 1, k0, 0)
+class _Columns:
+    """The columns of a task at one k0, and the statistics that they belong to."""
+
+    def __init__(self, k0, bounds, grid, repeats):
+        self.width, self.span = bounds.k1_end - bounds.k1, grid.span
+        self.s = k0 * grid.period + bounds.k1 // grid.span
+        self.statistics, self.count = self.width // grid.span, self.width * repeats
+        self.is_plain = grid.span * repeats == 1  # what there is of statistics is there of columns
+
+    def values(self, values, place, own):
+        """Every column's value of one per statistic, values[(*place, statistic)]: these, or in the array `own`."""
+        if own is None:
+            return None
+        v, span = part(values, place, self.s, self.s + self.statistics), self.span
+
+        def fill(j, _):
+            one = number(v, j)
+            over(j * span, (j + 1) * span, lambda i, n, _: store(own, i, one, n))
+
+        def repeat(begin, _):
+            target = part(own, (), begin, begin + self.width)
+            over(0, self.width, lambda i, n, _: store(target, i, load(v, i, n), n))
+
+        def expand():
+            when(
+                span == 1,
+                lambda: each(0, self.count, self.width, repeat),
+                lambda: each(0, self.statistics, 1, fill),
+            )
+
+        when(self.is_plain, lambda: None, expand)
+        return either(self.is_plain, v, own)
+
+    def sums(self, partial, place, own):
+        """Where the sums of columns are made: in those of their statistics, or in the array `own`; all 0."""
+        if own is None:
+            return None
+        found = either(self.is_plain, part(partial, place, self.s, self.s + self.statistics), own)
+        over(0, self.count, lambda i, n, _: store(found, i, splat(0.0), n))
+        return found
+
+    def fold(self, columns, partial, place):
+        """Write every statistic's sum of its columns to partial[(*place, statistic)], if they are not there."""
+        v, span = part(partial, place, self.s, self.s + self.statistics), self.span
+
+        def add(begin, _):
+            terms = part(columns, (), begin, begin + self.width)
+            over(0, self.width, lambda i, n, _: store(columns, i, load(columns, i, n) + load(terms, i, n), n))
+
+        def write(j, _):
+            def add_up(i, n, so_far):
+                return [so_far[0] + load(columns, i, n)]
+
+            (found,) = over(j * span, (j + 1) * span, add_up, [splat(0.0)])
+            write_total(v, (j,), found)
+
+        def fold():
+            each(self.width, self.count, self.width, add)
+            when(
+                span == 1,
+                lambda: over(0, self.width, lambda i, n, _: store(v, i, load(columns, i, n), n)),
+                lambda: each(0, self.statistics, 1, write),
+            )
+
+        when(self.is_plain, lambda: None, fold)
 
 
-@adding
-def terms_of(v, w, i, origin):
-    """What the i-th element adds to the sums of moments()."""
-    return moment_terms(np.float64(load(v, i)), origin, load(w, i))
+def _write_sums(arrays, there, terms, bounds, grid, partial):
+    """Write the sums of all statistics of a task. there: what has to be there for each of the sums.
+
+    terms: of the columns of a k0, what gives the terms of elements, given the parts of the arrays in one row.
+    """
+    own = [local(partial, beside) for beside in there]
+
+    def of_k0(k0, _):
+        columns = _Columns(k0, bounds, grid, grid.repeats)
+        add = terms(columns)
+        sums = [columns.sums(partial, (bounds.chunk, row), s) for row, s in enumerate(own)]
+        _over_rows(arrays, k0, bounds, grid, lambda rows: _add_rows(add, rows, sums))
+        for row, s in enumerate(sums):
+            if s is not None:
+                columns.fold(s, partial, (bounds.chunk, row))
+
+    each(bounds.k0, bounds.k0_end, 1, of_k0)
 
 
-@inlined
-def outputs(v, rv, av, bv, mean, scale, shift, gamma, beta, relu, target):
-    """Write a row of normalize()."""
-    for i in range(v.size):
-        m, s, h, g, t = load(mean, i), load(scale, i), load(shift, i), load(gamma, i), load(beta, i)
-        store(target, i, output(load(v, i), m, s, h, load(av, i), load(bv, i), g, t, load(rv, i), relu))
+def _over_rows(arrays, k0, bounds, grid, body):
+    """body(the parts of some arrays in four rows, or in one) for all rows of a task."""
+    repeats, begin, width = grid.repeats, bounds.k1, bounds.k1_end - bounds.k1
+    apart = (bounds.r1_end - bounds.r1) // (4 * repeats) * repeats
+
+    def of_r0(r0, _):
+        def four(r, _):
+            body([part(arrays, (r0, k0, r + j * apart), begin, begin + repeats * width) for j in range(4)])
+
+        def one(r, _):
+            length = minimum(repeats, bounds.r1_end - r) * width
+            body([part(arrays, (r0, k0, r), begin, begin + length)])
+
+        each(bounds.r1, bounds.r1 + apart, repeats, four)
+        each(bounds.r1 + 4 * apart, bounds.r1_end, repeats, one)
+
+    each(bounds.r0, bounds.r0_end, 1, of_r0)
 
 
-@inlined
-def input_gradients(g, v, rv, wv, av, bv, forward, relu, coefficients, second, target):
-    """Write a row of input_gradient()."""
-    fmean, fscale, fshift, gamma, beta = forward
-    mean, scale, bias, slope = coefficients
-    for i in range(v.size):
-        xi, ai, bi, ri = load(v, i), load(av, i), load(bv, i), load(rv, i)
-        m, s, h, gm, bt = load(fmean, i), load(fscale, i), load(fshift, i), load(gamma, i), load(beta, i)
-        gi = gradient(load(g, i), xi, m, s, h, ai, bi, gm, bt, ri, relu)
-        store(second, i, gi)
-        m, s, h, e = load(mean, i), load(scale, i), load(bias, i), load(slope, i)
-        store(target, i, rules.input_gradient(gi, xi, m, s, h, e, ai, load(wv, i)))
+def _add_rows(terms, rows, sums):
+    """Add the terms of the same columns of some rows, two and two."""
+
+    def add(i, n, _):
+        found = [terms(row, i, n) for row in rows]
+        while len(found) > 1:
+            found = [plus(a, b) for a, b in zip(found[::2], found[1::2], strict=True)]
+        for s, vector in zip(sums, found[0], strict=True):
+            if s is not None:
+                store(s, i, load(s, i, n) + vector, n)
+
+    over(0, rows[0][0].size, add)
 
 
-@adding
-def gradient_terms_of(g, v, rv, wv, av, bv, i, mean, scale, shift, gamma, beta, relu, exact_mean):
-    """What the i-th element adds to the sums of gradient_sums()."""
-    xi, ai, bi = load(v, i), load(av, i), load(bv, i)
-    gi = np.float64(gradient(load(g, i), xi, mean, scale, shift, ai, bi, gamma, beta, load(rv, i), relu))
-    return gradient_terms(gi, np.float64(xi), exact_mean, ai, bi, load(wv, i))
+def moments(x, weights, shift, bounds, grid, partial):
+    own = local(partial, x)
+
+    def terms(columns):
+        origins = columns.values(shift, (), own)
+        return lambda row, i, n: moment_terms(*row, load(origins, i, n), i, n)
+
+    _write_sums((x, weights), (x, x, weights, weights), terms, bounds, grid, partial)
 
 
-@inlined
-def clear(sums, count):
-    """Set the beginning of a local array to 0; None stays None."""
-    for i in range(count):
-        store(sums, i, 0.0)
+def gradient_sums(dy, inputs, weights, mean, forward, relu, bounds, grid, partial):
+    own, gate_of = local(partial, dy), _coefficients(forward, OUTPUT, (relu, inputs[2]))
+
+    def terms(columns):
+        means, gate = columns.values(mean, (), own), gate_of(columns)
+
+        def of_row(row, i, n):
+            g, w, *given = row
+            return gradient_terms(g, given, w, gate, relu, means, i, n)
+
+        return of_row
+
+    x, _, a, b = inputs
+    _write_sums((dy, weights, *inputs), (x, x, a, b), terms, bounds, grid, partial)
 
 
-@inlined
-def add(sums, i, value):
-    """Add to an element of a local array; None stays None. What is always there is faster without this call."""
-    if sums is not None:
-        store(sums, i, load(sums, i) + value)
+def _coefficients(values, rows, beside):
+    """What gives the coefficients of some columns. beside: what has to be there for the first three, and for others."""
+    own = [local(values, beside[row > 2]) for row in rows]
+    return lambda columns: [columns.values(values, (row,), array) for row, array in zip(rows, own, strict=True)]
 
 
-def loops(columns: SimpleNamespace) -> SimpleNamespace:
-    """The functions for one way of the columns."""
-    statistics, expand, fold = columns.statistics, columns.expand, columns.fold
+def _write_rows(arrays, bounds, grid, of_columns, write):
+    """write(the parts of some arrays in one row, what of_columns(columns) gave) for all rows of a task."""
 
-    @inlined
-    def expand_output(coefficients, a, bounds, grid, mean, scale, shift, gamma, beta):
-        """Write every column's coefficients of the output; gamma and beta where there is an adjustment."""
-        expand(coefficients, (channel.Y_MEAN,), bounds, grid, mean)
-        expand(coefficients, (channel.Y_SCALE,), bounds, grid, scale)
-        expand(coefficients, (channel.Y_SHIFT,), bounds, grid, shift)
-        if a is not None:
-            expand(coefficients, (channel.Y_GAMMA,), bounds, grid, gamma)
-            expand(coefficients, (channel.Y_BETA,), bounds, grid, beta)
+    def of_k0(k0, _):
+        columns = _Columns(k0, bounds, grid, grid.written)
+        given = of_columns(columns)
 
-    @element
-    def shifts(x, weights, bounds, grid, shift):
-        first, last = statistics(bounds, grid)
-        k0, begin, end = bounds.k0, bounds.k1_begin, bounds.k1_end
-        if weights is None:
-            v = segment(x, (0, k0, 0), begin, end)
-            for s in range(first, last):
-                shift[s] = load(v, (s - first) * grid.span)
-        else:  # a column is a statistic where there are weights
-            missing = np.ones(last - first, np.bool_)
-            shift[first:last] = 0.0
-            for r in range(x.shape[0] * x.shape[2]):
-                v, w = segment(x, place(x, r, k0), begin, end), segment(weights, place(x, r, k0), begin, end)
-                for i in range(end - begin):
-                    if missing[i] and load(w, i) > 0:
-                        shift[first + i] = load(v, i)
-                        missing[i] = False
+        def of_r1(r0, r1):
+            end = bounds.k1 + minimum(grid.written, bounds.r1_end - r1) * columns.width
+            write(part(arrays, (r0, k0, r1), bounds.k1, end), given)
 
-    @adding
-    def moments(x, weights, shift, bounds, grid, partial):
-        chunk, k0, begin, end = bounds.chunk, bounds.k0, bounds.k1_begin, bounds.k1_end
-        r_begin, r_end = bounds.r1_begin, bounds.r1_end
-        origin, total, squares = local(shift), local_sums(x), local_sums(x)
-        count, count2 = local_sums(weights), local_sums(weights)
-        expand(shift, (), bounds, grid, origin)
-        clear(total, end - begin)
-        clear(squares, end - begin)
-        clear(count, end - begin)
-        clear(count2, end - begin)
-        step = (r_end - r_begin) // 4
-        p0, p1 = place(x, r_begin, k0), place(x, r_begin + step, k0)
-        p2, p3 = place(x, r_begin + 2 * step, k0), place(x, r_begin + 3 * step, k0)
-        for _ in range(step):
-            v0, v1 = segment(x, p0, begin, end), segment(x, p1, begin, end)
-            v2, v3 = segment(x, p2, begin, end), segment(x, p3, begin, end)
-            w0, w1 = segment(weights, p0, begin, end), segment(weights, p1, begin, end)
-            w2, w3 = segment(weights, p2, begin, end), segment(weights, p3, begin, end)
-            for i in range(end - begin):
-                t0, q0, n0, m0 = terms_of(v0, w0, i, load(origin, i))
-                t1, q1, n1, m1 = terms_of(v1, w1, i, load(origin, i))
-                t2, q2, n2, m2 = terms_of(v2, w2, i, load(origin, i))
-                t3, q3, n3, m3 = terms_of(v3, w3, i, load(origin, i))
-                store(total, i, load(total, i) + ((t0 + t1) + (t2 + t3)))
-                store(squares, i, load(squares, i) + ((q0 + q1) + (q2 + q3)))
-                add(count, i, (n0 + n1) + (n2 + n3))
-                add(count2, i, (m0 + m1) + (m2 + m3))
-            p0, p1, p2, p3 = after(x, p0), after(x, p1), after(x, p2), after(x, p3)
-        for r in range(r_begin + 4 * step, r_end):
-            v0, w0 = segment(x, place(x, r, k0), begin, end), segment(weights, place(x, r, k0), begin, end)
-            for i in range(end - begin):
-                t0, q0, n0, m0 = terms_of(v0, w0, i, load(origin, i))
-                store(total, i, load(total, i) + t0)
-                store(squares, i, load(squares, i) + q0)
-                add(count, i, n0)
-                add(count2, i, m0)
-        fold(total, bounds, grid, partial, (chunk, 0))
-        fold(squares, bounds, grid, partial, (chunk, 1))
-        if weights is not None:
-            fold(count, bounds, grid, partial, (chunk, 2))
-            fold(count2, bounds, grid, partial, (chunk, 3))
+        def of_r0(r0, _):
+            each(bounds.r1, bounds.r1_end, grid.written, lambda r1, _: of_r1(r0, r1))
 
-    @element
-    def normalize(x, residual, a, b, coefficients, relu, bounds, grid, y):
-        """Write y = (x - mean) * scale + shift, and what is asked for of: adjusted by a and b, plus residual, relu."""
-        k0, begin, end = bounds.k0, bounds.k1_begin, bounds.k1_end
-        r_begin, r_end = bounds.r1_begin, bounds.r1_end
-        mode, block = grid.store, local(y)
-        mean, scale, shift = local(coefficients), local(coefficients), local(coefficients)
-        gamma, beta = local(coefficients), local(coefficients)
-        expand_output(coefficients, a, bounds, grid, mean, scale, shift, gamma, beta)
-        p = place(x, r_begin, k0)
-        for _ in range(r_begin, r_end):
-            v, rv = segment(x, p, begin, end), segment(residual, p, begin, end)
-            av, bv = segment(a, p, begin, end), segment(b, p, begin, end)
-            out, following = segment(y, p, begin, end), after(x, p)
-            if end - begin < x.shape[3]:  # the next row does not follow in memory
-                ahead(x, following, begin, end)
-                if mode == DIRECT:
-                    ahead(y, following, begin, end)
-            expect(out, mode)
-            if mode == DIRECT:
-                outputs(v, rv, av, bv, mean, scale, shift, gamma, beta, relu, out)
-            else:
-                outputs(v, rv, av, bv, mean, scale, shift, gamma, beta, relu, block)
-                write(block, out, mode)
-            p = following
-        if mode == STREAMED:
-            fence()
+        each(bounds.r0, bounds.r0_end, 1, of_r0)
 
-    @adding
-    def gradient_sums(dy, x, residual, weights, a, b, saved_mean, forward, relu, bounds, grid, partial):
-        chunk, k0, begin, end = bounds.chunk, bounds.k0, bounds.k1_begin, bounds.k1_end
-        r_begin, r_end = bounds.r1_begin, bounds.r1_end
-        exact_mean = local(saved_mean)
-        mean, scale, shift = local(forward), local(forward), local(forward)
-        gamma, beta = local(forward), local(forward)
-        expand(saved_mean, (), bounds, grid, exact_mean)
-        if relu is not None:
-            expand_output(forward, a, bounds, grid, mean, scale, shift, gamma, beta)
-        total, centered, plain, offset = local_sums(x), local_sums(x), local_sums(a), local_sums(b)
-        clear(total, end - begin)
-        clear(centered, end - begin)
-        clear(plain, end - begin)
-        clear(offset, end - begin)
-        step = (r_end - r_begin) // 2
-        p, p2 = place(x, r_begin, k0), place(x, r_begin + step, k0)
-        for _ in range(step):
-            g, g2 = segment(dy, p, begin, end), segment(dy, p2, begin, end)
-            v, v2 = segment(x, p, begin, end), segment(x, p2, begin, end)
-            rv, rv2 = segment(residual, p, begin, end), segment(residual, p2, begin, end)
-            wv, wv2 = segment(weights, p, begin, end), segment(weights, p2, begin, end)
-            av, av2 = segment(a, p, begin, end), segment(a, p2, begin, end)
-            bv, bv2 = segment(b, p, begin, end), segment(b, p2, begin, end)
-            for i in range(end - begin):
-                m, s, h, em = load(mean, i), load(scale, i), load(shift, i), load(exact_mean, i)
-                gm, bt = load(gamma, i), load(beta, i)
-                t, c, q, o = gradient_terms_of(g, v, rv, wv, av, bv, i, m, s, h, gm, bt, relu, em)
-                t2, c2, q2, o2 = gradient_terms_of(g2, v2, rv2, wv2, av2, bv2, i, m, s, h, gm, bt, relu, em)
-                store(total, i, load(total, i) + (t + t2))
-                store(centered, i, load(centered, i) + (c + c2))
-                add(plain, i, q + q2)
-                add(offset, i, o + o2)
-            p, p2 = after(x, p), after(x, p2)
-        for r in range(r_begin + 2 * step, r_end):
-            p = place(x, r, k0)
-            g, v, rv = segment(dy, p, begin, end), segment(x, p, begin, end), segment(residual, p, begin, end)
-            wv, av, bv = segment(weights, p, begin, end), segment(a, p, begin, end), segment(b, p, begin, end)
-            for i in range(end - begin):
-                m, s, h, em = load(mean, i), load(scale, i), load(shift, i), load(exact_mean, i)
-                gm, bt = load(gamma, i), load(beta, i)
-                t, c, q, o = gradient_terms_of(g, v, rv, wv, av, bv, i, m, s, h, gm, bt, relu, em)
-                store(total, i, load(total, i) + t)
-                store(centered, i, load(centered, i) + c)
-                add(plain, i, q)
-                add(offset, i, o)
-        fold(total, bounds, grid, partial, (chunk, channel.SUM_DYA))
-        fold(centered, bounds, grid, partial, (chunk, channel.SUM_DYA_X))
-        if a is not None:
-            fold(plain, bounds, grid, partial, (chunk, channel.SUM_DY))
-            fold(offset, bounds, grid, partial, (chunk, channel.SUM_DYB))
-
-    @element
-    def input_gradient(dy, x, residual, weights, a, b, forward, relu, coefficients, bounds, grid, dx, dz):
-        k0, begin, end = bounds.k0, bounds.k1_begin, bounds.k1_end
-        r_begin, r_end = bounds.r1_begin, bounds.r1_end
-        mode, block, dz_block = grid.store, local(dx), local(dz)
-        mean, scale = local(coefficients), local(coefficients)
-        bias, slope = local(coefficients), local(coefficients)
-        expand(coefficients, (channel.DX_MEAN,), bounds, grid, mean)
-        expand(coefficients, (channel.DX_SCALE,), bounds, grid, scale)
-        expand(coefficients, (channel.DX_BIAS,), bounds, grid, bias)
-        expand(coefficients, (channel.DX_SLOPE,), bounds, grid, slope)
-        fmean, fscale, fshift = local(forward), local(forward), local(forward)
-        gamma, beta = local(forward), local(forward)
-        if relu is not None:
-            expand_output(forward, a, bounds, grid, fmean, fscale, fshift, gamma, beta)
-        p = place(x, r_begin, k0)
-        for _ in range(r_begin, r_end):
-            v, g, out = segment(x, p, begin, end), segment(dy, p, begin, end), segment(dx, p, begin, end)
-            rv, wv = segment(residual, p, begin, end), segment(weights, p, begin, end)
-            av, bv = segment(a, p, begin, end), segment(b, p, begin, end)
-            dz_out = segment(dz, p, begin, end)
-            expect(out, mode)
-            expect(dz_out, mode)
-            where, to = (fmean, fscale, fshift, gamma, beta), (mean, scale, bias, slope)
-            if mode == DIRECT:
-                input_gradients(g, v, rv, wv, av, bv, where, relu, to, dz_out, out)
-            else:
-                input_gradients(g, v, rv, wv, av, bv, where, relu, to, dz_block, block)
-                write(dz_block, dz_out, mode)
-                write(block, out, mode)
-            p = after(x, p)
-        if mode == STREAMED:
-            fence()
-
-    functions = (shifts, moments, normalize, gradient_sums, input_gradient)
-    return SimpleNamespace(extent=extent, statistics=statistics, **{f.__name__: f for f in functions})
+    each(bounds.k0, bounds.k0_end, 1, of_k0)
 
 
-PLAIN_ROWS, FOLDED_ROWS = loops(PLAIN), loops(FOLDED)
+def normalize(inputs, coefficients, relu, bounds, grid, y):
+    def write(parts, forward):
+        *given, out = parts
+        write_outputs(given, forward, relu, out, grid.streamed)
+
+    _write_rows((*inputs, y), bounds, grid, _coefficients(coefficients, OUTPUT, (y, inputs[2])), write)
+
+
+def input_gradient(dy, inputs, weights, forward, relu, coefficients, bounds, grid, dx, dz):
+    gate, terms = _coefficients(forward, OUTPUT, (relu, inputs[2])), _coefficients(coefficients, GRADIENT, (dx, dx))
+
+    def write(parts, given):
+        g, w, out, out_dz, *others = parts
+        write_gradients(g, others, w, *given, out, out_dz, grid.streamed)
+
+    def of_columns(columns):
+        return gate(columns), relu, terms(columns)
+
+    _write_rows((dy, weights, dx, dz, *inputs), bounds, grid, of_columns, write)

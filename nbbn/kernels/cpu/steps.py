@@ -15,23 +15,27 @@ import numba
 import numpy as np
 from numba import prange, types
 
-from nbbn.kernels.channel import BATCH_MEAN, DX_MEAN, EPSILON, MOMENT_ROWS, PLAIN_SUMS, WEIGHTED_SUMS
-from nbbn.kernels.cpu import channel, flat, planes, rows
-from nbbn.kernels.cpu.elements import INTERNAL, bounds_of, chunk_and_tile, chunks_and_tiles, element
-from nbbn.kernels.tasks import Grid
+from nbbn.kernels.channel import BATCH_MEAN, DX_MEAN, MOMENT_ROWS, PLAIN_SUMS, WEIGHTED_SUMS
+from nbbn.kernels.cpu import channel, planes, rows
+from nbbn.kernels.cpu.lanes import again, each, fence, load, over, part, splat, store, traced, vector_rules, when, wide
+from nbbn.kernels.cpu.tasks import Grid, bounds_of, chunk_and_tile, statistics
+from nbbn.kernels.cpu.views import Data, as_view
 from nbbn.runtime import PLAIN, code_hash, compile_kernel, run_by_python
 
-SCHEDULES: dict[str, Any] = {"planes": planes, "flat": flat, "rows": rows.PLAIN_ROWS, "folded": rows.FOLDED_ROWS}
+SCHEDULES: dict[str, Any] = {"planes": planes, "rows": rows}
+RANKS = {"planes": 3, "rows": 4}  # of the arrays that their loops are about
 
 Step = Callable[..., Any]
+CHUNKS, TILES, FAMILIES = (Grid._fields.index(name) for name in ("chunks", "tiles", "families"))
+INTERNAL: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 code_hash()  # all that it covers is imported now
 
 # What an argument of a step is, by its name. X is an array of the input's dtype, S one of the statistics' dtype, both
-# canonical views of the schedule's rank and layout; s is an array of the statistics' dtype, t one of the state's own, d
-# one of float64, with their rank. A flag is True or None. Views may be None, too. In each step the order of the
-# arguments is that of its Python function: what is the same in every call like it comes first, so that a plan can bind
-# it (engine/cpu/plan.py).
+# canonical views of the schedule's rank, or X the memory of a dense one (views.py); s is an array of the statistics'
+# dtype, t one of the state's own, d one of float64, with their rank. A flag is True or None. Views may be None, too. In
+# each step the order of the arguments is that of its Python function: what is the same in every call like it comes
+# first, so that a plan can bind it (engine/cpu/plan.py).
 ARGUMENTS = {
     **dict.fromkeys(("x", "dy", "residual", "y", "dx", "dz"), "X"),
     **dict.fromkeys(("weights", "a", "b"), "S"),
@@ -61,217 +65,295 @@ WRITES = {
 def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
     """The steps of one schedule as functions yet to be compiled, by name."""
     loops = SCHEDULES[schedule]
-    extent, statistics, shifts, sum_moments = loops.extent, loops.statistics, loops.shifts, loops.moments
-    normalize, gradient_sums, input_gradient = loops.normalize, loops.gradient_sums, loops.input_gradient
-    # Inlined into each step, a stage is optimized once instead of twice: a third of the compile time.
-    stage = numba.njit(**INTERNAL, parallel=parallel, inline="always")
+    view = as_view(RANKS[schedule])
 
-    @stage
-    def named(grid):
-        """A step gets the numbers without their names: Numba takes 0.13 us longer to unpack a named tuple."""
-        r0_step, r1_step, k1_step, store, span, period = grid
-        return Grid(r0_step, r1_step, k1_step, store, span, period)
+    def bounds(task, x, grid):
+        """Of the task-th task in the order of memory."""
+        view = loops.extent(x)
+        return bounds_of(*chunk_and_tile(task, view, grid), view, grid)
 
-    @element
-    def empty_partial(x, rows, grid, saved):
-        chunks, _ = chunks_and_tiles(extent(x), grid)
-        return np.empty((chunks, rows, saved.shape[1]))
+    def write_shifts(x, weights, bounds, grid, shift):
+        """Write the first values of the statistics of a task as their shift, and 0 for what cannot be one."""
 
-    @element
-    def moments_of_statistics(first, last, x, partial, shift, saved):
-        """Returns: whether the sums are to be made again, about another shift."""
-        values = np.float64(x.size // saved.shape[1])
-        channel.add_chunks(first, last, partial)
-        return channel.moments(first, last, partial[0], shift, values, saved)
+        def write(s, firsts):
+            values, weight_of = firsts
 
-    # -- two passes: the whole array is reduced, then applied ------------------------------------------------------
+            def copy(i, n, _):
+                first = wide(load(values, i, n))
+                if weight_of is not None:  # what has no weight has no part in anything, and may be NaN
+                    no_shift = (wide(load(weight_of, i, n)) <= 0) | (first - first != 0)
+                    first = vector_rules.drop(no_shift, first)
+                store(shift, s + i, first, n)
 
-    @stage
-    def reduce_all(x, weights, grid, saved):
-        view = extent(x)
-        chunks, tiles = chunks_and_tiles(view, grid)
-        shift = np.empty(saved.shape[1])
-        for tile in range(tiles):
-            shifts(x, weights, bounds_of(0, tile, view, grid), grid, shift)
-        partial = empty_partial(x, PLAIN_SUMS if weights is None else WEIGHTED_SUMS, grid, saved)
-        again = True
-        while again:
-            for task in prange(chunks * tiles):
-                chunk, tile = chunk_and_tile(np.int64(task), view, grid)
-                sum_moments(x, weights, shift, bounds_of(chunk, tile, view, grid), grid, partial)
-            again = moments_of_statistics(0, saved.shape[1], x, partial, shift, saved)
+            over(0, values.size, copy)
 
-    @stage
-    def apply_all(x, residual, a, b, coefficients, relu, grid, y):
-        view = extent(x)
-        chunks, tiles = chunks_and_tiles(view, grid)
-        for task in prange(chunks * tiles):
-            chunk, tile = chunk_and_tile(np.int64(task), view, grid)
-            normalize(x, residual, a, b, coefficients, relu, bounds_of(chunk, tile, view, grid), grid, y)
+        loops.write_shifts((x, weights), bounds, grid, write)
 
-    @stage
-    def reduce_gradient_all(dy, x, residual, weights, a, b, saved, forward, relu, grid):
-        view = extent(x)
-        chunks, tiles = chunks_and_tiles(view, grid)
-        partial, mean = empty_partial(x, 2 if a is None else 4, grid, saved), saved[BATCH_MEAN]
-        for task in prange(chunks * tiles):
-            chunk, tile = chunk_and_tile(np.int64(task), view, grid)
-            bounds = bounds_of(chunk, tile, view, grid)
-            gradient_sums(dy, x, residual, weights, a, b, mean, forward, relu, bounds, grid, partial)
-        channel.add_chunks(0, saved.shape[1], partial)
-        return partial[0]
+    def settle(grid):
+        """What a task has streamed is there for whoever it gives a signal to."""
+        when(grid.streamed != 0, fence)
 
-    @stage
-    def apply_gradient_all(dy, x, residual, weights, a, b, forward, relu, coefficients, grid, dx, dz):
-        view = extent(x)
-        chunks, tiles = chunks_and_tiles(view, grid)
-        for task in prange(chunks * tiles):
-            chunk, tile = chunk_and_tile(np.int64(task), view, grid)
-            bounds = bounds_of(chunk, tile, view, grid)
-            input_gradient(dy, x, residual, weights, a, b, forward, relu, coefficients, bounds, grid, dx, dz)
+    # -- two passes: the whole array is reduced, then applied ----------------------------------------------------------
 
-    @element
-    def forward_of(a, dparams, saved):
-        """The coefficients of the output once more, for the gradient of its activation."""
-        forward = np.empty((3 if a is None else 5, saved.shape[1]), dparams.dtype)
-        channel.output_coefficients(0, dparams.shape[1], dparams.shape[1], saved, a, forward)
-        return forward
+    @traced
+    def take_shifts(x, weights, grid, shift):
+        grid, view = Grid(*grid), loops.extent(x)
+        each(0, grid.tiles, 1, lambda t, _: write_shifts(x, weights, bounds_of(0, t, view, grid), grid, shift))
+
+    @traced
+    def sum_moments(task, x, weights, grid, shift, partial):
+        grid = Grid(*grid)
+        loops.moments(x, weights, shift, bounds(task, x, grid), grid, partial)
+
+    @traced
+    def finish_moments(x, weights, grid, shift, partial, count, saved, again):
+        grid, last = Grid(*grid), saved.shape[1]
+        far = channel.moments(0, last, grid.chunks, partial, shift, count, weights, saved)
+        store(again, 0, splat(0.0), 1)
+        if far is not None:
+            when(far, lambda: store(again, 0, splat(1.0), 1))
+
+    @traced
+    def normalize(task, inputs, relu, grid, coefficients, y):
+        grid = Grid(*grid)
+        loops.normalize(inputs, coefficients, relu, bounds(task, y, grid), grid, y)
+        settle(grid)
+
+    @traced
+    def sum_gradient(task, dy, inputs, weights, relu, grid, saved, forward, partial):
+        grid = Grid(*grid)
+        mean, where = part(saved, (BATCH_MEAN,), 0, saved.shape[1]), bounds(task, dy, grid)
+        loops.gradient_sums(dy, inputs, weights, mean, forward, relu, where, grid, partial)
+
+    @traced
+    def finish_gradient(grid, adjusted, saved, partial, dparams):
+        chunks, (channels, statistics) = Grid(*grid).chunks, (dparams.shape[1], saved.shape[1])
+        channel.add_chunks(0, statistics, chunks, partial)
+        channel.parameter_gradients(0, channels, partial[0], saved, adjusted, dparams)
+
+    @traced
+    def input_gradient(task, dy, inputs, weights, relu, grid, forward, coefficients, dx, dz):
+        grid = Grid(*grid)
+        loops.input_gradient(dy, inputs, weights, forward, relu, coefficients, bounds(task, dy, grid), grid, dx, dz)
+        settle(grid)
 
     # -- one pass: tile by tile; those of one channel in all groups together, as they share its moving statistics ------
 
-    @element
-    def train_tile(tile, weights, a, b, residual, x, y, params, state, flags, grid, new_state, saved, memory):
-        hyper, relu, renorm, cumulative = flags
-        coefficients, shift, partial = memory
-        view = extent(x)
-        chunks, tiles = chunks_and_tiles(view, grid)
-        step = tiles * params.shape[1] // saved.shape[1]
-        for t in range(tile, tiles, step):
-            shifts(x, weights, bounds_of(0, t, view, grid), grid, shift)
-            first, last = statistics(bounds_of(0, t, view, grid), grid)
-            again = True
-            while again:
-                for chunk in range(chunks):
-                    sum_moments(x, weights, shift, bounds_of(chunk, t, view, grid), grid, partial)
-                again = moments_of_statistics(first, last, x, partial, shift, saved)
-        first, last = statistics(bounds_of(0, tile, view, grid), grid)
-        channel.train(first, last, params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients)
-        for t in range(tile, tiles, step):
-            for chunk in range(chunks):
-                normalize(x, residual, a, b, coefficients, relu, bounds_of(chunk, t, view, grid), grid, y)
+    def over_tiles(tile, x, grid, body):
+        """body(tile, view) for the tiles that have the same channels as the first one."""
+        each(tile, grid.tiles, grid.families, lambda t, _: body(t, loops.extent(x)))
 
-    @element
-    def backward_tile(tile, weights, a, b, residual, x, dy, dx, dz, saved, relu, grid, dparams, memory):
-        forward, coefficients, partial = memory
-        view = extent(x)
-        chunks, tiles = chunks_and_tiles(view, grid)
-        step, mean = tiles * dparams.shape[1] // saved.shape[1], saved[BATCH_MEAN]
-        for t in range(tile, tiles, step):
-            for chunk in range(chunks):
-                bounds = bounds_of(chunk, t, view, grid)
-                gradient_sums(dy, x, residual, weights, a, b, mean, forward, relu, bounds, grid, partial)
+    @traced
+    def train_tile(tile, inputs, weights, grid, flags, y, params, state, new_state, saved, count, memory):
+        (hyper, relu, renorm, cumulative), (coefficients, shift, partial) = flags, memory
+        grid, x, a = Grid(*grid), inputs[0], inputs[2]
+
+        def reduce(t, view):
+            write_shifts(x, weights, bounds_of(0, t, view, grid), grid, shift)
             first, last = statistics(bounds_of(0, t, view, grid), grid)
-            channel.add_chunks(first, last, partial)
-        first, last = statistics(bounds_of(0, tile, view, grid), grid)
-        channel.parameter_gradients(first, last, partial[0], saved, dparams)
-        channel.input_coefficients(first, last, dparams.shape[1], partial[0], saved, coefficients)
-        for t in range(tile, tiles, step):
-            for chunk in range(chunks):
-                bounds = bounds_of(chunk, t, view, grid)
-                input_gradient(dy, x, residual, weights, a, b, forward, relu, coefficients, bounds, grid, dx, dz)
+
+            def sums():
+                each(
+                    0,
+                    grid.chunks,
+                    1,
+                    lambda chunk, _: loops.moments(x, weights, shift, bounds_of(chunk, t, view, grid), grid, partial),
+                )
+                return channel.moments(first, last, grid.chunks, partial, shift, count, weights, saved)
+
+            again(sums)
+
+        def apply(t, view):
+            def of_chunk(chunk, _):
+                loops.normalize(inputs, coefficients, relu, bounds_of(chunk, t, view, grid), grid, y)
+
+            each(0, grid.chunks, 1, of_chunk)
+
+        over_tiles(tile, x, grid, reduce)
+        first, last = statistics(bounds_of(0, tile, loops.extent(x), grid), grid)
+        channel.train(first, last, params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients)
+        over_tiles(tile, x, grid, apply)
+        settle(grid)
+
+    @traced
+    def backward_tile(tile, dy, inputs, weights, relu, grid, dx, dz, saved, dparams, memory):
+        forward, coefficients, partial = memory
+        grid, channels, mean = Grid(*grid), dparams.shape[1], part(saved, (BATCH_MEAN,), 0, saved.shape[1])
+
+        def reduce(t, view):
+            def of_chunk(chunk, _):
+                where = bounds_of(chunk, t, view, grid)
+                loops.gradient_sums(dy, inputs, weights, mean, forward, relu, where, grid, partial)
+
+            each(0, grid.chunks, 1, of_chunk)
+            first, last = statistics(bounds_of(0, t, view, grid), grid)
+            channel.add_chunks(first, last, grid.chunks, partial)
+
+        def apply(t, view):
+            def of_chunk(chunk, _):
+                where = bounds_of(chunk, t, view, grid)
+                loops.input_gradient(dy, inputs, weights, forward, relu, coefficients, where, grid, dx, dz)
+
+            each(0, grid.chunks, 1, of_chunk)
+
+        over_tiles(tile, dy, grid, reduce)
+        first, last = statistics(bounds_of(0, tile, loops.extent(dy), grid), grid)
+        channel.parameter_gradients(first, last, partial[0], saved, inputs[2], dparams)
+        channel.input_coefficients(first, last, channels, partial[0], saved, coefficients)
+        over_tiles(tile, dy, grid, apply)
+        settle(grid)
 
     # -- the stages by themselves --------------------------------------------------------------------------------------
 
+    stage = numba.njit(**INTERNAL, parallel=parallel, inline="always")
+
+    @stage
+    def reduce_all(x, weights, grid, saved):
+        statistics = saved.shape[1]
+        shift, again = np.empty(statistics), np.ones(1)
+        partial = np.empty((grid[CHUNKS], PLAIN_SUMS if weights is None else WEIGHTED_SUMS, statistics))
+        take_shifts(x, weights, grid, shift)
+        while again[0] > 0:
+            for task in prange(grid[CHUNKS] * grid[TILES]):
+                sum_moments(task, x, weights, grid, shift, partial)
+            finish_moments(x, weights, grid, shift, partial, x.size / statistics, saved, again)
+
+    @stage
+    def apply_all(x, residual, a, b, coefficients, relu, grid, y):
+        for task in prange(grid[CHUNKS] * grid[TILES]):
+            normalize(task, (x, residual, a, b), relu, grid, coefficients, y)
+
+    @stage
+    def reduce_gradient_all(dy, x, residual, weights, a, b, saved, forward, relu, grid, dparams):
+        partial = np.empty((grid[CHUNKS], 2 if a is None else 4, saved.shape[1]))
+        for task in prange(grid[CHUNKS] * grid[TILES]):
+            sum_gradient(task, dy, (x, residual, a, b), weights, relu, grid, saved, forward, partial)
+        finish_gradient(grid, a, saved, partial, dparams)
+        return partial
+
+    @stage
+    def apply_gradient_all(dy, x, residual, weights, a, b, forward, relu, coefficients, grid, dx, dz):
+        for task in prange(grid[CHUNKS] * grid[TILES]):
+            input_gradient(task, dy, (x, residual, a, b), weights, relu, grid, forward, coefficients, dx, dz)
+
     def reduce(grid, weights, x, moments):
-        grid = named(grid)
+        x = view(x, grid)
         reduce_all(x, weights, grid, moments)
 
     def apply(grid, relu, a, b, residual, x, y, coefficients):
-        grid = named(grid)
+        residual, x, y = view(residual, grid), view(x, grid), view(y, grid)
         apply_all(x, residual, a, b, coefficients, relu, grid, y)
 
     def reduce_gradient(grid, relu, weights, a, b, residual, x, dy, saved, sums, dparams):
-        grid = named(grid)
-        found = reduce_gradient_all(dy, x, residual, weights, a, b, saved, forward_of(a, dparams, saved), relu, grid)
-        sums[:] = found
-        channel.parameter_gradients(0, dparams.shape[1], found, saved, dparams)
+        residual, x, dy = view(residual, grid), view(x, grid), view(dy, grid)
+        forward = np.empty((5, saved.shape[1]), dparams.dtype)
+        output_coefficients(saved, a, forward)
+        sums[:] = reduce_gradient_all(dy, x, residual, weights, a, b, saved, forward, relu, grid, dparams)[0]
 
     def apply_gradient(grid, relu, weights, a, b, dz, residual, x, dy, dx, saved, sums, dparams):
-        grid = named(grid)
-        forward, coefficients = forward_of(a, dparams, saved), np.empty((4, saved.shape[1]), dparams.dtype)
-        channel.input_coefficients(0, dparams.shape[1], dparams.shape[1], sums, saved, coefficients)
+        dz, residual, x, dy, dx = view(dz, grid), view(residual, grid), view(x, grid), view(dy, grid), view(dx, grid)
+        forward = np.empty((5, saved.shape[1]), dparams.dtype)
+        coefficients = np.empty((4, saved.shape[1]), dparams.dtype)
+        output_coefficients(saved, a, forward)
+        input_coefficients(dparams, sums, saved, coefficients)
         apply_gradient_all(dy, x, residual, weights, a, b, forward, relu, coefficients, grid, dx, dz)
 
     # -- whole steps ---------------------------------------------------------------------------------------------------
 
     def train(grid, relu, renorm, cumulative, hyper, weights, a, b, residual, x, y, params, state, new_state, saved):
-        grid = named(grid)
-        coefficients = np.empty((3 if a is None else 5, saved.shape[1]), params.dtype)
+        residual, x, y = view(residual, grid), view(x, grid), view(y, grid)
+        statistics = saved.shape[1]
+        coefficients = np.empty((5, statistics), params.dtype)
         if one_pass:
-            shift = np.empty(saved.shape[1])
-            partial = empty_partial(x, PLAIN_SUMS if weights is None else WEIGHTED_SUMS, grid, saved)
-            flags, memory = (hyper, relu, renorm, cumulative), (coefficients, shift, partial)
-            _, tiles = chunks_and_tiles(extent(x), grid)
-            for tile in prange(tiles * params.shape[1] // saved.shape[1]):
-                train_tile(
-                    np.int64(tile), weights, a, b, residual, x, y, params, state, flags, grid, new_state, saved, memory
-                )
+            shift = np.empty(statistics)
+            partial = np.empty((grid[CHUNKS], PLAIN_SUMS if weights is None else WEIGHTED_SUMS, statistics))
+            inputs, flags, memory = (
+                (x, residual, a, b),
+                (hyper, relu, renorm, cumulative),
+                (coefficients, shift, partial),
+            )
+            count = x.size / statistics
+            for tile in prange(grid[FAMILIES]):
+                train_tile(tile, inputs, weights, grid, flags, y, params, state, new_state, saved, count, memory)
         else:
             reduce_all(x, weights, grid, saved)
-            last = params.shape[1]
-            channel.train(0, last, params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients)
+            train_channels(params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients)
             apply_all(x, residual, a, b, coefficients, relu, grid, y)
 
     def infer(grid, relu, hyper, residual, x, y, params, state):
-        grid = named(grid)
+        residual, x, y = view(residual, grid), view(x, grid), view(y, grid)
         coefficients = np.empty((3, params.shape[1]), params.dtype)
-        channel.infer(params, state, hyper, coefficients)
+        infer_channels(params, state, hyper, coefficients)
         apply_all(x, residual, None, None, coefficients, relu, grid, y)
 
     def backward(grid, relu, weights, a, b, dz, residual, x, dy, dx, saved, dparams):
-        grid = named(grid)
-        channels = dparams.shape[1]
-        forward, coefficients = forward_of(a, dparams, saved), np.empty((4, saved.shape[1]), dparams.dtype)
+        dz, residual, x, dy, dx = view(dz, grid), view(residual, grid), view(x, grid), view(dy, grid), view(dx, grid)
+        forward = np.empty((5, saved.shape[1]), dparams.dtype)
+        coefficients = np.empty((4, saved.shape[1]), dparams.dtype)
+        if relu is not None:
+            output_coefficients(saved, a, forward)
         if one_pass:
-            partial = empty_partial(x, 2 if a is None else 4, grid, saved)
-            memory = forward, coefficients, partial
-            _, tiles = chunks_and_tiles(extent(x), grid)
-            for tile in prange(tiles * channels // saved.shape[1]):
-                backward_tile(
-                    np.int64(tile), weights, a, b, residual, x, dy, dx, dz, saved, relu, grid, dparams, memory
-                )
+            partial = np.empty((grid[CHUNKS], 2 if a is None else 4, saved.shape[1]))
+            inputs, memory = (x, residual, a, b), (forward, coefficients, partial)
+            for tile in prange(grid[FAMILIES]):
+                backward_tile(tile, dy, inputs, weights, relu, grid, dx, dz, saved, dparams, memory)
         else:
-            sums = reduce_gradient_all(dy, x, residual, weights, a, b, saved, forward, relu, grid)
-            channel.parameter_gradients(0, channels, sums, saved, dparams)
-            channel.input_coefficients(0, channels, channels, sums, saved, coefficients)
+            sums = reduce_gradient_all(dy, x, residual, weights, a, b, saved, forward, relu, grid, dparams)
+            input_coefficients(dparams, sums, saved, coefficients)
             apply_gradient_all(dy, x, residual, weights, a, b, forward, relu, coefficients, grid, dx, dz)
 
     def frozen_backward(grid, x, dy, dx, saved, dparams):
-        grid = named(grid)
-        channels = dparams.shape[1]
+        x, dy, dx = view(x, grid), view(dy, grid), view(dx, grid)
         coefficients = np.empty((4, saved.shape[1]), dparams.dtype)
-        sums = reduce_gradient_all(dy, x, None, None, None, None, saved, coefficients, None, grid)
-        channel.parameter_gradients(0, channels, sums, saved, dparams)
-        channel.input_coefficients(0, channels, channels, sums, saved, coefficients)
-        for s in range(coefficients.shape[1]):  # dx = (dy - 0) * scale + 0: the forward pass's apply, on dy
-            coefficients[DX_MEAN, s] = 0
+        sums = reduce_gradient_all(dy, x, None, None, None, None, saved, coefficients, None, grid, dparams)
+        input_coefficients(dparams, sums, saved, coefficients)
+        coefficients[DX_MEAN] = 0  # dx = (dy - 0) * scale + 0: the forward pass's apply, on dy
         apply_all(dy, None, None, None, coefficients, None, grid, dx)
 
     found = (reduce, apply, reduce_gradient, apply_gradient, train, infer, backward, frozen_backward)
     return {f.__name__: f for f in found}
 
 
+# -- the middle stage --------------------------------------------------------------------------------------------------
+
+
+@traced
+def train_channels(params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients):
+    channel.train(0, params.shape[1], params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients)
+
+
+@traced
+def infer_channels(params, state, hyper, coefficients):
+    channel.infer(params, state, hyper, coefficients)
+
+
+@traced
+def freeze_channels(params, state, hyper, saved):
+    channel.freeze(params, state, hyper, saved)
+
+
+@traced
+def output_coefficients(saved, a, forward):
+    """The coefficients of the output once more, for the gradient of its activation."""
+    channel.output_coefficients(saved, a, forward)
+
+
+@traced
+def input_coefficients(dparams, sums, saved, coefficients):
+    sums = sums[0] if sums.ndim == 3 else sums
+    channel.input_coefficients(0, dparams.shape[1], dparams.shape[1], sums, saved, coefficients)
+
+
 def finish(renorm, cumulative, hyper, adjusted, moments, params, state, new_state, saved, coefficients):
     """The middle stage by itself."""
-    last = params.shape[1]
     for row in range(MOMENT_ROWS):
         saved[row] = moments[row]
-    channel.train(0, last, params, state, hyper, adjusted, renorm, cumulative, new_state, saved, coefficients)
+    train_channels(params, state, hyper, adjusted, renorm, cumulative, new_state, saved, coefficients)
 
 
 def freeze(hyper, params, state, saved):
     """What a gradient needs after inference."""
-    channel.freeze(0, params.shape[1], params, state, hyper[EPSILON], saved)
+    freeze_channels(params, state, hyper, saved)
 
 
 MIDDLE_STAGES: dict[str, Step] = {"finish": finish, "freeze": freeze}
@@ -304,7 +386,7 @@ def compiled(
         name = f"{schedule}_{step}_{passes}_{'parallel' if parallel else 'serial'}"
     if PLAIN:
         return run_by_python(function)
-    rank = 3 if schedule in ("planes", "flat") else 4
+    rank = RANKS[schedule]
     scalar = {"X": numba.from_dtype(dtype), "S": numba.from_dtype(statistic), "d": types.float64}
     scalar |= {"s": scalar["S"], "t": numba.from_dtype(state)}
 
@@ -316,8 +398,10 @@ def compiled(
             return types.boolean
         if kind == "grid":
             return types.UniTuple(types.int64, len(Grid._fields))
+        if kind == "X" and contiguous:
+            return Data(scalar["X"])
         view = kind in ("X", "S")
-        layout = "C" if not view or (kind == "X" and contiguous) else "A"
+        layout = "A" if view else "C"
         return types.Array(scalar[kind[0]], rank if view else int(kind[1]), layout, readonly=name not in WRITES[step])
 
     signature = types.void(*[argument(name) for name in names_of(step)])

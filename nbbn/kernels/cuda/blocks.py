@@ -14,7 +14,7 @@ from nbbn.kernels.cuda.memory import vector
 from nbbn.kernels.cuda.target import cuda, device
 
 ELEMENTS = 16  # that a thread reads before it waits for any: enough to hide the latency, few enough for its registers
-# What a step is told about its loops: the steps of kernels/tasks.py, and how many families of tiles there are, those
+# What a step is told about its loops: the steps of tasks.py, and how many families of tiles there are, those
 # that share their channels.
 Grid = namedtuple("Grid", "r0_step r1_step k1_step families")
 # A view of elements: the address of the first, and the strides in bytes.

@@ -59,8 +59,11 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
     def add_moments(x, w, begin, shift, part):
         """Add `width` elements, x[begin:], to the sums of their statistics."""
         for lane in range(width):
-            s, value = lane if rows else 0, narrow(x[begin + lane])
-            total, squares, count, count2 = moment_terms(value, shift[s], of_weights(w, begin + lane))
+            s, i = lane if rows else 0, begin + lane
+            weight = of_weights(w, i)
+            if weighted:
+                weight = narrow(weight)
+            total, squares, count, count2 = moment_terms(narrow(x[i]) - shift[s], weight)
             part[s, 0] += total
             part[s, 1] += squares
             if weighted:

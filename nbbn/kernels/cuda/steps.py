@@ -1,6 +1,6 @@
 """The steps of batch normalization as CUDA kernels: reduce and channel in one launch, apply in another, or all in one.
 
-A block of (x, y) threads has one task at a time, a chunk of the values of a tile of statistics (kernels/tasks.py).
+A block of (x, y) threads has one task at a time, a chunk of the values of a tile of statistics (tasks.py).
 Where statistics lie side by side (rows), x runs over them and y over their values; where the values of a statistic do
 (planes), x and y both run over them. A thread takes `width` neighbours at once and adds a few of them up before it
 adds that to float64 sums, the sums of a block's threads are a tree, and those of the chunks are added in their order,
@@ -17,12 +17,14 @@ import numpy as np
 from numba.cuda import types
 
 from nbbn.core import rules
-from nbbn.kernels import channel, tasks
+from nbbn.kernels import channel
+from nbbn.kernels.cuda import channel as middle
 from nbbn.kernels.cuda.apply import apply_functions
 from nbbn.kernels.cuda.blocks import VIEW_SIZE, Grid, Variant, block_functions, combine_moments, is_last
 from nbbn.kernels.cuda.memory import matrices
 from nbbn.kernels.cuda.reduce import reduce_functions
 from nbbn.kernels.cuda.target import cuda, device
+from nbbn.kernels.cuda.tasks import bounds_of, chunks_and_tiles
 
 # The small arrays of a step, by address: see kernels/channel.py. Sums or moments of chunks (chunks, 4, statistics) are
 # float64; counters are uint32 and zero.
@@ -55,10 +57,8 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     # What makes an array is no function of its own: Numba's do not return on a GPU what they have made.
     array, array64, counters_at = matrices(v.statistic), matrices(np.float64), matrices(np.uint32)
     state_array = matrices(v.state or v.statistic)
-    middle, cuts = channel.functions(device), tasks.functions(device)
-    bounds_of, chunks_and_tiles = cuts.bounds_of, cuts.chunks_and_tiles
     add_chunks, train_of, freeze_of = middle.add_chunks, middle.train, middle.freeze
-    coefficients_of, parameter_gradients = middle.statistic_coefficients, middle.parameter_gradients
+    coefficients_of, parameter_gradients = middle.output_coefficients, middle.parameter_gradients
     input_coefficients_of = middle.input_coefficients
     walk = block_functions(v.rows, v.short, v.threads).walk
 
@@ -113,7 +113,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         new_state, hyper = state_array(memory[NEW_STATE], (state_rows, channels)), array64(memory[HYPER], (7,))
         saved = array64(memory[SAVED], (channel.SAVED_ROWS, statistics))
         coefficients = array(memory[COEFFICIENTS], (forward_rows, statistics))
-        train_of(c, c + 1, params, state, hyper, a_or_none, renorm, cumulative, new_state, saved, coefficients)
+        train_of(c, params, state, hyper, a_or_none, renorm, cumulative, new_state, saved, coefficients)
 
     @device
     def finish_training(c, shape, grid, memory, channels):
@@ -158,9 +158,9 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         """The sums of one channel's gradient, those of its first chunk then, and the gradients of its parameters."""
         statistics = partial.shape[2]
         for s in range(c, statistics, channels):
-            add_chunks(s, s + 1, partial)
+            add_chunks(s, partial)
         saved, dparams = array64(memory[SAVED], (channel.SAVED_ROWS, statistics)), array(memory[DPARAMS], (2, channels))
-        parameter_gradients(c, c + 1, partial[0], saved, dparams)
+        parameter_gradients(c, partial[0], saved, a_or_none, dparams)
 
     @device
     def finish_sums(c, shape, grid, memory, channels):
@@ -178,7 +178,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         """From the sums of one channel to the coefficients of dx."""
         statistics = sums.shape[1]
         saved = array64(memory[SAVED], (channel.SAVED_ROWS, statistics))
-        input_coefficients_of(c, c + 1, channels, sums, saved, array(memory[COEFFICIENTS], (4, statistics)))
+        input_coefficients_of(c, channels, sums, saved, array(memory[COEFFICIENTS], (4, statistics)))
 
     @device
     def finish_gradient(c, shape, grid, memory, channels):
@@ -278,7 +278,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         params, state = array(memory[PARAMS], (2, channels)), state_array(memory[STATE], (state_rows, channels))
         saved, hyper = array64(memory[SAVED], (channel.SAVED_ROWS, channels)), array64(memory[HYPER], (7,))
         if c < channels:
-            freeze_of(c, c + 1, params, state, hyper[channel.EPSILON], saved)
+            freeze_of(c, params, state, hyper, saved)
 
     def spread_gradient(shape, grid, memory, channels, epsilon):
         c = own_channel(grid)

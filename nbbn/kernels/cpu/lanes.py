@@ -1,0 +1,68 @@
+"""Sixteen elements at a time: what the loops over elements are made of.
+
+A `traced` function is Python that runs while a kernel is compiled, on vectors, arrays and numbers that stand for
+LLVM's (llvm.py): what it does with them is the code. So the source says in which order a sum is made and how a run
+ends, whatever the vectorizer makes of loops; the rules of one element are those of sixteen; and Numba has nothing to
+infer, which is most of the time that it takes to compile. LLVM splits the vectors where registers are narrower. Without
+a compiler the same functions run as they are, on NumPy's arrays (plain.py).
+
+Elements are float32 or float64 between load() and store(). Numba cannot type 16-bit floats on the CPU: arrays of uint16
+carry float16 and arrays of int16 carry bfloat16 (nbbn.core.dtypes.carrier). Where an argument `n` is None, all sixteen
+are meant; otherwise the first n, and the others are 0. None stands for what is not there: nothing is done with it.
+"""
+
+import inspect
+from collections.abc import Callable
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numba import types
+
+from nbbn.core import rules
+from nbbn.kernels.cpu import llvm, plain
+from nbbn.runtime import PLAIN, intrinsic
+
+BLOCK, HALF, LANES, LINE = llvm.BLOCK, llvm.HALF, llvm.LANES, llvm.LINE
+
+_made: Any = plain if PLAIN else llvm
+again, each, over, over_columns, when = _made.again, _made.each, _made.over, _made.over_columns, _made.when
+load, store, number, part, local, fence = _made.load, _made.store, _made.number, _made.part, _made.local, _made.fence
+add_halves, load_half, write_run, write_total = _made.add_halves, _made.load_half, _made.write_run, _made.write_total
+either, first, is_any, minimum = _made.either, _made.first, _made.is_any, _made.minimum
+splat, wide = _made.splat, _made.wide
+
+
+def traced(function: Callable[..., None]) -> Any:
+    """A function without a result that kernels may call."""
+
+    def answer(typingctx: Any, *kinds: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            with llvm.tracing(context, builder):
+                function(*(llvm.symbol(k, v) for k, v in zip(signature.args, values, strict=True)))
+            return context.get_dummy_value()
+
+        return types.void(*(types.int64 if isinstance(k, types.Integer) else k for k in kinds)), emit
+
+    given = list(inspect.signature(function).parameters.values())
+    answer.__signature__ = inspect.Signature([given[0].replace(name="typingctx"), *given])  # type: ignore[attr-defined]
+    return intrinsic(plain=function)(answer)
+
+
+def _for_vectors() -> SimpleNamespace:
+    """The rules of one number, for vectors: with what chooses between values, and Python's names that they use."""
+    if PLAIN:
+        math: Any = np
+        names = {"type": lambda x: lambda value: np.full_like(x, value)}
+    else:
+        math = SimpleNamespace(sqrt=llvm.Value.sqrt)
+        math.isfinite, math.isinf = (lambda x: x - x == 0), (lambda x: abs(x) == float("inf"))
+        names = {"type": lambda x: x.like}
+    names = {**vars(rules), **names, "math": math, "drop": _made.drop, "choose": _made.choose}
+    for name, rule in vars(rules).items():
+        if isinstance(rule, FunctionType) and name not in ("drop", "choose"):
+            names[name] = FunctionType(rule.__code__, names, name)
+    return SimpleNamespace(**names)
+
+
+vector_rules = _for_vectors()

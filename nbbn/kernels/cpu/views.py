@@ -1,0 +1,76 @@
+"""How the large arrays of a step enter its kernel: by their memory alone, which is a dense canonical view.
+
+To make a view of the right shape in Python, and to take an array apart at the border, would cost a quarter of a
+microsecond for each of them, which is a third of a small call.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import NativeValue, models, register_model, unbox
+from numba.np.arrayobj import populate_array
+
+from nbbn.kernels.cpu.tasks import Grid
+from nbbn.runtime import intrinsic
+
+_SIZES = tuple(Grid._fields.index(name) for name in ("r0", "k0", "r1", "k1"))
+_POINTER = ir.IntType(8).as_pointer()
+# Where NumPy's C interface has the address of an array's first element: behind what every object begins with.
+_ADDRESS = object.__basicsize__
+
+
+class Data(types.Type):  # type: ignore[misc]  # Numba has no annotations
+    """The memory of a NumPy array of this dtype, whatever its shape. Nothing is checked."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        super().__init__(f"Data({dtype})")
+
+
+@register_model(Data)
+class _DataModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, data: Data) -> None:
+        super().__init__(manager, data, _POINTER)
+
+
+@unbox(Data)
+def _unbox_data(data: Data, array: Any, c: Any) -> Any:
+    place = cgutils.pointer_add(c.builder, array, _ADDRESS, return_type=_POINTER.as_pointer())
+    return NativeValue(c.builder.load(place))
+
+
+def as_view(rank: int) -> Any:
+    """The function for kernels that makes arrays of the first `rank` sizes that a grid names: R0, K0, R1, K1. What is
+    no Data is one already."""
+
+    def plain(array, grid):
+        shape = tuple(grid[i] for i in _SIZES[:rank])
+        return array if array is None or array.shape == shape else array.reshape(shape)
+
+    @intrinsic(plain=plain)
+    def view_of(typingctx, array, grid):
+        if not isinstance(array, Data):
+            return array(array, grid), _as_it_is
+        result = types.Array(array.dtype, rank, "C")
+
+        def emit(context, builder, signature, args):
+            view = context.make_array(result)(context, builder)
+            size = ir.Constant(ir.IntType(64), context.get_abi_sizeof(view.data.type.pointee))
+            sizes = cgutils.unpack_tuple(builder, args[1])
+            shape, strides = [sizes[i] for i in _SIZES[:rank]], [size]
+            for n in shape[:0:-1]:
+                strides.insert(0, builder.mul(strides[0], n))
+            data = builder.bitcast(args[0], view.data.type)
+            populate_array(view, data=data, shape=shape, strides=strides, itemsize=size, meminfo=None)
+            return view._getvalue()
+
+        return result(array, grid), emit
+
+    return view_of
+
+
+def _as_it_is(context, builder, signature, args):
+    context.nrt.incref(builder, signature.return_type, args[0])
+    return args[0]
