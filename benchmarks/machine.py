@@ -4,12 +4,12 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import nbbn
 from nbbn import info
@@ -17,6 +17,7 @@ from nbbn.runtime import last_level_cache, thread_limit
 from nbbn.runtime.machine import cache_sizes
 
 PACKAGES = ("numpy", "numba", "llvmlite", "ml_dtypes", "onnx", "jaxlib", "tbb")
+T = TypeVar("T")
 QUIET = 0.05  # share of the CPU time that other processes may use while something is timed
 
 
@@ -45,6 +46,11 @@ class Others:
         return max(0.0, (busy - own) / (passed * (os.cpu_count() or 1)))
 
 
+def is_disturbed(result: Mapping[str, Any]) -> bool:
+    """Whether other processes used the CPU while this was measured; `others` is their share, None if unknown."""
+    return (result["others"] or 0) > QUIET
+
+
 def wait_until_quiet(patience: float) -> float:
     """Return when other processes leave the CPU alone, after `patience` seconds at the latest. Returns those waited."""
     start = time.monotonic()
@@ -55,6 +61,20 @@ def wait_until_quiet(patience: float) -> float:
         if share is None or share <= QUIET:
             break
     return time.monotonic() - start
+
+
+def in_quiet(measure: Callable[[], T], patience: float) -> tuple[T, float | None]:
+    """What `measure` returns, and the share of the CPU that other processes used meanwhile.
+
+    While `patience` seconds last, it waits for them and measures again what they have disturbed.
+    """
+    while True:
+        start, others = time.monotonic(), Others()
+        found, share = measure(), others.share()
+        patience -= time.monotonic() - start
+        if share is None or share <= QUIET or patience <= 0:
+            return found, share
+        patience -= wait_until_quiet(patience)
 
 
 def describe(peers: Mapping[str, str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import MODES
-from benchmarks.machine import QUIET
+from benchmarks.machine import QUIET, is_disturbed
 from benchmarks.peers import OWN, PEERS
 
 Report = dict[str, Any]
@@ -78,7 +78,7 @@ def mode_table(report: Report, mode: str) -> Iterator[str]:
         ratio = f"{min(known) / peers[best]:.2f}" if best and known else "-"
         cells = [_ms(r["limit"]), _ms(times.get("yardstick/copyto")), *map(_ms, own)]
         cells += [_ms(peers[best]), best.replace("/", ", ")] if best else ["-", "-"]
-        mark = "*" if (r["others"] or 0) > QUIET else ""
+        mark = "*" * is_disturbed(r)
         yield f"| {r['case']}{mark} | {' | '.join(cells)} | {ratio} |"
 
 

@@ -4,7 +4,6 @@ The first half is what every run has, here and in benchmarks.cuda.suite; the sec
 """
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from benchmarks import bounds, machine, startup, yardsticks
 from benchmarks.cases import CASES, Case
 from benchmarks.peers import OWN, CannotDo, Contender, Peer, load
 from benchmarks.problem import Given, Problem, WrongResult, check
-from benchmarks.timing import Call, Effort, Sample, measure
+from benchmarks.timing import Effort, Sample, measure
 from nbbn.runtime import last_level_cache
 
 Report = dict[str, Any]
@@ -184,26 +183,12 @@ def _time_mode(problem: Problem, plain: Problem | None, mode: str, plan: Plan) -
     case, cache = problem.case, last_level_cache()
     entrants, left_out = _enter(problem, plain, mode, plan.peers, cache)
     calls = {name: e.contender.call for name, e in entrants.items()} | yardsticks.prepare(problem)
-    samples, others = _measure_in_quiet(calls, plan)
+    samples, others = machine.in_quiet(partial(measure, calls, plan.effort), plan.patience)
     copies = {name: s.median for name, s in samples.items() if name in yardsticks.NAMES}
     least = case.least_bytes(mode, cache)
     limit, copy = yardsticks.limit(copies, least, case.bytes)
     result = describe(case, mode, least, limit, samples, entrants)
     return result | {"limit_from": copy, "others": others, "left_out": left_out}
-
-
-def _measure_in_quiet(calls: Mapping[str, Call], plan: Plan) -> tuple[dict[str, Sample], float | None]:
-    """Times, and the share of the CPU that other processes used meanwhile; measured again while patience lasts."""
-    patience = plan.patience
-    while True:
-        patience -= machine.wait_until_quiet(patience)
-        others = machine.Others()
-        start = time.monotonic()
-        samples = measure(calls, plan.effort)
-        share = others.share()
-        patience -= time.monotonic() - start
-        if share is None or share <= machine.QUIET or patience <= 0:
-            return samples, share
 
 
 def _enter(

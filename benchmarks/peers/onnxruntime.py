@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.peers import CannotDo, Contender, plain_only
 from benchmarks.problem import EPSILON, MOMENTUM, Problem
+from benchmarks.threads import asked
 
 
 def version() -> str:
@@ -64,8 +65,11 @@ def _session(runtime: Any, problem: Problem, training: bool) -> tuple[list[str],
     graph = helper.make_graph(nodes, "batch_norm", inputs, [value(n, n == "y") for n in results])
     # The operator has had this form since opset 15; the runtime reads older IR versions only.
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = asked()
+    serialized, providers = model.SerializeToString(), ["CPUExecutionProvider"]
     try:
-        return results, runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return results, runtime.InferenceSession(serialized, options, providers=providers)
     except Exception as error:  # the runtime's own exceptions have no public base
         raise CannotDo(f"ONNX Runtime: {str(error).strip().splitlines()[0]}") from None
 

@@ -40,7 +40,7 @@ class _Step:
         return self.tf.reshape(self.tf.constant(array), self.shape)
 
     def _array(self, tensor: Any) -> np.ndarray:
-        return np.asarray(tensor.numpy()).reshape(self.problem.case.shape)
+        return np.asarray(tensor).reshape(self.problem.case.shape)  # its method numpy() would copy
 
     def _normalize(self, x: Any, training: bool) -> Any:
         return self.tf.raw_ops.FusedBatchNormV3(

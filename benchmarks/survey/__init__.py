@@ -1,0 +1,1 @@
+"""How fast nbbn is at shapes that nobody has chosen: `python -m benchmarks survey`, from a clone."""
