@@ -3,8 +3,6 @@
 import gc
 import json
 import math
-import subprocess
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +17,7 @@ from benchmarks.__main__ import main
 from benchmarks.cases import CASES, ITEM_SIZES, MODES, Case, select
 from benchmarks.peers import OWN, PEERS, CannotDo, Contender, find, load
 from benchmarks.problem import MOMENTUM, Problem, WrongResult, check
+from tests.helpers.benchmarks import run_benchmarks
 
 ROOT = Path(__file__).parents[1]
 TINY = CASES["dense-32x64"]
@@ -414,16 +413,8 @@ def test_quick_run_with_all_installed_peers(tmp_path):
         pytest.skip(f"needs {', '.join(missing)} (extra: bench)")
     output = tmp_path / "out.json"
     arguments = ["cpu", "--quick", "--patience", "0", "--case", TINY.name, "--output", str(output)]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "| dense-32x64" in done.stdout
+    printed = run_benchmarks(*arguments)
+    assert "| dense-32x64" in printed
     found = json.loads(output.read_text())
     _check_report(found)
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -24,6 +24,7 @@ from nbbn.kernels.cpu.lanes import LINE
 from nbbn.runtime import last_level_cache, likely_layer
 
 ROOT = Path(__file__).parents[1]
+needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs PyTorch (extra: bench)")
 ONCE = Effort(rounds=2, seconds=0, lead_in=0, sample=0)
 
 
@@ -278,9 +279,8 @@ def test_block_ratios():
     assert line == "| 1 x 2 x 3 x 4* | 1.10 | 1.25 | 0.75 | 3e+03 | 4e+03 |"
 
 
+@needs_torch
 def test_block_runs():
-    if find_spec("torch") is None:
-        pytest.skip("needs PyTorch (extra: bench)")
     code = (
         "from benchmarks import block\n"
         "from benchmarks.timing import Effort\n"
@@ -290,9 +290,8 @@ def test_block_runs():
     assert "| 2 x 3 x 5 x 4" in _run(code)
 
 
+@needs_torch
 def test_block_compares_results():
-    if find_spec("torch") is None:
-        pytest.skip("needs PyTorch (extra: bench)")
     code = (
         "from benchmarks import block, problem\n"
         "block.OwnNorm.backward = lambda self, dy: dy\n"

@@ -2,11 +2,8 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections import Counter
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,8 +18,8 @@ from benchmarks.problem import WrongResult
 from benchmarks.survey import bounds, points, report, suite
 from benchmarks.survey.points import FLOAT32, GROUPS, HALF, LAYOUTS, OPTIONS, READ, SURVEY_MODES
 from benchmarks.timing import Effort, burst
+from tests.helpers.benchmarks import run_benchmarks
 
-ROOT = Path(__file__).parents[1]
 ONCE = Effort(rounds=2, seconds=0, lead_in=0, sample=0)
 DRAWN = points.draw(160, seed=3)
 
@@ -332,16 +329,8 @@ def test_command_with_all_installed_peers(tmp_path):
     _needs_extra()
     output = tmp_path / "out.json"
     arguments = ["survey", "--seed", "1", "--points", "1", "--threads", "1", "--patience", "0", "--output", str(output)]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Seed 1, 1 points, threads: 1 for everybody." in done.stdout
+    printed = run_benchmarks(*arguments)
+    assert "Seed 1, 1 points, threads: 1 for everybody." in printed
     found = json.loads(output.read_text())
     assert found["machine"]["threads"] == 1
     assert [r["mode"] for r in found["results"]] == list(SURVEY_MODES)

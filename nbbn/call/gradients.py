@@ -47,7 +47,7 @@ def gradients(dispatcher: Dispatcher, record: Record, dy: Any, out: Any, scale: 
     What follows is written for speed: a small step takes 3 us, and as much can be lost beside it.
     """
     x, saved, training, operands, dtype, variables, forward = record
-    residual, shapes, place = operands.residual, variables.shapes, place_of(x)
+    residual, shapes = operands.residual, variables.shapes
     plain = training and operands.weights is None and operands.a is None
     step, adjustment, dz = None if forward is None else forward.gradient, None, None
     if step is None and plain and type(x) is np.ndarray:
@@ -67,6 +67,7 @@ def gradients(dispatcher: Dispatcher, record: Record, dy: Any, out: Any, scale: 
             adjustment = _adjustment_gradients(dispatcher, record, dz)
         if plain and all(a is None or _is_like(a, x) for a in (dy, out, residual)):
             dispatcher.bind("backward", x, residual is not None, variables)
+    place = place_of(x)
     if dparams.dtype != shapes.dtype:
         dparams = place.astype(dparams, shapes.dtype)
     if dtype != x.dtype:

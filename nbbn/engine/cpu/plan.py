@@ -38,13 +38,14 @@ class Plan:
     constants: dict[str, Any]
     carrier: np.dtype | None = field(init=False)  # what the arrays of `dtype` are viewed as
     names: tuple[str, ...] = field(init=False)
+    elements: int = field(init=False)
     _kernels: dict[bool, Step] = field(init=False, default_factory=dict, repr=False)
     _entries: dict[bool, Step] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         carrier = dtypes.carrier(self.dtype)
         self.carrier = None if PLAIN or carrier is self.dtype else carrier  # plain Python needs no stand-in
-        self.names = names_of(self.step)
+        self.names, self.elements = names_of(self.step), math.prod(self.view)
 
     def variant(self, parallel: bool) -> tuple[Any, ...]:
         """What compiled() is to be asked for."""
@@ -101,7 +102,7 @@ class Plan:
             self._entry(False)(*arguments)
 
     def _in_pool(self, *arguments: Any) -> None:
-        elements = math.prod(self.view) if True in self._kernels else None  # that call compiles
+        elements = self.elements if True in self._kernels else None  # that call compiles
         with parallel_region(elements) as granted:
             self._entry(granted)(*arguments)
 

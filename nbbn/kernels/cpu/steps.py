@@ -139,40 +139,37 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
 
     # -- one pass: tile by tile; those of one channel in all groups together, as they share its moving statistics ------
 
-    def over_tiles(tile, x, grid, body):
-        """body(tile, view) for the tiles that have the same channels as the first one."""
-        each(tile, grid.tiles, grid.families, lambda t, _: body(t, loops.extent(x)))
+    def over_tiles(tile, grid, body):
+        """body(tile) for the tiles that have the same channels as the first one."""
+        each(tile, grid.tiles, grid.families, lambda t, _: body(t))
+
+    def over_chunks(tile, x, grid, body):
+        """body(bounds) for the tasks of a tile."""
+        each(0, grid.chunks, 1, lambda chunk, _: body(bounds_of(chunk, tile, loops.extent(x), grid)))
 
     @traced
     def train_tile(tile, inputs, weights, grid, flags, y, params, state, new_state, saved, count, memory):
         (hyper, relu, renorm, cumulative), (coefficients, shift, partial) = flags, memory
         grid, x, a = Grid(*grid), inputs[0], inputs[2]
 
-        def reduce(t, view):
-            write_shifts(x, weights, bounds_of(0, t, view, grid), grid, shift)
-            first, last = statistics(bounds_of(0, t, view, grid), grid)
+        def reduce(t):
+            first_task = bounds_of(0, t, loops.extent(x), grid)
+            write_shifts(x, weights, first_task, grid, shift)
+            first, last = statistics(first_task, grid)
 
             def sums():
-                each(
-                    0,
-                    grid.chunks,
-                    1,
-                    lambda chunk, _: loops.moments(x, weights, shift, bounds_of(chunk, t, view, grid), grid, partial),
-                )
+                over_chunks(t, x, grid, lambda where: loops.moments(x, weights, shift, where, grid, partial))
                 return channel.moments(first, last, grid.chunks, partial, shift, count, weights, saved)
 
             again(sums)
 
-        def apply(t, view):
-            def of_chunk(chunk, _):
-                loops.normalize(inputs, coefficients, relu, bounds_of(chunk, t, view, grid), grid, y)
+        def apply(t):
+            over_chunks(t, x, grid, lambda where: loops.normalize(inputs, coefficients, relu, where, grid, y))
 
-            each(0, grid.chunks, 1, of_chunk)
-
-        over_tiles(tile, x, grid, reduce)
+        over_tiles(tile, grid, reduce)
         first, last = statistics(bounds_of(0, tile, loops.extent(x), grid), grid)
         channel.train(first, last, params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients)
-        over_tiles(tile, x, grid, apply)
+        over_tiles(tile, grid, apply)
         settle(grid)
 
     @traced
@@ -180,27 +177,22 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
         forward, coefficients, partial = memory
         grid, channels, mean = Grid(*grid), dparams.shape[1], part(saved, (BATCH_MEAN,), 0, saved.shape[1])
 
-        def reduce(t, view):
-            def of_chunk(chunk, _):
-                where = bounds_of(chunk, t, view, grid)
-                loops.gradient_sums(dy, inputs, weights, mean, forward, relu, where, grid, partial)
+        def sums(where):
+            loops.gradient_sums(dy, inputs, weights, mean, forward, relu, where, grid, partial)
 
-            each(0, grid.chunks, 1, of_chunk)
-            first, last = statistics(bounds_of(0, t, view, grid), grid)
+        def reduce(t):
+            over_chunks(t, dy, grid, sums)
+            first, last = statistics(bounds_of(0, t, loops.extent(dy), grid), grid)
             channel.add_chunks(first, last, grid.chunks, partial)
 
-        def apply(t, view):
-            def of_chunk(chunk, _):
-                where = bounds_of(chunk, t, view, grid)
-                loops.input_gradient(dy, inputs, weights, forward, relu, coefficients, where, grid, dx, dz)
+        def results(where):
+            loops.input_gradient(dy, inputs, weights, forward, relu, coefficients, where, grid, dx, dz)
 
-            each(0, grid.chunks, 1, of_chunk)
-
-        over_tiles(tile, dy, grid, reduce)
+        over_tiles(tile, grid, reduce)
         first, last = statistics(bounds_of(0, tile, loops.extent(dy), grid), grid)
         channel.parameter_gradients(first, last, partial[0], saved, inputs[2], dparams)
         channel.input_coefficients(first, last, channels, partial[0], saved, coefficients)
-        over_tiles(tile, dy, grid, apply)
+        over_tiles(tile, grid, lambda t: over_chunks(t, dy, grid, results))
         settle(grid)
 
     # -- the stages by themselves --------------------------------------------------------------------------------------
