@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from benchmarks import block, bounds, report, suite
+from benchmarks import block, bounds, report, suite, sync
 from benchmarks.calibrate import report as calibrate_report
 from benchmarks.calibrate import suite as calibrate_suite
 from benchmarks.calibrate.points import SUBJECTS
@@ -19,6 +19,8 @@ from benchmarks.cuda import report as cuda_report
 from benchmarks.cuda import suite as cuda_suite
 from benchmarks.cuda.cases import CASES as CUDA_CASES
 from benchmarks.cuda.peers import PEERS as CUDA_PEERS
+from benchmarks.frameworks import suite as frameworks
+from benchmarks.machine import describe, versions
 from benchmarks.peers import PEERS, find, load
 from benchmarks.problem import WrongResult
 from benchmarks.survey import bounds as survey_bounds
@@ -88,6 +90,20 @@ def _parser() -> argparse.ArgumentParser:
     beside.add_argument("--quick", action="store_true", help="few rounds, and no patience")
     _add_patience(beside, 5)
     beside.set_defaults(run=run_block)
+    what = "time what it costs to share statistics between processes (extra: mpi, and an MPI library; torch for gloo)"
+    ranks = commands.add_parser("sync", help=what, description=what)
+    ranks.add_argument("--ranks", type=int, nargs="+", default=sync.RANKS, metavar="N", help="default: %(default)s")
+    ranks.add_argument(
+        "--channels", type=int, nargs="+", default=sync.CHANNELS, metavar="C", help="default: %(default)s"
+    )
+    ranks.add_argument("--transports", nargs="+", choices=sync.TRANSPORTS, default=sync.TRANSPORTS)
+    ranks.set_defaults(run=run_sync)
+    what = "time the faces for frameworks against what they replace (extra: frameworks)"
+    faces = commands.add_parser("frameworks", help=what, description=what)
+    faces.add_argument("--only", nargs="+", choices=frameworks.FACES, default=frameworks.FACES)
+    faces.add_argument("--quick", action="store_true", help="few rounds, small networks")
+    _add_output(faces, "frameworks.json")
+    faces.set_defaults(run=run_frameworks)
     what = "draw the picture of a report and print its tables"
     again = commands.add_parser("report", help=what, description=what)
     again.add_argument("file", type=Path)
@@ -183,6 +199,19 @@ def run_block(layer: str | None, quick: bool, patience: float) -> int:
         _start_with({"NUMBA_THREADING_LAYER": layer})
     plan = block.plan(layer, quick, 0 if quick else patience)
     print(block.tables(_with_bar(len(plan.shapes), lambda progress: block.run(plan, progress))))
+    return 0
+
+
+def run_sync(ranks: Sequence[int], channels: Sequence[int], transports: Sequence[str]) -> int:
+    print(sync.table(sync.run(ranks, channels, transports)))
+    return 0
+
+
+def run_frameworks(only: Sequence[str], quick: bool, output: Path) -> int:
+    found = frameworks.run(only, quick)
+    measured = {"machine": describe(versions(frameworks.PACKAGES)), "quick": quick, "faces": found}
+    output.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    print(frameworks.table(found))
     return 0
 
 

@@ -1,6 +1,7 @@
 """Batch normalization for Python arrays, complete and fast."""
 
-from nbbn import constraints, exchange, initializers, nn, regularizers
+from nbbn import constraints, exchange, initializers, nn, regularizers, sync
+from nbbn.accumulation import accumulate
 from nbbn.call.gradients import Gradients
 from nbbn.core.options import Options
 from nbbn.deploy.inspection import explain, force
@@ -9,7 +10,10 @@ from nbbn.engine.base import Force
 from nbbn.engine.dispatcher import Dispatcher
 from nbbn.layer.folding import fold_into
 from nbbn.layer.layer import BatchNormalization
+from nbbn.moments import Moments
+from nbbn.population import population_statistics
 from nbbn.runtime import buffers
+from nbbn.sync.layer import SyncBatchNormalization
 
 __version__ = "0.1.0"
 
@@ -20,7 +24,10 @@ __all__ = [
     "Dispatcher",
     "Force",
     "Gradients",
+    "Moments",
     "Options",
+    "SyncBatchNormalization",
+    "accumulate",
     "buffers",
     "constraints",
     "exchange",
@@ -30,6 +37,8 @@ __all__ = [
     "initializers",
     "load",
     "nn",
+    "population_statistics",
     "regularizers",
+    "sync",
     "warmup",
 ]

@@ -1,12 +1,15 @@
-"""Stateless batch normalization, with the names and signatures of tf.nn."""
+"""Stateless batch normalization, with the names and signatures of tf.nn.
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+Arrays are those of the host: NumPy's, and PyTorch's and JAX's there. Results are of the library of the first argument.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from nbbn.arrays import HOST
+from nbbn.arrays import HOST, giver, numbers_of
 from nbbn.call.operands import as_input, as_weights
 from nbbn.core import dtypes
 from nbbn.core.layout import Sizes, resolve_axis
@@ -15,6 +18,7 @@ from nbbn.engine.dispatcher import Dispatcher
 from nbbn.kernels import channel
 
 Array = np.ndarray
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _FUSED_AXIS = {"NHWC": (4, 3), "NCHW": (4, 1), "NDHWC": (5, 4), "NCDHW": (5, 1)}
 
@@ -22,6 +26,21 @@ _FUSED_AXIS = {"NHWC": (4, 3), "NCHW": (4, 1), "NDHWC": (5, 4), "NCDHW": (5, 1)}
 @lru_cache(maxsize=64)  # a dispatcher remembers what it has found out about earlier arrays
 def _dispatcher(axis: int | Sizes, epsilon: float = 0.0, momentum: float = 0.0) -> Dispatcher:
     return Dispatcher(Options(axis=axis, momentum=momentum, epsilon=epsilon, bessel_correction=True))
+
+
+def _as_given(function: _Function) -> _Function:
+    """Results are arrays of the library of the first argument."""
+    (first, *_) = function.__code__.co_varnames
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        found = function(*args, **kwargs)
+        give = giver(args[0] if args else kwargs[first])
+        if give is None:
+            return found
+        return tuple(map(give, found)) if isinstance(found, tuple) else give(found)
+
+    return cast(_Function, call)
 
 
 def _input(value: Any) -> Array:
@@ -63,6 +82,7 @@ def _moments(x: Array, weights: Array | None, reduced: Sizes, keepdims: bool) ->
     return mean.reshape(shape).astype(x.dtype), variance.reshape(shape).astype(x.dtype)
 
 
+@_as_given
 def moments(
     x: Any,
     axes: int | Sequence[int] | Array,
@@ -83,6 +103,7 @@ def moments(
     return _moments(x, None, _axes(axes, x.ndim), _keepdims(keepdims, keep_dims))
 
 
+@_as_given
 def weighted_moments(
     x: Any,
     axes: int | Sequence[int] | Array,
@@ -97,12 +118,13 @@ def weighted_moments(
     Returns: mean, variance; 0 where the weights sum to 0, as in TensorFlow.
     """
     x = _input(x)
-    weights = dtypes.as_numbers(frequency_weights, "frequency_weights")
+    weights = numbers_of(frequency_weights, "frequency_weights")
     weights = weights.reshape((1,) * (x.ndim - weights.ndim) + weights.shape)
     weights = as_weights(weights, x, (), dtypes.statistic(x.dtype), "frequency_weights")
     return _moments(x, weights, _axes(axes, x.ndim), _keepdims(keepdims, keep_dims))
 
 
+@_as_given
 def batch_normalization(
     x: Any, mean: Any, variance: Any, offset: Any, scale: Any, variance_epsilon: float, name: str | None = None
 ) -> Array:
@@ -116,7 +138,7 @@ def batch_normalization(
     check_number("variance_epsilon", variance_epsilon, np.inf, EPSILON)
     operands = {"scale": 1.0 if scale is None else scale, "offset": 0.0 if offset is None else offset}
     operands |= {"mean": mean, "variance": variance}
-    arrays = [dtypes.as_numbers(o, name) for name, o in operands.items()]
+    arrays = [numbers_of(o, name) for name, o in operands.items()]
     try:
         shape = np.broadcast_shapes(x.shape, *(a.shape for a in arrays))
     except ValueError:
@@ -143,13 +165,14 @@ def _fused_dispatcher(x: Array, data_format: str, epsilon: float, momentum: floa
 
 def _per_channel(values: Sequence[Any], names: Sequence[str], x: Array, dispatcher: Dispatcher) -> Array:
     channels = x.shape[dispatcher.axis(x.ndim)[0]]
-    arrays = [dtypes.as_numbers(v, n).astype(dtypes.statistic(x.dtype)) for v, n in zip(values, names, strict=True)]
+    arrays = [numbers_of(v, n).astype(dtypes.statistic(x.dtype)) for v, n in zip(values, names, strict=True)]
     for name, array in zip(names, arrays, strict=True):
         if array.shape != (channels,):
             raise ValueError(f"{name} must have shape ({channels},), one value per channel; received {array.shape}")
     return np.stack(arrays)
 
 
+@_as_given
 def fused_batch_norm(
     x: Any,
     scale: Any,
@@ -192,6 +215,7 @@ def fused_batch_norm(
     return y, new_state[channel.MEAN], new_state[channel.VARIANCE]
 
 
+@_as_given
 def fused_batch_norm_grad(
     y_backprop: Any,
     x: Any,
@@ -209,7 +233,7 @@ def fused_batch_norm_grad(
         mean, variance: (C,) the statistics that inference used; not used in training, where those of x are taken.
     """
     x, is_training = _input(x), boolean("is_training", is_training)
-    dy = dtypes.as_float_array(y_backprop, "y_backprop").astype(x.dtype, copy=False)
+    dy = HOST.take(y_backprop, "y_backprop").astype(x.dtype, copy=False)
     if dy.shape != x.shape:
         raise ValueError(f"y_backprop must have the shape of x, {x.shape}; received {dy.shape}")
     dispatcher = _fused_dispatcher(x, data_format, epsilon)

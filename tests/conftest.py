@@ -1,6 +1,6 @@
 """Collection, and shared fixtures.
 
-TensorFlow takes seconds to import, so its tests are only looked at when they are asked for.
+TensorFlow and others take seconds to import, so their tests are only looked at when they are asked for.
 """
 
 import os
@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from nbbn.compat import v1
+from nbbn.runtime import thread_limit
+
+MOST_PROCESSES = 4  # each has some 1 GB of compiled kernels
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -18,9 +21,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore:.*invalid value encountered:RuntimeWarning")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process for each core where all tests run; 0, which is this one, for what somebody has named: it is there at
+    once, and what starts processes or loads frameworks has its marker."""
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    chosen = config.getoption("markexpr") in ("parity", "frozen", "distributed", "frameworks")
+    return min(thread_limit(), MOST_PROCESSES) if everything and not chosen else 0
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    asked_for = config.getoption("markexpr") == "parity"
-    return None if asked_for or collection_path.name != "parity" else True
+    folder = collection_path.name
+    return True if folder in ("parity", "frameworks") and config.getoption("markexpr") != folder else None
 
 
 @pytest.fixture

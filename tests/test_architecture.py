@@ -34,21 +34,22 @@ ROOMS = {
     "kernels": {"core.rules"},
     "kernels.cpu": {"core.rules", "kernels", "runtime"},
     "kernels.cuda": {"core.rules", "kernels"},
-    # -- where arrays lie: one face, and for each library a module that only gpu looks for
+    # -- where arrays lie: one face, and for each library a module that only `libraries` looks for
     "arrays.availability": set(),
     "arrays.device": {"core"},
-    "arrays.host": {"core", "runtime"},
     "arrays.dlpack": {"core"},
     "arrays.torch": {"arrays.device", "core"},
     "arrays.cupy": {"arrays.device", "core"},
     "arrays.numba_cuda": {"arrays.device", "core", "kernels.cuda"},
     "arrays.jax": {"arrays.device", "arrays.numba_cuda", "core"},
     "arrays.interface": {"arrays.device", "arrays.dlpack", "arrays.numba_cuda", "core"},
-    "arrays.gpu": {
-        *("arrays.availability", "arrays.device", "arrays.host", "core"),
-        *("arrays.torch", "arrays.cupy", "arrays.jax", "arrays.numba_cuda", "arrays.interface"),
+    "arrays.libraries": {
+        *("arrays.availability", "arrays.torch", "arrays.cupy", "arrays.jax", "arrays.numba_cuda"),
+        "arrays.interface",
     },
-    "arrays": {"arrays.gpu", "arrays.host", "core"},
+    "arrays.host": {"arrays.libraries", "core", "runtime"},
+    "arrays.gpu": {"arrays.device", "arrays.host", "arrays.libraries", "core"},
+    "arrays": {"arrays.gpu", "arrays.host", "arrays.libraries", "core"},
     # -- what a layer owns
     "state": {"arrays", "core", "runtime"},
     # -- how steps run; here, too, two targets that do not know each other
@@ -57,33 +58,58 @@ ROOMS = {
     "engine.cuda": {"arrays.availability", "arrays.device", "arrays.gpu", "core", "engine", "kernels.cuda"},
     "engine.dispatcher": {"arrays", "core", "engine", "engine.cpu", "engine.cuda", "kernels"},
     # -- a call: checks, the steps, the gradient
-    "call": {"arrays", "core", "engine", "engine.dispatcher", "kernels", "runtime", "state"},
+    "call": {"arrays", "core", "engine", "engine.cpu", "engine.dispatcher", "kernels", "runtime", "state"},
     # -- the faces
     "layer": {
-        *("arrays", "arrays.availability", "arrays.gpu", "call", "core", "engine.dispatcher", "state"),
+        *(
+            "arrays",
+            "arrays.availability",
+            "arrays.gpu",
+            "arrays.libraries",
+            "call",
+            "core",
+            "engine.dispatcher",
+            "state",
+        ),
         *("initializers", "regularizers", "constraints"),
     },
     "nn": {"arrays", "call", "core", "engine.dispatcher", "kernels"},
+    "numba": {"arrays.host", "core", "engine", "engine.cpu", "engine.dispatcher", "kernels", "kernels.cpu", "runtime"},
     "deploy": {
         *("call", "core", "engine", "engine.cpu", "engine.dispatcher"),
         *("kernels.cpu", "layer", "runtime", "state"),
     },
     "exchange": {"arrays", "core", "layer", "state"},
+    "accumulation": {"arrays", "call", "core", "engine.cpu", "kernels", "layer"},
+    "sync": {"call", "core", "engine.cpu", "engine.dispatcher", "kernels", "layer", "runtime"},
+    "moments": {"arrays", "call", "core", "engine.cpu", "engine.dispatcher", "kernels", "state"},
+    "population": {
+        *("arrays", "call", "core", "engine.cpu", "engine.dispatcher", "kernels", "layer", "runtime", "state"),
+        "sync",
+    },
     "nbbn": {
-        *("call", "core", "deploy", "engine", "engine.dispatcher", "exchange", "layer", "nn", "runtime"),
+        *("accumulation", "call", "core", "deploy", "engine", "engine.dispatcher", "exchange", "layer", "nn"),
+        *("moments", "population", "runtime", "sync"),
         *("initializers", "regularizers", "constraints"),
     },
+    "torch": {
+        *("accumulation", "arrays", "arrays.host", "call", "core", "engine", "engine.dispatcher", "kernels", "runtime"),
+        "sync",
+    },
     "compat": {"arrays", "call", "core", "layer", "regularizers", "runtime", "state"},
+    "jax": {"core", "engine", "engine.cpu", "engine.dispatcher", "kernels", "kernels.cpu", "runtime"},
+    "flax": {"core", "jax"},
+    "keras": {"call", "core", "engine", "engine.dispatcher", "jax", "kernels", "torch"},
     "demo": {"nbbn", "runtime"},
     "info": {"arrays.availability", "kernels.cpu", "nbbn", "runtime"},
     "__main__": {"core", "demo", "deploy", "info", "nbbn"},
 }
-FILES = {"__init__.py", "__main__.py", "_registry.py", "info.py", "nn.py"} | {
-    *("constraints.py", "initializers.py", "regularizers.py"),
+FILES = {"__init__.py", "__main__.py", "_registry.py", "accumulation.py", "info.py", "nn.py"} | {
+    *("constraints.py", "initializers.py", "moments.py", "population.py", "regularizers.py"),
 }
 FOLDERS = {
     *("__pyinstaller", "arrays", "call", "compat", "core", "demo", "deploy"),
-    *("engine", "exchange", "kernels", "layer", "runtime", "state"),
+    *("engine", "exchange", "flax", "jax", "keras", "kernels", "layer", "numba", "runtime", "state", "sync", "torch"),
 }
 
 ALWAYS_INSTALLED = {"numba", "numpy", "llvmlite"}
@@ -93,13 +119,20 @@ OPTIONAL = {
     "layer": {"safetensors"},
     "exchange": {"h5py", "onnx"},
     "deploy": {"tqdm"},
+    "population": {"tqdm"},
     "info": {"ml_dtypes"},
     "demo": {"matplotlib", "sklearn", "threadpoolctl", "tqdm"},
     "engine.cuda": {"cuda"},
+    "sync": {"mpi4py", "torch"},
 }
 # These are imported when an array of their library comes in, and not before; so they may import it at once.
 LIBRARIES = {"arrays.torch": "torch", "arrays.cupy": "cupy", "arrays.jax": "jax"}
-# So are those that import numba.cuda.
+# Whoever imports one of these rooms has the framework: it may be imported at once.
+FACES = {
+    **{"jax": {"jax"}, "flax": {"flax", "jax"}, "torch": {"torch"}},
+    "keras": {"jax", "keras", "tensorflow", "torch"},
+}
+# What imports numba.cuda is imported when it is needed, too.
 OF_A_GPU = ("kernels.cuda", "engine.cuda", "arrays.gpu", "arrays.interface", "arrays.numba_cuda", *LIBRARIES)
 
 
@@ -290,7 +323,7 @@ def test_dependencies(module):
     """At import time only what is always installed; frameworks only by the modules for them."""
     for name, at_import in outside(module):
         root = name.split(".")[0]
-        allowed = root in ALWAYS_INSTALLED or root == LIBRARIES.get(module)
+        allowed = root in ALWAYS_INSTALLED | FACES.get(room_of(module), set()) or root == LIBRARIES.get(module)
         assert allowed or (not at_import and root in OPTIONAL.get(room_of(module), ())), name
 
 
@@ -309,6 +342,8 @@ def test_options_are_used():
     for room, names in OPTIONAL.items():
         used = {n.split(".")[0] for m in MODULES if room_of(m) == room for n, _ in outside(m)}
         assert names <= used, room
+    for room, names in FACES.items():
+        assert names <= {n.split(".")[0] for m in MODULES if room_of(m) == room for n, _ in outside(m)}, room
     for module, name in LIBRARIES.items():
         assert name in {n.split(".")[0] for n, _ in outside(module)}
 
@@ -320,7 +355,7 @@ def test_nothing_is_imported_by_a_computed_name(module):
 
 FOREIGN = {
     *("numba.cuda", "numba_cuda", "cuda", "torch", "cupy", "jax", "jaxlib", "tensorflow", "keras", "tf_keras"),
-    *("ml_dtypes", "sklearn", "matplotlib", "threadpoolctl", "tqdm", "safetensors", "h5py", "onnx"),
+    *("ml_dtypes", "sklearn", "matplotlib", "threadpoolctl", "tqdm", "safetensors", "h5py", "onnx", "mpi4py"),
 }
 
 

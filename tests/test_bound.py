@@ -14,6 +14,7 @@ import nbbn
 from nbbn import BatchNormalization, Dispatcher
 from nbbn.compat import v1
 from nbbn.core import dtypes
+from nbbn.runtime import PLAIN
 from tests.helpers.concurrency import in_threads
 from tests.helpers.engines import CountingEngine, forgetful, watch
 from tests.oracle.strategies import odd
@@ -43,6 +44,8 @@ CASES = {
     "renorm": ((12, 6), {"renorm": True, "renorm_clipping": {"rmax": 2.0}}),
     "relu": ((12, 6), {"activation": "relu"}),
     "cumulative": ((12, 6), {"momentum": None}),
+    "debias": ((12, 6), {"debias": True}),
+    "skip": ((12, 6), {"skip_nonfinite": True}),
     "large": ((600, 512), {}),
 }
 
@@ -53,7 +56,7 @@ SAME_BITS = [
     *((name, "float32", False) for name in CASES),
     *((name, "float32", True) for name in ("dense", "image", "planes", "several axes", "ghost", "relu")),
     ("dense", "float16", False),
-    ("dense", "bfloat16", True),
+    ("relu", "bfloat16", True),
     ("dense", "float64", False),
 ]
 
@@ -352,17 +355,10 @@ def with_clips(layer):
     layer._dispatcher = Dispatcher(replace(layer.options, epsilon=0.5, activation="relu"))
 
 
-def with_exchange(layer):
-    """Statistics that are those of this batch and of another one."""
-
-    class Exchange:
-        def merge(self, moments):
-            return moments * [[2], [1], [3], [2]]
-
-        def add(self, sums):
-            return sums * 2
-
-    layer._dispatcher = type(layer._dispatcher)(layer.options, layer._dispatcher.force, Exchange())
+def step_in_halves(layer):
+    """With statistics that are those of this batch and of another one."""
+    step = layer.start(X)
+    step.finish([step.message, step.message * 2])
 
 
 def other_variables(layer):
@@ -389,7 +385,7 @@ BETWEEN = {
     "moving_mean": lambda layer: setattr(layer, "moving_mean", np.arange(6)),
     "constraints": lambda layer: layer.apply_constraints(),
     "another choice": lambda layer: nbbn.force(layer, schedule="rows"),
-    "an exchange": with_exchange,
+    "a step in halves": step_in_halves,
     "other variables": other_variables,
     "not built": rebuilt,
     "a call that fails": failing_call,
@@ -478,3 +474,24 @@ def test_a_copy_built_otherwise_is_not_taken_for_the_original():
     twin(X[:, :5].copy())
     with pytest.raises(ValueError, match="built for"):
         twin(X)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_step_on_memory(order):
+    """Large arrays by their addresses, as another library tells them."""
+    run = nbbn.Dispatcher(nbbn.Options(axis=1, momentum=0.9))
+    rng = np.random.default_rng(0)
+    x, dy = (np.array(rng.normal(size=(6, 3, 4)), np.float32, order=order) for _ in range(2))
+    params, state = np.array([[1, 2, 3], [0, 1, 2]], np.float32), np.array([[0, 0, 0], [1, 1, 1]], np.float32)
+    forward, backward = (run.on_memory(name, x, False) for name in ("train", "backward"))
+    expected, new_state, expected_saved = run.train(x, params, state)
+    if PLAIN:  # its kernels need arrays
+        assert forward is None
+        return
+    y, dx, saved, dparams = np.empty_like(x), np.empty_like(x), np.empty_like(expected_saved), np.empty_like(params)
+    address = [a.__array_interface__["data"][0] for a in (x, y, dy, dx)]
+    forward(None, address[0], address[1], params, state, state, saved)
+    backward(None, None, address[0], address[2], address[3], saved, dparams)
+    expected_dx, expected_dparams, _ = run.backward(dy, x, expected_saved, training=True)
+    for found, value in ((y, expected), (state, new_state), (dx, expected_dx), (dparams, expected_dparams)):
+        np.testing.assert_array_equal(found, value)

@@ -29,57 +29,57 @@ class Asked(BatchNormalization):
 class Updates(Asked):
     """The statistics are kept as usual; `saved` and `inputs` are what they are in the first call."""
 
-    def _update(self, variables, new_state, saved, inputs):
+    def _update(self, variables, new_state, saved, inputs, numbers):
         self.asked.append((new_state.tobytes(), saved.tobytes(), inputs is self.given))
-        super()._update(variables, new_state, saved, inputs)
+        super()._update(variables, new_state, saved, inputs, numbers)
 
 
 class KeepsNothing(Updates):
-    def _update(self, variables, new_state, saved, inputs):
+    def _update(self, variables, new_state, saved, inputs, numbers):
         self.asked.append(saved.tobytes())
 
 
 class KeepsHalf(Updates):
-    def _update(self, variables, new_state, saved, inputs):
+    def _update(self, variables, new_state, saved, inputs, numbers):
         variables.keep((variables.state + new_state) / 2)
 
 
 class KeepsInAnotherOrder(Updates):
     """Of memory: the values are those of the new state."""
 
-    def _update(self, variables, new_state, saved, inputs):
+    def _update(self, variables, new_state, saved, inputs, numbers):
         variables.keep(np.asfortranarray(new_state))
 
 
 class KeepsInAnotherDtype(Updates):
-    def _update(self, variables, new_state, saved, inputs):
+    def _update(self, variables, new_state, saved, inputs, numbers):
         variables.keep(new_state.astype(np.float64) + 1e-3)
 
 
 class KeepsAPart(Updates):
-    def _update(self, variables, new_state, saved, inputs):
+    def _update(self, variables, new_state, saved, inputs, numbers):
         variables.keep_part(new_state, "mean")
 
 
 class KeepsAView(Updates):
     """Of a larger array, with gaps."""
 
-    def _update(self, variables, new_state, saved, inputs):
+    def _update(self, variables, new_state, saved, inputs, numbers):
         variables.keep(np.repeat(new_state, 2, axis=1)[:, ::2])
 
 
 class FailsToUpdate(Updates):
-    def _update(self, variables, new_state, saved, inputs):
+    def _update(self, variables, new_state, saved, inputs, numbers):
         raise ArithmeticError(f"{len(self.asked)}")
 
 
 class UpdatesEverySecondTime(Updates):
     calls = 0
 
-    def _update(self, variables, new_state, saved, inputs):
+    def _update(self, variables, new_state, saved, inputs, numbers):
         self.calls += 1
         if self.calls % 2:
-            super()._update(variables, new_state, saved, inputs)
+            super()._update(variables, new_state, saved, inputs, numbers)
 
 
 class UsesBatch(Asked):

@@ -32,7 +32,7 @@ ONCE = Effort(rounds=2, seconds=0, lead_in=0, sample=0)
 
 
 def test_every_subject_is_a_threshold():
-    names = set(vars(Thresholds()))
+    names = set(Thresholds._fields)
     assert SUBJECTS.keys() <= names
     # The first three keep sums and waits small beside what the others are about; the rest is the machine's.
     assert names - SUBJECTS.keys() == {"max_tasks", "chunk_rows", "tiles_per_thread", "threads", "cache"}

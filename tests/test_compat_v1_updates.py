@@ -110,6 +110,7 @@ MODES = {
     "virtual renorm": {"virtual_batch_size": 4, "renorm": True, "renorm_momentum": 0.0},
     "numpy numbers": {"momentum": np.float32(0.5), "renorm": True, "renorm_momentum": np.array(0.5)},
     "momentum None": {"momentum": None},
+    "debias": {"debias": True, "momentum": 0.5},
     "momentum None renorm": {"momentum": None, "renorm": True},
 }
 

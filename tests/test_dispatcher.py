@@ -3,12 +3,14 @@
 import copy
 import math
 import pickle
+import weakref
 
 import numpy as np
 import pytest
 
 import nbbn
 from nbbn import Dispatcher, Force, Options
+from nbbn.arrays.host import beside
 from nbbn.engine.base import Operands, Step
 from nbbn.runtime import thread_limit
 
@@ -28,7 +30,7 @@ def plans(run):
 
 
 # Of short planes, and of few channels.
-LONG_ROWS = Force(thresholds={"short_plane": 20, "repeated_columns": 60, "expanded_rows": 1})
+LONG_ROWS = Force(thresholds={"short_plane": 20, "short_batch": 0, "repeated_columns": 60, "expanded_rows": 1})
 
 
 def zeros(shape, dtype=F32):
@@ -286,3 +288,58 @@ def test_force_and_options_are_copied_with_the_dispatcher():
     run.infer(zeros((4, 3)), *np.ones((2, 2, 3), F32))
     for twin in (pickle.loads(pickle.dumps(run)), copy.deepcopy(run)):
         assert (twin.options, twin.force) == (run.options, run.force)
+
+
+@pytest.mark.parametrize(
+    "force", [Force(parallel=False), Force(parallel=True, one_pass=True)], ids=["serial", "parallel"]
+)
+@pytest.mark.parametrize("axis", [1, -1])
+def test_rows_of_parameters_and_state_may_lie_apart(force, axis):
+    rng = np.random.default_rng(5)
+    run, x = Dispatcher(Options(axis=axis), force), rng.normal(size=(8, 6, 5, 6)).astype(np.float32)
+    apart = [np.zeros(6 + gap, np.float32)[gap:] for gap in (1, 7, 3, 2)]
+    for row in apart:
+        row[:] = rng.random(6) + 0.5
+    dense = np.array(apart[:2]), np.array(apart[2:])
+    params, state = beside(*apart[:2]), beside(*apart[2:])
+    expected = run.train(x, *dense)
+    np.testing.assert_array_equal(run.infer(x, params, state), run.infer(x, *dense))
+    np.testing.assert_array_equal(run.freeze(params, state), run.freeze(*dense))
+    moments = run.reduce(x)
+    found = run.finish(moments, params, state, rank=4, dtype=x.dtype)
+    np.testing.assert_array_equal(found[0], expected[1])
+    y, new_state, saved = run.train(x, params, state, in_place=True)
+    assert new_state is state
+    for a, b in zip((y, np.array([apart[2], apart[3]]), saved), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_rows_stay_as_long_as_their_view():
+    rows = [np.full(1000, i, np.float32) for i in range(2)]
+    gone = [weakref.ref(row) for row in rows]
+    view = beside(*rows)
+    del rows
+    np.testing.assert_array_equal([row.mean() for row in view], [0, 1])
+    assert view.flags.writeable
+    del view
+    assert not any(row() is not None for row in gone)
+
+
+def test_rows_that_lie_apart_are_cast():
+    run, x, state = Dispatcher(Options(axis=1)), np.ones((4, 6)), np.array([np.zeros(6), np.ones(6)])
+    dense = np.arange(12, dtype=np.float32).reshape(2, 6)
+    params = beside(*(np.array(row) for row in dense))
+    np.testing.assert_array_equal(run.infer(x, params, state), run.infer(x, dense, state))
+    np.testing.assert_array_equal(run.freeze(params, state, x.dtype), run.freeze(dense, state, x.dtype))
+
+
+def test_freeze_takes_a_state_of_the_parameters_channels():
+    with pytest.raises(ValueError, match=r"state must have shape \(2, 3\); received \(2, 4\)"):
+        Dispatcher(Options()).freeze(np.ones((2, 3), F32), np.ones((2, 4), F32))
+
+
+def test_rows_that_are_not_alike():
+    with pytest.raises(ValueError, match=r"one shape .* received \(3,\) float64"):
+        beside(np.zeros(3, np.float32), np.zeros(3))
+    with pytest.raises(ValueError, match="contiguous"):
+        beside(np.zeros(3), np.zeros(6)[::2])

@@ -1,5 +1,7 @@
 """What is about a GPU's schedules: sums in float32, the width of an access, chunks, families, counters, copies."""
 
+import math
+
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
@@ -14,7 +16,7 @@ if "cuda" not in TARGETS:
 from nbbn.arrays import numba_cuda
 from nbbn.arrays.gpu import device_place
 from nbbn.engine.base import Operands
-from nbbn.engine.cuda import engine
+from nbbn.engine.cuda.schedule import Thresholds, choose
 from nbbn.kernels import channel
 from tests.oracle.targets_cuda import Cuda, DeviceMemory, to_host
 
@@ -118,8 +120,8 @@ def test_the_ways_are_wide_and_cut():
         "short planes, two passes",
     }
     assert {name for name, s in found.items() if s.width == 1} == {"planes", "rows", "rows, two passes"}
-    assert all((s.chunks == 1) == s.one_launch for s in found.values())
-    assert all(s.blocks(way.shape, s.apply) > 1 for s, way in zip(found.values(), WAYS["cuda"].values(), strict=True))
+    assert all((s.reduce.chunks == 1) == s.one_launch for s in found.values())
+    assert all(s.apply.chunks * s.apply.tiles > 1 for s in found.values())
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 150, 1), (9, 2, 6, 1), (2, 2, 5, 7), (1, 1, 20, 24)], ids=str)
@@ -231,15 +233,17 @@ def test_five_runs_of_dimensions_of_inference_in_place():
 
 
 @WAYS_ON_GPU
-def test_counters_are_zero_again(way):
-    """Whatever the number of families was; or the next step's last block would not know that it is."""
+def test_memory_that_a_step_gets_may_hold_anything(way, monkeypatch):
+    """Blocks count themselves, and the counters belong to the call: what it gets is made zero, each time."""
     problem = Problem(way.shape, np.float32)
-    run = way.make(Cuda, problem.options)
-    all_results(way.twice().make(Cuda, problem.options), problem)
-    run.reduce(problem.x)
-    counters = [c for found in engine._all_counters.values() for c in found]
-    assert counters
-    assert not any(to_host(c).any() for c in counters)
+    expected = all_results(way.twice().make(Cuda, problem.options), problem)
+
+    def full(shape, dtype, device):
+        memory = np.full(math.prod(shape) * dtype.itemsize, 0x7F, np.uint8)
+        return numba_cuda.from_host(memory.view(dtype).reshape(shape), device)
+
+    monkeypatch.setattr(numba_cuda, "empty", full)
+    assert all_results(way.twice().make(Cuda, problem.options), problem) == expected
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -258,3 +262,24 @@ def test_a_gradient_gets_the_parameters_of_its_step(training):
     found = run.dispatcher.backward(dy, x, saved, operands, training=training)
     assert [bits(to_host(a)) for a in found[:2]] == [bits(to_host(a)) for a in expected[:2]]
     np.testing.assert_array_equal(to_host(saved)[[channel.USED_GAMMA, channel.USED_BETA]], problem.params)
+
+
+# --- one launch or two --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("families", "elements", "one"),
+    [
+        (1, 8192, True),
+        (1, 16384, False),
+        (64, 16384, True),
+        (64, 32768, False),
+        (128, 65536, True),
+        (512, 65536, True),
+        (512, 131072, False),
+    ],
+)
+def test_one_launch_where_no_multiprocessor_waits_long_for_another(families, elements, one):
+    schedule = choose((1, families, elements, 1), 1, 4, [], Thresholds())
+    assert schedule.one_launch == one
+    assert choose((1, families, elements, 1), 1, 4, [], Thresholds(), one_launch=not one).one_launch != one

@@ -237,7 +237,7 @@ def _answers(values, results):
         if rule in (rules.drop, rules.choose):
             given[0] = given[0] != 0
         found = getattr(vector_rules, rule.__name__)(*given)
-        if rule in (rules.is_far, rules.is_left_out):
+        if rule in (rules.is_far, rules.is_left_out, rules.is_not_finite):
             found = vector_rules.choose(found, splat(1.0), splat(0.0))
         for j, answer in enumerate(found if isinstance(found, tuple) else [found]):
             store(part(results, (k, j), 0, LANES), 0, answer)

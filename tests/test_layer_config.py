@@ -55,6 +55,8 @@ CONFIGS = {
     "not fused": {"fused": False},
     "bessel": {"bessel_correction": False},
     "activation": {"activation": "relu"},
+    "averages": {"debias": True, "skip_nonfinite": np.True_},
+    "averages by default": {"debias": False, "skip_nonfinite": False},
     "no activation": {"activation": None},
     "Keras's name for no activation": {"activation": "linear"},
     "not synchronized": {"synchronized": False},
@@ -91,8 +93,9 @@ def test_config_round_trip_through_json(options):
 
 def test_config_keys():
     assert set(BatchNormalization().get_config()) == KERAS_KEYS
-    more = set(BatchNormalization(renorm=True, bessel_correction=False, activation="relu").get_config()) - KERAS_KEYS
-    assert more == {"renorm", "renorm_clipping", "renorm_momentum", "bessel_correction", "activation"}
+    options = {"renorm": True, "bessel_correction": False, "activation": "relu", "debias": True, "skip_nonfinite": True}
+    more = set(BatchNormalization(**options).get_config()) - KERAS_KEYS
+    assert more == {*options, "renorm_clipping", "renorm_momentum"}
 
 
 @pytest.mark.parametrize("options", [{}, {"axis": [1, -1]}, {"renorm": True}, {"axis": -2}], ids=str)

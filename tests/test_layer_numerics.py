@@ -8,6 +8,7 @@ from ml_dtypes import bfloat16, finfo
 
 import nbbn
 from tests.oracle.agreement import check_step
+from tests.oracle.compiled import interpreted, interpreted_unless
 from tests.oracle.reference import Reference
 
 PLANES = ((8, 3, 5, 4), 1)
@@ -366,6 +367,7 @@ def test_empty_batch_leaves_the_state_alone(shape, mode, momentum, dtype):
 @pytest.mark.parametrize("mode", ["plain", "virtual", "renorm", "virtual renorm", "adjusted"])
 @LAYOUTS
 def test_statistic_without_a_valid_element_keeps_its_state(shape, axis, mode):
+    interpreted_unless(mode in ("plain", "virtual") or (mode == "renorm") == (axis == 1))
     rng = np.random.default_rng(13)
     x = rng.normal(2, 3, shape).astype(np.float32)
     layer, _ = pair(x, axis, **MODES[mode])
@@ -430,7 +432,7 @@ def test_an_input_of_another_dtype_rounds_no_state():
     layer(np.zeros((2, 3)))
     values = [np.ones(3), np.zeros(3), np.array([0.1, -1e-300, 1e200]), np.array([1e300, 1 / 3, 0.0])]
     layer.set_weights(values)
-    for dtype in (np.float32, np.float16, bfloat16):
+    for dtype in (np.float16, *interpreted(np.float32, bfloat16)):
         x = np.ones((4, 3), dtype)
         for _ in range(3):  # the third takes a bound step, where there is one
             layer(x, training=True)

@@ -1,5 +1,6 @@
 """The layer against the oracle, over random configurations, dtypes and memory layouts."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -8,9 +9,11 @@ from hypothesis import HealthCheck, example, given, settings
 from ml_dtypes import finfo
 
 import nbbn
+from tests.oracle import compiled
 from tests.oracle.agreement import FEW, Terms, check, check_gradients, check_step, gradients, output
+from tests.oracle.compiled import interpreted, variants_of
 from tests.oracle.reference import Reference, feature_axes, fused_eligible
-from tests.oracle.strategies import DTYPES, FORMS, Case, arrange, cases
+from tests.oracle.strategies import CONTIGUOUS, DTYPES, FORMS, Case, arrange, cases
 
 # The first call of each combination of dtype and layout compiles.
 PROFILE = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -73,13 +76,32 @@ def test_layer(case):
     follow(case)
 
 
+def test_every_pair_of_options_is_compiled():
+    """In planes or in rows, and each option in both."""
+    columns = list(zip(*compiled.PLANES, *compiled.ROWS, strict=True))
+    for one, two in itertools.combinations(columns, 2):
+        assert len(set(zip(one, two, strict=True))) == len(set(one)) * len(set(two))
+    for one, two in zip(zip(*compiled.PLANES, strict=True), zip(*compiled.ROWS, strict=True), strict=True):
+        assert set(one) == set(two)
+    assert {v.dtype for v in compiled.PLANES} == set(DTYPES)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
-@pytest.mark.parametrize("axis", [1, -1, [1, 3], 0])
+@pytest.mark.parametrize("axis", [0, -1, [1, 3], *interpreted(1)])
 def test_layer_masked_and_adjusted_in_every_dtype(axis, dtype):
     """The rarer kernels, which random configurations reach in some dtypes only."""
-    case = replace(PLAIN, dtype=dtype, options={**PLAIN.options, "axis": axis})
-    follow(replace(case, mask=("weights", "full")))
-    follow(replace(case, adjustment_shapes=((4, 1, 1, 1), (5,))))
+    for _, renorm, masked, adjusted, strided in variants_of(dtype, planes=axis == 0):
+        case = Case(
+            shape=PLAIN.shape,
+            dtype=dtype,
+            options={**PLAIN.options, "axis": axis, "renorm": renorm},
+            adjustment_shapes=((4, 1, 1, 1), (5,)) if adjusted else None,
+            mask=("weights", "full") if masked else None,
+            form="every second element" if strided else "C",
+            dy_form="reversed" if strided else "C",
+            seed=0,
+        )
+        follow(case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
@@ -123,8 +145,8 @@ def test_layer_large(shape, axis, virtual_batch_size, mask):
     check_step(layer, oracle, x, dy)
 
 
-# These compare calls of one layer with each other: what they try lies above the kernels and knows no dtype, and every
-# dtype meets the oracle in the other tests. A kernel of another dtype would take a second or two to compile.
+# These compare calls of one layer with each other: what they try lies above the kernels and knows no dtype. Where they
+# need kernels that no other test has, in another order of memory, they are float32's.
 
 
 @given(case=cases(dtypes=[np.float32]))
@@ -171,7 +193,7 @@ def test_ways_to_call_give_the_same_bits(case):
         assert pullback(dy).inputs.shape == x.shape
 
 
-@given(case=cases(dtypes=[np.float32]))
+@given(case=cases(compiled.DTYPES))
 @settings(PROFILE, max_examples=60)
 def test_update_statistics_false_uses_the_batch_and_keeps_the_state(case):
     x, dy, mask = case.batch(0)
@@ -186,7 +208,7 @@ def test_update_statistics_false_uses_the_batch_and_keeps_the_state(case):
     assert [bits(w) for w in keeping.get_weights()] == [bits(w) for w in updating.get_weights()]
 
 
-@given(case=cases(dtypes=[np.float32]))
+@given(case=cases(compiled.DTYPES))
 @settings(PROFILE, max_examples=60)
 def test_a_pullback_can_be_called_again(case):
     """Its answer is that of its own forward pass, whatever the layer does later."""
@@ -216,7 +238,9 @@ def test_gradients_are_linear_in_dy_by_exact_powers_of_two():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 def test_every_dtype_in_every_memory_layout(form, dtype):
-    for axis in (1, -1):
+    """Strided planes of two dtypes, and rows of the others; kernels of both are compiled for what is contiguous."""
+    one = 1 if dtype in (np.float16, np.float64) else -1
+    for axis in (1, -1) if form in CONTIGUOUS else (one, *interpreted(-one)):
         follow(replace(PLAIN, dtype=dtype, form=form, options={**PLAIN.options, "axis": axis}))
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import nbbn
 from nbbn import Dispatcher, Options
+from nbbn.core.options import Numbers
 from nbbn.engine.cpu.engine import CpuEngine
 from nbbn.kernels import channel
 
@@ -50,6 +51,7 @@ def listening(**options):
 
 
 CLIPS = [channel.RMIN, channel.RMAX, channel.DMAX]
+READ = [channel.MOMENTUM, channel.RENORM_MOMENTUM, *CLIPS]
 
 
 def test_hyper():
@@ -67,12 +69,12 @@ def test_what_inference_is_told_asks_for_no_clips(step):
 
 
 @pytest.mark.parametrize("rmax", [2.0, lambda: 2.0], ids=["constant", "callable"])
-def test_clips_of_a_step(rmax):
+def test_numbers_of_a_step(rmax):
     """Given by the caller, who may have asked the options already; they do not stay."""
     told = listening(renorm=True, renorm_clipping={"rmax": rmax})
     for _ in range(2):
-        assert told(clips={"rmin": 0.25, "rmax": 8.0, "dmax": 1.0})[CLIPS].tolist() == [0.25, 8, 1]
-        assert told()[CLIPS].tolist() == [0, 2, math.inf]
+        assert told(numbers=Numbers(0.5, 0.75, 0.25, 8.0, 1.0))[READ].tolist() == [0.5, 0.75, 0.25, 8, 1]
+        assert told()[READ].tolist() == [0.99, 0.99, 0, 2, math.inf]
 
 
 def test_each_rank_and_dtype_is_told_its_own():
@@ -235,7 +237,7 @@ def test_options_cannot_change():
 DTYPES = ["float8", "f4,f4", "f4,(", {}, [], 5, object(), np.array([1, 2]), np.int32, "complex64", "S4", ("f4", 2)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=repr)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: repr(d).split(" at ")[0])
 def test_dtypes_that_are_not_possible(dtype):
     with pytest.raises(TypeError, match="dtype must be one of float16, bfloat16, float32, float64; received"):
         nbbn.BatchNormalization(dtype=dtype)

@@ -17,6 +17,7 @@ from numba.cuda import types
 
 from nbbn.engine.cuda.schedule import Thresholds
 from nbbn.kernels.cuda.blocks import Variant
+from nbbn.kernels.cuda.channel import AHEAD
 from nbbn.kernels.cuda.steps import VIEWS
 from tests.helpers.ptx import (
     ACCESS,
@@ -74,7 +75,7 @@ CASES = {
             ("reduce", np.float32, "rows", {"weights": True}),
             ("train_reduce", np.float16, "short", {"weights": True}),
             ("train_reduce", np.float32, "rows", {"weights": True, "renorm": True}),
-            ("train_reduce", np.float32, "planes", {"renorm": True, "cumulative": True}),
+            ("train_reduce", np.float32, "planes", {"renorm": True, "debias": True, "skip": True}),
             ("normalize", np.float16, "planes", OPERANDS),
             ("normalize", np.float32, "rows", OPERANDS),
             ("infer", bfloat16, "rows", {"residual": True, "relu": True}),
@@ -89,6 +90,7 @@ CASES = {
     },
 }
 BELOW_FLOAT64 = {name: case for name, case in CASES.items() if case[1].dtype != FLOAT64}
+ADDING = {name: case for name, case in CASES.items() if case[0] in COUNTING}
 EVERY_KERNEL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -112,12 +114,30 @@ def test_elements_are_read_and_written_16_bytes_at_a_time(case):
 
 
 @EVERY_KERNEL
-def test_no_division_between_elements(case):
-    """None of 64 bits, where it takes a hundred instructions. One launch has loops over tiles around, which divide."""
-    step, _, _ = case
-    found = element_loops(compiled(*case))
-    for loop in innermost(found) if step in ONE_LAUNCH else found:
-        assert not loop.count(r"(div|rem)\.[su]64")
+def test_no_division_of_64_bits(case):
+    """It takes a hundred instructions, and a task may be no more than 16 elements of each thread."""
+    assert not re.search(r"\b(div|rem)\.[su]64", compiled(*case))
+
+
+@EVERY_KERNEL
+def test_a_multiprocessor_has_registers_for_two_blocks(case):
+    """One alone would leave it idle whenever its threads wait for each other. With an adjustment the sums of a
+    gradient alone are 64 registers in rows, the coefficients 20, and what is read ahead 40: there it is one."""
+    step, v, cc = case
+    blocks = 1 if v.adjustment and v.rows and step in ("sum_gradient", "backward_reduce") else 2
+    assert resources(compiled(*case), cc).registers * THREADS * blocks <= 1 << 16
+
+
+@pytest.mark.parametrize("step", ["normalize", "input_gradient"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_coefficients_are_read_16_bytes_at_a_time(step, dtype):
+    v = variant(dtype, "rows")
+    ptx = compiled(step, v, (9, 0)).partition("\n{")[2]
+    before = re.split(WIDE_STORE[:-1], ptx)[0]
+    vectors = len(re.findall(WIDE_LOAD[:-1], before))
+    inputs = (1 if step == "normalize" else 2) * v.unroll_beside
+    assert vectors == inputs + (3 if step == "normalize" else 4) * v.width * v.statistic.itemsize // 16
+    assert len(re.findall(r"ld\.global", before)) == vectors
 
 
 @pytest.mark.parametrize("case", BELOW_FLOAT64.values(), ids=BELOW_FLOAT64)
@@ -148,12 +168,28 @@ def test_nothing_depends_on_the_order_of_threads(case):
     assert len(found) == (1 if case[0] in COUNTING else 0)
 
 
+@pytest.mark.parametrize("case", ADDING.values(), ids=ADDING)
+def test_sums_of_chunks_are_on_their_way_together(case):
+    """The last block adds them up one after the other: it must not wait for each load by itself."""
+    rows = 4 if case[0] in ("reduce", "train_reduce") else 1
+    loads = [loop.count(r"ld\.global(\.\w+)*\.[bf]64") for loop in innermost(loops(compiled(*case)))]
+    assert any(n >= AHEAD * rows for n in loads)
+
+
+def test_inference_and_its_gradient_have_the_same_scale():
+    """So they agree about where the output is positive: both divide in float32, and round nothing else."""
+    for step in ("infer", "freeze"):
+        ptx = compiled(step, variant(np.float32, "rows", width=1), (9, 0))
+        assert "sqrt.rn.f32" in ptx
+        assert re.search(r"(div|rcp)\.rn\.f32", ptx)
+
+
 MIDDLE = {
     f"{step} {dtype.name} {' '.join(options)}": (step, variant(dtype, "rows", width=1, sums=dtype, **options), (9, 0))
     for step, options in (
         ("finish", {}),
         ("finish", {"renorm": True}),
-        ("finish", {"adjustment": True, "cumulative": True}),
+        ("finish", {"adjustment": True, "debias": True}),
         ("freeze", {}),
         ("spread_gradient", {}),
         ("spread_gradient", {"adjustment": True}),

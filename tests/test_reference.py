@@ -137,7 +137,7 @@ PAIR = np.full((4, 1, 1), 1.25), np.array([0.5, -0.25, 0.0])
         {"virtual_batch_size": 2},
         {"adjustment": lambda shape: PAIR},
     ],
-    ids=str,
+    ids=lambda o: ", ".join(o) or "plain",
 )
 def test_gradients_residual_and_activation(options, with_residual, activation):
     layer, x, dy = make((4, 2, 3), activation=activation, **options)
@@ -256,6 +256,32 @@ def test_momentum_zero_copies_one_freezes_none_averages():
     np.testing.assert_allclose(layers[None].moving_variance, batches.var(1).mean(0))
 
 
+@pytest.mark.parametrize("momenta", [[0.9] * 4, [0.5, 0.0, 0.75, 0.9], [1.0, 0.5, 1.0, 0.9]], ids=str)
+def test_debiased_averages(momenta):
+    """Of the batches alone, each with the weight that an average of them and nothing else would give it."""
+    rng = np.random.default_rng(3)
+    batches, layer = rng.normal(size=(4, 8, 2)), Reference(debias=True).build((8, 2))
+    layer.moving_mean += 1
+    weights = np.zeros(4)
+    for t, (batch, momentum) in enumerate(zip(batches, momenta, strict=True)):
+        layer.momentum = momentum
+        layer(batch, training=True)
+        weights *= momentum
+        weights[t] = 1 - momentum
+        expected = np.average(batches.mean(1), 0, weights) if weights.any() else [1, 1]
+        np.testing.assert_allclose(layer.moving_mean, expected, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(layer.seen, weights.sum())
+    np.testing.assert_allclose(layer.moving_variance, np.average(batches.var(1), 0, weights), rtol=1e-12)
+
+
+def test_debiased_averages_with_one_momentum_are_those_of_adam():
+    batches, m = np.random.default_rng(3).normal(size=(5, 8, 2)), 0.9
+    layer, biased = Reference(debias=True, momentum=m).build((8, 2)), Reference(momentum=m).build((8, 2))
+    for t, batch in enumerate(batches, 1):
+        layer(batch, training=True), biased(batch, training=True)
+        np.testing.assert_allclose(layer.moving_mean, biased.moving_mean / (1 - m**t), rtol=1e-12)
+
+
 def test_trainable_false():
     x = np.random.default_rng(0).normal(3, 2, size=(8, 2))
     v1 = Reference(trainable=False, version=1).build(x.shape)
@@ -286,7 +312,7 @@ def test_empty_batch(shape, options):
     gradients = step.gradients(dy)
     assert gradients.inputs.shape == shape
     np.testing.assert_array_equal(gradients.gamma, np.zeros(layer.parameter_shape))
-    assert layer.training_steps == 0
+    assert not layer.seen.any()
 
 
 # --- shapes ------------------------------------------------------------

@@ -39,23 +39,33 @@ VALUES = [
     (rules.shifted_moments, (2.0, 1.0, INF, INF), (INF, NAN)),
     (rules.shifted_moments, (2.0, 1e200, -2e200, INF), (0.0, rules.LARGEST)),
     (rules.combine, (2.0, 4.0, 2.0, 2.0, 2.0, 8.0, 2.0, 2.0), (4.0, 6.0, 20.0, 4.0)),  # 3, 5 and 7, 9
-    (rules.biased_variance, (4.0, 10.0), 2.5),
-    (rules.biased_variance, (0.0, 0.0), 0.0),
-    (rules.biased_variance, (4.0, NAN), NAN),
-    # m2 = count is a biased variance of 1: what is left is Bessel's factor
-    (rules.unbiased_variance, (18.0, 18.0, 18.0), 18 / 17),
-    (rules.unbiased_variance, (40.0, 40.0, 40.0), 40 / 39),
-    (rules.unbiased_variance, (2.0, 2.0, 2.0), 2.0),
-    (rules.unbiased_variance, (1.0, 1.0, 1.0), 1.0),
-    (rules.unbiased_variance, (0.0, 0.0, 0.0), 0.0),
-    (rules.unbiased_variance, (4.0, NAN, 4.0), NAN),
-    (rules.unbiased_variance, (8.0, 8.0, 32.0), 2.0),  # two values of weight 4
-    (rules.unbiased_variance, (4.0, 4.0, 10.0), 8 / 3),  # one of 3 and one of 1
-    (rules.unbiased_variance, (0.3, 0.3, 0.09), 1.0),  # a single one, whose divisor is a rounding error
+    (rules.per, (10.0, 4.0), 2.5),
+    (rules.per, (NAN, 4.0), NAN),
+    (rules.per, (NAN, 0.0), 0.0),
+    (rules.per, (3e-310, 1e-310), 3.0),
+    (rules.per, (1e-5, 1e-300), 1e295),
+    (rules.unbiased_count, (18.0, 18.0), 17.0),
+    (rules.unbiased_count, (40.0, 40.0), 39.0),
+    (rules.unbiased_count, (2.0, 2.0), 1.0),
+    (rules.unbiased_count, (1.0, 1.0), 1.0),
+    (rules.unbiased_count, (0.0, 0.0), 0.0),
+    (rules.unbiased_count, (8.0, 32.0), 4.0),  # two values of weight 4
+    (rules.unbiased_count, (4.0, 10.0), 1.5),  # one of 3 and one of 1
+    (rules.unbiased_count, (0.3, 0.09), 0.3),  # a single one, whose divisor is a rounding error
     (rules.moving_average, (2.0, 4.0, 0.75), 2.5),
     (rules.moving_average, (4.0, 2.0, 0.25), 2.5),
     (rules.moving_average, (NAN, 2.0, 0.5), NAN),
     (rules.moving_average, (2.0, NAN, 0.5), NAN),
+    (rules.is_not_finite, (rules.LARGEST,), False),
+    (rules.is_not_finite, (-INF,), True),
+    (rules.is_not_finite, (NAN,), True),
+    # the weight of all batches, and the share of those before
+    (rules.debiased_momentum, (0.0, 0.75, 0.25), (0.25, 0.0)),
+    (rules.debiased_momentum, (0.25, 0.5, 0.5), (0.625, 0.2)),
+    (rules.debiased_momentum, (0.5, 1.0, 0.0), (0.5, 1.0)),
+    (rules.debiased_momentum, (0.0, 1.0, 0.0), (0.0, 1.0)),
+    (rules.debiased_momentum, (0.5, 0.0, 1.0), (1.0, 0.0)),
+    (rules.debiased_momentum, (3.0, 1.0, 1.0), (4.0, 0.75)),  # of averages with equal weights
     (rules.stddev, (3.75, 0.25), 2.0),
     (rules.stddev, (0.0, 0.0), 0.0),
     # y = (x - rounded_mean) * scale + shift: what the rounding of the mean has lost is in the shift

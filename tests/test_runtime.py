@@ -289,6 +289,7 @@ def test_runs_that_take_too_long_are_followed_by_serial_ones(monkeypatch):
     monkeypatch.setattr(threads, "perf_counter", lambda: now)
     monkeypatch.setattr(threads, "_serial_until", 0.0)
     monkeypatch.setattr(threads, "_lost", 0.0)
+    monkeypatch.setattr(threads, "_serial_for", threads._SHORTEST)
 
     def granted(seconds=0.0, elements=1000):
         nonlocal now
@@ -309,6 +310,14 @@ def test_runs_that_take_too_long_are_followed_by_serial_ones(monkeypatch):
     assert granted(0.0009)
     assert granted(0.004)
     assert not granted()
+    for length in (0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0):  # late once more
+        now = threads._serial_until + 0.001
+        assert granted(0.004)
+        assert threads._serial_until == pytest.approx(now + length)
+    now += 3
+    assert granted()
+    assert granted(0.004)
+    assert threads._serial_until == pytest.approx(now + 0.05)
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -19,6 +19,7 @@ OPTIONS = {
     "defaults": {},
     "without parameters": {"center": False, "scale": False, "trainable": False},
     "momentum None": {"momentum": None, "activation": "relu"},
+    "debias": {"debias": True, "skip_nonfinite": True, "activation": "relu"},
     "renorm": {"renorm": True, "renorm_clipping": {"rmax": 2.0, "dmax": float("inf")}, "momentum": 0.5},
     "virtual": {"virtual_batch_size": 4, "axis": [1, 2], "bessel_correction": False},
     "float16": {"dtype": "float16", "axis": 1},
@@ -43,8 +44,16 @@ def test_state_is_the_weights_by_name(options):
 
 
 @pytest.mark.parametrize("way", ["weights", "state"])
-@pytest.mark.parametrize("options", [{"momentum": None}, {"momentum": None, "renorm": True}], ids=str)
-def test_cumulative_averages_remember_their_batches(way, options):
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({"momentum": None}, [1] * 6),
+        ({"momentum": None, "renorm": True}, [1] * 6),
+        ({"momentum": 0.5, "debias": True}, [2.0**-n for n in range(6, 0, -1)]),
+    ],
+    ids=str,
+)
+def test_debiased_averages_remember_their_batches(way, options, weights):
     """What a new layer is given of an old one is as much as the batches that are in it."""
     first, *rest = batches(5)
     layer, twin = trained(**options), BatchNormalization(**options)
@@ -57,9 +66,9 @@ def test_cumulative_averages_remember_their_batches(way, options):
     for one in (layer, twin):
         for x in rest:
             one(x, training=True)
-    np.testing.assert_array_equal(twin.seen_mean, np.full(3, 6.0))
+    np.testing.assert_array_equal(twin.seen_mean, np.full(3, sum(weights), np.float32))
     assert_same_weights(layer, twin)
-    expected = np.mean([x.mean(0, np.float64) for x in (X, first, *rest)], axis=0)
+    expected = np.average([x.mean(0, np.float64) for x in (X, first, *rest)], 0, weights)
     np.testing.assert_allclose(twin.moving_mean, expected, rtol=1e-6)  # six averages in float32
 
 

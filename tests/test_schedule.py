@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,8 +18,7 @@ CACHE = 1 << 20  # bytes of the last level in these tests
 USUAL = Thresholds(threads=2, cache=CACHE, parallel_elements=1 << 17)
 # Several chunks per statistic, several tiles of columns and of channels, and all kinds of rows, as large inputs have
 # them. Nothing is streamed unless a test says so.
-SMALL = replace(
-    USUAL,
+SMALL = USUAL._replace(
     chunk_elements=8,
     write_elements=8,
     chunk_rows=1,
@@ -31,6 +29,7 @@ SMALL = replace(
     written_columns=24,
     expanded_rows=1,
     short_plane=12,
+    short_batch=0.0,
 )
 
 
@@ -124,7 +123,7 @@ def test_tasks_cover_everything_exactly_once(view, loops, step):
         assert (written == 1).all()
 
 
-LARGE_TILES = replace(SMALL, tile_columns=4 * BLOCK, repeated_columns=BLOCK, written_columns=BLOCK)
+LARGE_TILES = SMALL._replace(tile_columns=4 * BLOCK, repeated_columns=BLOCK, written_columns=BLOCK)
 
 
 @pytest.mark.parametrize("loops", [None, "rows"])
@@ -241,14 +240,14 @@ def test_one_pass_where_it_is_possible():
 
 @pytest.mark.parametrize("tiles_per_thread", [1, 3])
 def test_one_pass_waits_for_enough_tiles_per_thread(tiles_per_thread):
-    thresholds = replace(USUAL, tile_elements=1, tiles_per_thread=tiles_per_thread)
+    thresholds = USUAL._replace(tile_elements=1, tiles_per_thread=tiles_per_thread)
     most = 2 * tiles_per_thread
     for channels in (1, most - 1, most, most + 1):
         view = (64, channels, 3136, 1)
         enough = channels >= most or channels % 2 == 0  # or as many for each thread
         assert choose(view, parallel=True, thresholds=thresholds).one_pass == enough
         assert choose(view, parallel=False, thresholds=thresholds).one_pass
-    more = replace(thresholds, threads=most + 1)
+    more = thresholds._replace(threads=most + 1)
     assert not choose((64, most, 3136, 1), parallel=True, thresholds=more).one_pass
 
 
@@ -256,7 +255,7 @@ def test_one_pass_waits_for_enough_tiles_per_thread(tiles_per_thread):
 def test_a_tile_has_so_many_elements_and_leaves_some_to_other_threads(view, loops):
     """But at least one channel."""
     for elements, threads, expected in ((600, 1, 10), (600, 2, 10), (1 << 30, 1, 40), (1 << 30, 3, 14), (1, 2, 1)):
-        chosen = choose(view, parallel=True, thresholds=replace(USUAL, tile_elements=elements, threads=threads))
+        chosen = choose(view, parallel=True, thresholds=USUAL._replace(tile_elements=elements, threads=threads))
         assert (chosen.loops, chosen.grid.k0_step) == (loops, expected)
 
 
@@ -269,7 +268,7 @@ def test_the_order_of_sums_depends_on_shape_and_strides_alone(view, groups, step
     """How many channels a task has depends on the machine, but no sum on that."""
     found, stores = set(), set()
     for threads, cache in itertools.product([1, 2, 64], [1, 1 << 40]):
-        thresholds = replace(SMALL, threads=threads, cache=cache, streamed_run=0)
+        thresholds = SMALL._replace(threads=threads, cache=cache, streamed_run=0)
         for parallel in (None, False, True):
             chosen = choose(view, step, groups, parallel=parallel, thresholds=thresholds)
             same = dict.fromkeys(("k0_step", "tiles", "families", "streamed"), 0)
@@ -297,22 +296,32 @@ def test_without_numbers_the_machine_decides():
         assert chosen.parallel == (thread_limit() > 1)
 
 
-@pytest.mark.parametrize(("elements", "parallel"), [(-1, False), (0, True)])
-def test_small_inputs_stay_serial(elements, parallel):
-    thresholds = replace(USUAL, parallel_elements=24)
-    assert choose((1, 24 + elements, 1, 1), thresholds=thresholds).parallel == parallel
+@pytest.mark.parametrize(("more", "parallel"), [(-1, False), (0, True)])
+def test_small_inputs_stay_serial(more, parallel):
+    """The more work an element is, the less of them; two regions need twice as many."""
+    thresholds = USUAL._replace(parallel_elements=48, write_elements=1)
+    for step, least in {"infer": 48, "reduce": 24, "train": 16, "backward": 12, "frozen_backward": 24}.items():
+        assert choose((1, least + more, 1, 1), step, thresholds=thresholds).parallel == parallel
+    rows = thresholds._replace(chunk_elements=1, chunk_rows=1)
+    for step, least in {"reduce": 24, "train": 32, "backward": 24}.items():
+        found = choose((1, 1, least // 2 + more, 2), step, thresholds=rows)
+        assert (found.parallel, found.one_pass) == (parallel, not parallel and step != "reduce")
+
+
+def test_one_task_is_serial():
+    assert not choose((1, 1, USUAL.chunk_rows, 1 << 12), thresholds=USUAL._replace(parallel_elements=0)).parallel
 
 
 @pytest.mark.parametrize("layer", schedule.PARALLEL)
 def test_the_threading_layer_decides_what_is_small(monkeypatch, layer):
     monkeypatch.setattr(schedule, "likely_layer", lambda: layer)
-    least, thresholds = schedule.PARALLEL[layer], replace(USUAL, parallel_elements=None)
+    least, thresholds = schedule.PARALLEL[layer], USUAL._replace(parallel_elements=None)
     for elements, parallel in ((least - 1, False), (least, True)):
-        assert choose((1, elements, 1, 1), thresholds=thresholds).parallel == parallel
+        assert choose((1, elements, 1, 1), "infer", thresholds=thresholds).parallel == parallel
 
 
 def test_one_thread_is_serial():
-    view, one = (1, 1, USUAL.parallel_elements, 2), replace(USUAL, threads=1)
+    view, one = (1, 1, USUAL.parallel_elements, 2), USUAL._replace(threads=1)
     assert choose(view).parallel
     assert not choose(view, thresholds=one).parallel
     assert not choose(view, parallel=True, thresholds=one).parallel
@@ -330,7 +339,7 @@ def test_planes_by_hand_where_there_are_none():
         choose((1, 1, 8, 3), loops="planes")
 
 
-FITS = replace(USUAL, streamed_share=1.0, streamed_run=0)
+FITS = USUAL._replace(streamed_share=1.0, streamed_run=0)
 
 
 @pytest.mark.parametrize("step", ["infer", "train", "backward"])
@@ -347,7 +356,7 @@ def test_all_arrays_are_to_fit():
     assert choose(view, itemsize=8, thresholds=FITS).grid.streamed
     assert not choose(view, itemsize=2, arrays=4, thresholds=FITS).grid.streamed
     for share, streamed in ((0.5, 1), (1.5, 0)):
-        thresholds = replace(FITS, streamed_share=share)
+        thresholds = FITS._replace(streamed_share=share)
         assert choose((1, 1, CACHE // 8 + 1, 1), thresholds=thresholds).grid.streamed == streamed
 
 
@@ -365,18 +374,20 @@ RUNS = [
 @pytest.mark.parametrize(("view", "thresholds", "run"), RUNS, ids=str)
 def test_streamed_runs_are_whole_lines_or_long(view, thresholds, run):
     for least in (run, run + 1):
-        found = choose(view, thresholds=replace(USUAL, streamed_share=0.0, streamed_run=least, **thresholds))
+        found = choose(view, thresholds=USUAL._replace(streamed_share=0.0, streamed_run=least, **thresholds))
         assert found.grid.streamed == (least == run or run % LINE == 0)
 
 
-# Short planes, and those of an element more; gaps, or weights; few rows; few channels; rows that fit twice, or once;
-# many channels; a prime number of rows; rows of each r0; few rows. And how many columns a statistic has, and how many
-# rows are taken as one.
+# Short planes, and those of an element more; gaps, or weights; few samples, or for such a plane; few channels; rows
+# that fit twice, or once; many channels; a prime number of rows; rows of each r0; few rows. And how many columns a
+# statistic has, and how many rows are taken as one.
 LOOPS = [
     ((64, 256, 16, 1), True, "rows", (1, 1, 64, 256 * 16), 16, 1),
     ((64, 256, 17, 1), True, "planes", (64, 256, 17), 1, 1),
     ((64, 256, 16, 1), False, "planes", (64, 256, 16), 1, 1),
     ((3, 256, 16, 1), True, "planes", (3, 256, 16), 1, 1),
+    ((9, 256, 16, 1), True, "planes", (9, 256, 16), 1, 1),
+    ((10, 256, 16, 1), True, "rows", (1, 1, 10, 256 * 16), 16, 1),
     ((64, 1, 16, 1), True, "planes", (64, 1, 16), 1, 1),
     ((1, 1, 65536, 3), True, "rows", (1, 1, 65536, 3), 1, 33),
     ((1, 1, 65536, 50), True, "rows", (1, 1, 65536, 50), 1, 2),
@@ -391,7 +402,7 @@ LOOPS = [
 
 @pytest.mark.parametrize(("view", "foldable", "loops", "shape", "span", "repeats"), LOOPS, ids=str)
 def test_loops(view, foldable, loops, shape, span, repeats):
-    thresholds = replace(USUAL, short_plane=16, repeated_columns=100, written_columns=0, expanded_rows=1)
+    thresholds = USUAL._replace(short_plane=16, repeated_columns=100, written_columns=0, expanded_rows=1)
     chosen = choose(view, foldable=foldable, thresholds=thresholds)
     assert (chosen.loops, chosen.shape, chosen.grid.span, chosen.grid.repeats) == (loops, shape, span, repeats)
     assert chosen.grid.written == 1
@@ -400,7 +411,7 @@ def test_loops(view, foldable, loops, shape, span, repeats):
 @pytest.mark.parametrize("least", [1, 5])
 def test_as_many_long_rows_as_repay_them(least):
     """Of an r0 where sums are made, and of a task where results are written."""
-    thresholds = replace(SMALL, repeated_columns=40, written_columns=60, expanded_rows=least)
+    thresholds = SMALL._replace(repeated_columns=40, written_columns=60, expanded_rows=least)
     for rows in (4, 9, 20, 21, 60):
         grid = choose((3, 2, rows, 2), thresholds=thresholds).grid
         assert grid.repeats == max(1, min(20, rows // least))
@@ -456,7 +467,7 @@ def test_chunks_are_worth_a_task(view):
 @pytest.mark.parametrize("view", LARGE, ids=str)
 def test_large_inputs_are_many_tasks(view):
     """As many as a machine has cores, of chunks, of tiles, or of both."""
-    grid = choose(view, thresholds=replace(USUAL, threads=8)).grid
+    grid = choose(view, thresholds=USUAL._replace(threads=8)).grid
     assert grid.chunks * grid.tiles >= 8
 
 

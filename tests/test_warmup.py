@@ -57,6 +57,7 @@ LAYERS = {
     "adjustment": {"adjustment": adjustment},
     "adjustment and relu": {"adjustment": adjustment, "activation": "relu"},
     "cumulative average": {"momentum": None},
+    "averages": {"momentum": lambda: 0.5, "debias": True, "skip_nonfinite": True},
     "frozen": {"trainable": False},
     "no parameters": {"scale": False, "center": False},
     "float16": {"dtype": "float16"},
@@ -84,6 +85,14 @@ def test_what_is_planned_is_what_calls_ask_for(options, shape, training, gradien
                 layer(x, **operands)
             assert without_thread_mode(planned) == without_thread_mode(asked_for)
             asked_for.clear()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_planning_asks_no_schedule(asked_for):
+    clips = {name: lambda: pytest.fail("was asked") for name in ("rmax", "rmin", "dmax")}
+    momenta = dict.fromkeys(("momentum", "renorm_momentum"), clips["rmax"])
+    assert kernels(BatchNormalization(**momenta, renorm=True, renorm_clipping=clips), SMALL, training=True)
+    assert asked_for == []
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -206,6 +215,7 @@ WRONG = [
     (([LAYER] * 2, [(8, 8, 8, 8)] * 3), ValueError, "as many as the layers, 2; received 3"),
     (([], (8, 8)), ValueError, "as many as the layers, 0; received 1"),
     (("layer", (8, 8)), TypeError, "layers must be .* received 'l'"),
+    ((5, (8, 8)), TypeError, "layers must be .* received 5"),
 ]
 
 

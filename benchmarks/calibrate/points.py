@@ -52,7 +52,7 @@ class Inputs:
         if self.run is None:
             assert self.channels is not None, "planes without a run have channels"
             channels = log_uniform(rng, self.channels)
-            run = self._run(max(Thresholds.short_plane + 1, round(elements / (batch * channels))))
+            run = self._run(max(Thresholds().short_plane + 1, round(elements / (batch * channels))))
         else:
             run = self._run(log_uniform(rng, self.run))
             channels = max(2, round(elements / (batch * run)))
@@ -86,7 +86,7 @@ def _sizes(low: int, high: int) -> Range:
     return 1 << low, 1 << high
 
 
-_FORWARD, _SUMS = ("inference", "training"), ("training", "backward")
+_SUMS = ("training", "backward")
 
 SUBJECTS: Mapping[str, Subject] = {
     CROSSING: Subject(
@@ -95,7 +95,7 @@ SUBJECTS: Mapping[str, Subject] = {
             Inputs(_sizes(13, 23), channels=(4, 64), batch=(1, 8)),
             Inputs(_sizes(13, 23), channels=(8, 1024)),
         ),
-        _FORWARD,
+        ("inference",),
         shapes=20,
     ),
     "tile_elements": Subject(_powers(14, 15, 17, 18), (Inputs(_sizes(19, 22), batch=(1, 32), run=(17, 2048)),), _SUMS),
@@ -104,6 +104,7 @@ SUBJECTS: Mapping[str, Subject] = {
     "written_columns": Subject(_powers(7, 8, 9), (Inputs(_sizes(17, 22), channels=(3, 256)),)),
     "expanded_rows": Subject((4, 8, 32, 64), (Inputs(_sizes(9, 15), channels=(3, 128)),)),
     "short_plane": Subject((8, 16, 32, 128), (Inputs(_sizes(15, 21), batch=(4, 128), run=(3, 128)),)),
+    "short_batch": Subject((0.2, 0.4, 0.9, 1.4), (Inputs(_sizes(12, 20), batch=(4, 64), run=(3, 63)),), _SUMS),
     "chunk_elements": Subject(
         _powers(13, 14, 16, 17),
         (

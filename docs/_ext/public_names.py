@@ -10,6 +10,7 @@ from sphinx.util import logging
 
 import nbbn
 import nbbn.compat.v1
+import nbbn.numba
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -19,7 +20,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
 
 def check(app: Sphinx, env: Any) -> None:
     described = env.domaindata["py"]["objects"]
-    exported = dict([*exports(nbbn, "nbbn"), *exports(nbbn.compat.v1, "nbbn.compat.v1")])
+    modules = {"nbbn": nbbn, "nbbn.compat.v1": nbbn.compat.v1, "nbbn.numba": nbbn.numba}
+    exported = {name: value for path, module in modules.items() for name, value in exports(module, path)}
     # A class may have a second name, which is described as such.
     classes = {path: value for path, value in exported.items() if isinstance(value, type)}
     paths = {value: path for path, value in classes.items() if path.endswith(f".{value.__name__}")}

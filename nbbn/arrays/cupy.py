@@ -33,7 +33,8 @@ def empty_like(array: Any) -> Any:
 
 def from_host(array: np.ndarray, device: int) -> Any:
     with cupy.cuda.Device(device):
-        return cupy.array(array, order="C")
+        # By itself CuPy goes on before the copy is there, and the array may be used in another stream.
+        return cupy.array(array, order="C", blocking=True)
 
 
 def to_host(array: Any) -> np.ndarray:

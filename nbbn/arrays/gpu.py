@@ -1,4 +1,4 @@
-"""A GPU as the place of arrays, and the modules for the libraries that have arrays there."""
+"""A GPU as the place of arrays, and how an array there is found."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from nbbn.arrays import availability
 from nbbn.arrays.device import DeviceArray, Library, wrap
 from nbbn.arrays.host import Array
+from nbbn.arrays.libraries import load, module_of
 from nbbn.core import dtypes
 from nbbn.core.layout import Sizes
 
@@ -90,6 +90,9 @@ class DevicePlace:
         inner = tuple(0 if n == 1 else s for n, s in zip(array.shape, array.strides, strict=True))
         return replace(array, shape=shape, strides=(0,) * missing + inner)
 
+    def part(self, array: Array, start: int, shape: Sizes, strides: Sizes) -> Array:
+        return replace(array, address=array.address + start * array.strides[0], shape=shape, strides=strides)
+
     def overlap(self, a: Array, b: Array) -> bool:
         """Whether the bytes from the first to the last do."""
         if not (a.size and b.size) or a.device != b.device:
@@ -122,8 +125,6 @@ def find_array(value: Any) -> DeviceArray | None:
     return None if library is None else wrap(value, library)
 
 
-# Where the class of an array, or a base of it, is defined, and the module for it.
-_MODULES = {"torch": "torch", "cupy": "cupy", "jax": "jax", "jaxlib": "jax", "numba.cuda": "numba_cuda"}
 _CUDA = 2  # DLPack's kDLCUDA
 
 
@@ -133,35 +134,12 @@ def find_library(value: Any) -> Library | None:
     Arrays of libraries without a module of their own are taken for what __cuda_array_interface__ or DLPack's methods
     say of them.
     """
-    name = _module_of(type(value))  # type: ignore[arg-type]  # a type is hashable
+    name = module_of(type(value))  # type: ignore[arg-type]  # a type is hashable
     if name is not None:
-        library = load(name)
+        library: Library = load(name)
         return library if library.is_device_array(value) else None
     device = getattr(value, "__dlpack_device__", None)
-    if device is not None and device()[0] == _CUDA:
-        return load("interface")
-    return None if getattr(value, "__cuda_array_interface__", None) is None else load("interface")
-
-
-@lru_cache(maxsize=256)
-def _module_of(kind: type) -> str | None:
-    modules = [base.__module__ + "." for base in kind.__mro__]
-    return next((a for m in modules for root, a in _MODULES.items() if m.startswith(root + ".")), None)
-
-
-@lru_cache(maxsize=16)
-def load(name: str) -> Library:
-    """The module of a library. Each import is written out, for those who look for them without running anything."""
-    found: Any
-    if name == "torch":
-        from nbbn.arrays import torch as found
-    elif name == "cupy":
-        from nbbn.arrays import cupy as found
-    elif name == "jax":
-        from nbbn.arrays import jax as found
-    elif name == "numba_cuda":
-        from nbbn.arrays import numba_cuda as found
-    else:  # needs Numba's CUDA target to read what is there
-        availability.require("an array on a GPU")
-        from nbbn.arrays import interface as found
-    return cast(Library, found)
+    if (device is None or device()[0] != _CUDA) and getattr(value, "__cuda_array_interface__", None) is None:
+        return None
+    interface: Library = load("interface")
+    return interface

@@ -1,9 +1,11 @@
-"""NumPy's arrays, which lie in the host's memory."""
+"""NumPy's arrays, which lie in the host's memory, and those of other libraries there, as NumPy sees them."""
 
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
+from nbbn.arrays.libraries import view
 from nbbn.core import dtypes
 from nbbn.core.layout import Sizes
 from nbbn.runtime import buffers
@@ -25,12 +27,15 @@ class Host:
 
     def take(self, value: Any, argument: str) -> Array:
         """The Array of what a user has passed, with one of nbbn's dtypes. Raises: TypeError, ValueError."""
-        return dtypes.as_float_array(value, argument)
+        return dtypes.as_float_array(view(value), argument)
 
     def take_out(self, value: Any) -> Array:
         """The same for what results are written to. Raises: TypeError, ValueError unless it is a writable array."""
+        value = view(value)
         if not isinstance(value, np.ndarray):
-            raise TypeError(f"out must be a NumPy array; received {type(value).__name__}")
+            raise TypeError(
+                f"out must be a NumPy array, or a tensor of PyTorch on the CPU; received {type(value).__name__}"
+            )
         dtypes.refuse_masked(value, "out")
         if not (value.flags.writeable and value.flags.aligned):
             raise ValueError("out must be writable memory of its own; received a read-only or unaligned array")
@@ -59,6 +64,10 @@ class Host:
         """A view. Raises: ValueError if the shapes do not fit."""
         return np.broadcast_to(array, shape)
 
+    def part(self, array: Array, start: int, shape: Sizes, strides: Sizes) -> Array:
+        """A view with this shape and strides that begins at a sample; for kernels: a GPU's is no array of a library."""
+        return as_strided(array[start:], shape, strides)
+
     def overlap(self, a: Array, b: Array) -> bool:
         """Whether the two may share memory."""
         return np.may_share_memory(a, b)
@@ -77,3 +86,35 @@ class Host:
 
 
 HOST = Host()
+
+
+def numbers_of(value: Any, argument: str) -> np.ndarray:
+    """Bools, integers or floats that a user has passed for the host. Raises: TypeError, ValueError."""
+    return dtypes.as_numbers(view(value), argument)
+
+
+class _Rows:
+    """Two rows that lie apart, for NumPy, whose view of them keeps both."""
+
+    def __init__(self, first: np.ndarray, second: np.ndarray, apart: int) -> None:
+        self.rows = first, second
+        self.__array_interface__ = first.__array_interface__ | {
+            "shape": (2, *first.shape),
+            "strides": (apart, first.itemsize),
+        }
+
+
+def beside(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Two rows (C,) of one dtype, which may lie anywhere, as one (2, C) view: parameters or a state without a copy.
+
+    For kernels. NumPy must not copy or compute with the view as a whole, only with its rows: where the memory of a
+    result lies between them, it takes the two for overlapping, and copies to ever new memory until the stack is full.
+
+    Raises: ValueError for rows of different shapes, dtypes or with gaps.
+    """
+    for row in (first, second):
+        if row.shape != first.shape or row.ndim != 1 or row.dtype != first.dtype:
+            raise ValueError(f"rows must have one shape (C,) and dtype; received {row.shape} {row.dtype}")
+        if not (row.flags.c_contiguous and row.flags.aligned):
+            raise ValueError(f"rows must be contiguous and aligned; received strides {row.strides}")
+    return np.asarray(_Rows(first, second, HOST.address(second) - HOST.address(first)))

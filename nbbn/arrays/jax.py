@@ -1,9 +1,11 @@
-"""JAX's arrays on a GPU. Its streams cannot be had, so a call waits: for its inputs before, for its kernels after.
+"""JAX's arrays. On a GPU its streams cannot be had, so a call waits: for its inputs before, for its kernels after.
 
 JAX's arrays never change once there are results in them. Kernels write to those only that are new, from empty() and
 from_host().
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -86,10 +88,34 @@ def copy(array: DeviceArray, sizes: Sizes, order: Sizes) -> Any:
 
 
 def assign(array: DeviceArray, sizes: Sizes, order: Sizes, value: Any) -> None:
-    """By way of the host."""
     from nbbn.arrays import numba_cuda
 
     numba_cuda.assign(array, sizes, order, value)
+    finish(array.device)
+
+
+# -- in the host's memory ----------------------------------------------------------------------------------------------
+
+
+def is_host_array(value: Any) -> bool:
+    if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
+        return False
+    return all(d.platform == "cpu" for d in cast(Any, value).sharding.device_set)
+
+
+def view(array: Any) -> np.ndarray:
+    """Waits until the array has been computed. One that several devices share is put together, a copy."""
+    return np.asarray(array)
+
+
+def giver(array: Any) -> Callable[[np.ndarray], Any]:
+    return partial(_from_numpy, device=min(array.sharding.device_set, key=lambda d: d.id))
+
+
+def _from_numpy(array: np.ndarray, device: Any) -> Any:
+    """An array on that device that can meet those on others: it is not committed to where it is, as JAX says."""
+    with jax.enable_x64(array.dtype.itemsize == 8), jax.default_device(device):
+        return jax.numpy.asarray(array)
 
 
 def _number(device: Any) -> int:

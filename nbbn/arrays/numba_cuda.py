@@ -3,14 +3,16 @@
 Kernels run on the default stream, which Numba's other streams wait for, and which waits for them.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numba import cuda
 
-from nbbn.arrays.device import DeviceArray
+from nbbn.arrays.device import DeviceArray, wrap
 from nbbn.core.layout import Sizes
+from nbbn.kernels.cuda.strided import gather, scatter
 from nbbn.kernels.cuda.target import SIMULATED
 
 
@@ -63,16 +65,13 @@ def astype(array: Any, dtype: np.dtype) -> Any:
 
 
 def copy(array: DeviceArray, sizes: Sizes, order: Sizes) -> Any:
-    """By way of the host."""
-    host = np.broadcast_to(array.library.to_host(array.owner), array.shape).reshape(sizes).transpose(order)
-    return from_host(np.ascontiguousarray(host), array.device)
+    found = empty(tuple(sizes[i] for i in order), array.dtype, array.device)
+    _transfer(_transposed(array, sizes, order), wrap(found, array.library), gather)
+    return found
 
 
 def assign(array: DeviceArray, sizes: Sizes, order: Sizes, value: Any) -> None:
-    """By way of the host."""
-    host = np.empty(sizes, array.dtype)
-    host.transpose(order)[...] = array.library.to_host(value)
-    write(array, host.reshape(array.shape))
+    _transfer(_transposed(array, sizes, order), wrap(value, array.library), scatter)
 
 
 def read(array: DeviceArray) -> np.ndarray:
@@ -86,14 +85,30 @@ def read(array: DeviceArray) -> np.ndarray:
     return host.view(array.dtype)
 
 
-def write(array: DeviceArray, host: np.ndarray) -> None:
-    """Copy `host`, of the same shape and dtype, to where the array lies, whatever its strides and its library."""
-    integers = np.ascontiguousarray(host).view(carrier(array.dtype))
-    if SIMULATED:
-        _host_view(array)[...] = integers
-    elif array.size:
-        with cuda.gpus[array.device]:
-            cuda.as_cuda_array(Memory(array), sync=False)[...] = integers
+_LAUNCH = (1, 4) if SIMULATED else (128, 128)  # blocks, threads: Numba warns of fewer blocks
+
+
+def _transposed(array: DeviceArray, sizes: Sizes, order: Sizes) -> DeviceArray:
+    """The array seen with these sizes, which may divide the first dimension, and transposed."""
+    strides = array.strides if len(sizes) == array.ndim else (array.strides[0] * sizes[1], *array.strides)
+    return replace(array, shape=tuple(sizes[i] for i in order), strides=tuple(strides[i] for i in order))
+
+
+def _transfer(apart: DeviceArray, dense: DeviceArray, kernel: Any) -> None:
+    """Copy the elements of an array of any strides to those of a C-contiguous one of its shape, or the other way."""
+    if not apart.size:
+        return
+    first, last = apart.extent()
+    size = apart.itemsize
+    memory = replace(apart, address=first, shape=((last - first) // size,), strides=(size,))
+    strides, start = tuple(s // size for s in apart.strides), (apart.address - first) // size
+    flat = replace(dense, shape=(dense.size,), strides=(size,))
+    with cuda.gpus[apart.device]:
+        kernel[_LAUNCH](_as_numbas(memory), start, apart.shape, strides, _as_numbas(flat))
+
+
+def _as_numbas(array: DeviceArray) -> Any:
+    return _host_view(array) if SIMULATED else cuda.as_cuda_array(Memory(array), sync=False)
 
 
 def _host_view(array: DeviceArray) -> np.ndarray:

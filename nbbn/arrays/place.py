@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from nbbn.arrays.host import HOST, Array, Host
+from nbbn.arrays.host import HOST, Array, Host, numbers_of
+from nbbn.arrays.libraries import find_on_host
 from nbbn.core import dtypes
 
 if TYPE_CHECKING:  # what is on a GPU is imported when an array of one comes in
@@ -38,15 +39,18 @@ def as_array(value: Any, argument: str, floats: bool = True) -> Array:
         if found is not None:
             dtypes.check(found.dtype, argument, floats)
             return found
-    return HOST.take(value, argument) if floats else dtypes.as_numbers(value, argument)
+    return HOST.take(value, argument) if floats else numbers_of(value, argument)
 
 
 def as_numpy(value: Any, argument: str) -> np.ndarray:
-    """A user's numbers on the host, from wherever they lie. Raises: TypeError for what is none."""
-    if not isinstance(value, np.ndarray):
-        from nbbn.arrays.gpu import find_array
+    """A user's numbers on the host, from wherever they lie: values alone, whatever a library means to differentiate.
 
-        found = find_array(value)
-        if found is not None:
-            value = found.library.to_host(value)
+    Raises: TypeError for what is none.
+    """
+    if not isinstance(value, np.ndarray):
+        from nbbn.arrays.gpu import find_library
+
+        library = find_library(value) or find_on_host(value)
+        if library is not None:
+            value = library.to_host(value)
     return dtypes.as_numbers(value, argument)

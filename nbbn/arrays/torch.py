@@ -1,5 +1,6 @@
-"""PyTorch's CUDA tensors: its allocator, and the stream that is current when a call is made."""
+"""PyTorch's tensors. On a GPU: its allocator, and the stream that is current when a call is made."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -23,22 +24,28 @@ def is_writable(array: Any) -> bool:
 
 
 def describe(array: Any) -> tuple[int, Sizes, Sizes, np.dtype, int]:
+    """Raises: ValueError as _check()."""
+    _check(array)
+    dtype = _to_numpy(array.dtype)
+    size = dtype.itemsize
+    # A device's number is None for the CPU, on which the tests of this module run.
+    device = array.device.index or 0
+    return array.data_ptr(), tuple(array.shape), tuple([s * size for s in array.stride()]), dtype, device
+
+
+def _check(array: Any) -> None:
     """Raises: ValueError for a tensor that autograd follows, a negative view, and memory without strides."""
     if array.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "autograd does not see what nbbn computes: a tensor with requires_grad=True must be passed as "
-            "tensor.detach(), or inside torch.no_grad(); the layer's vjp() gives the gradients"
+            "tensor.detach(), or inside torch.no_grad(); the layer's vjp() gives the gradients, and the modules of "
+            "nbbn.torch take part in autograd"
         )
     if array.layout is not torch.strided or array.is_neg():
         raise ValueError(
             f"a tensor must have strides, and no negation that is still to come; received layout {array.layout}, "
             f"is_neg() {array.is_neg()}: tensor.to_dense() and tensor.resolve_neg() give such a one"
         )
-    dtype = _to_numpy(array.dtype)
-    size = dtype.itemsize
-    # A device's number is None for the CPU, on which the tests of this module run.
-    device = array.device.index or 0
-    return array.data_ptr(), tuple(array.shape), tuple([s * size for s in array.stride()]), dtype, device
 
 
 def empty(shape: Sizes, dtype: np.dtype, device: int) -> Any:
@@ -51,18 +58,11 @@ def empty_like(array: Any) -> Any:
 
 def from_host(array: np.ndarray, device: int) -> Any:
     owned = np.array(array, order="C")  # PyTorch warns of memory that it must not write to
-    if owned.dtype.name == "bfloat16":
-        return torch.from_numpy(owned.view(np.int16)).to(_device(device)).view(torch.bfloat16)
-    return torch.from_numpy(owned).to(_device(device))
+    return _from_numpy(owned).to(_device(device))
 
 
 def to_host(array: Any) -> np.ndarray:
-    host = array.detach().cpu()
-    if host.dtype is torch.bfloat16:
-        found: np.ndarray = host.view(torch.int16).numpy().view(_to_numpy(torch.bfloat16))
-    else:
-        found = host.numpy()
-    return found
+    return _as_numpy(array.detach().cpu())
 
 
 def stream(device: int) -> int:
@@ -86,6 +86,37 @@ def copy(array: DeviceArray, sizes: Sizes, order: Sizes) -> Any:
 
 def assign(array: DeviceArray, sizes: Sizes, order: Sizes, value: Any) -> None:
     array.owner.detach().view(sizes).permute(order).copy_(value)
+
+
+# -- in the host's memory ----------------------------------------------------------------------------------------------
+
+
+def is_host_array(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_cpu
+
+
+def view(array: Any) -> np.ndarray:
+    """Raises: ValueError as _check()."""
+    _check(array)
+    return _as_numpy(array.detach() if array.requires_grad else array)
+
+
+def giver(array: Any) -> Callable[[np.ndarray], Any]:
+    return _from_numpy
+
+
+def _as_numpy(array: Any) -> np.ndarray:
+    """The same memory, of a tensor of the host that autograd does not follow."""
+    if array.dtype is torch.bfloat16:  # which NumPy knows by another package
+        return array.view(torch.int16).numpy().view(_to_numpy(torch.bfloat16))  # type: ignore[no-any-return]
+    return array.numpy()  # type: ignore[no-any-return]
+
+
+def _from_numpy(array: np.ndarray) -> Any:
+    """The same memory as a tensor."""
+    if array.dtype.itemsize == 2 and array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 @lru_cache(maxsize=64)

@@ -1,20 +1,22 @@
 """The forward pass of a layer, on arrays of every kind."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from nbbn.arrays import HOST, Array, place_of
+from nbbn.arrays import Array, giver, place_of, view
+from nbbn.call.collector import Collector
 from nbbn.call.gradients import Gradients, Record, gradients
-from nbbn.call.operands import as_adjustment, as_input, as_like, as_out, as_weights, refuse_overlap
-from nbbn.core import dtypes
-from nbbn.core.options import Options, boolean
+from nbbn.call.operands import Lengths
+from nbbn.call.preparation import prepare
+from nbbn.call.step import Host, TrainingStep
+from nbbn.core.options import Numbers, Options, boolean
 from nbbn.engine.base import NOTHING, Operands
 from nbbn.engine.dispatcher import Dispatcher
 from nbbn.runtime import StateLock
-from nbbn.state.shapes import Shapes, check_input
+from nbbn.state.shapes import Shapes
 from nbbn.state.variables import Variables
 
 NO_LOCK = contextlib.nullcontext()
@@ -34,10 +36,15 @@ class Normalizer:
     _dispatcher: Dispatcher
 
     _FREEZES = True  # trainable=False means inference
+    _collector: Collector | None = None  # takes the moments of training calls in the place of an update
 
     def __init__(self) -> None:
         self._variables: Variables | None = None
         self._building = StateLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, as a checkpoint is one, has no part in what its original takes part in."""
+        return {name: value for name, value in self.__dict__.items() if name != "_collector"}
 
     @property
     def options(self) -> Options:
@@ -60,6 +67,7 @@ class Normalizer:
         update_statistics: bool = True,
         out: Any = None,
         residual: Any = None,
+        lengths: Any = None,
     ) -> Any:
         """The normalized input: an array of its shape and dtype.
 
@@ -74,8 +82,13 @@ class Normalizer:
             update_statistics: False leaves the moving statistics alone.
             out: an array for the result, which is returned; may be `inputs` or `residual` itself.
             residual: array of the input's shape that is added to the normalized input, before the activation.
+            lengths: (N,) integers, in the place of a mask: of sample n the first lengths[n] steps are in the batch's
+                statistics, 0 to all. Steps are the first dimension after the batch that is no feature axis: 1 of
+                (N, T, C), 2 of (N, C, T) with axis=1. On the host; those on a GPU are brought there.
         Raises: TypeError, ValueError; the layer is then as it was.
         """
+        if lengths is not None:
+            mask = Lengths(lengths, mask)
         return self._forward(inputs, training, mask, update_statistics, out, residual, False)[0]
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,6 +103,7 @@ class Normalizer:
         update_statistics: bool = True,
         out: Any = None,
         residual: Any = None,
+        lengths: Any = None,
     ) -> tuple[Any, Callable[..., Gradients]]:
         """The normalized input, and a function from the gradient of the output to Gradients.
 
@@ -97,13 +111,53 @@ class Normalizer:
         gradient of the input. It refers to `inputs` and `residual`, which must not change until then; parameters and
         statistics are those of this call.
         """
+        if lengths is not None:
+            mask = Lengths(lengths, mask)
         y, record = self._forward(inputs, training, mask, update_statistics, out, residual, True)
         assert record is not None
 
         def pullback(dy: Any, out: Any = None) -> Gradients:
-            return gradients(self._dispatcher, record, dy, out, self.scale, self.center)
+            return self._gradients(record, dy, out)
 
         return y, pullback
+
+    def _gradients(self, record: Record, dy: Any, out: Any) -> Gradients:
+        return gradients(self._dispatcher, record, dy, out, self.scale, self.center)
+
+    def start(
+        self,
+        inputs: Any,
+        mask: Any = None,
+        update_statistics: bool = True,
+        out: Any = None,
+        residual: Any = None,
+        lengths: Any = None,
+    ) -> TrainingStep:
+        """The first half of a training call, for whoever merges its statistics with those of others: see TrainingStep.
+
+        The arguments are those of a call; `inputs` and `residual` must not change until the gradient is there.
+
+        Raises: TypeError, ValueError as a call; ValueError if the layer does not use the statistics of a batch. The
+            layer is then as it was.
+        """
+        if not self._uses_batch(True):
+            raise ValueError(f"start() is for training, and {self.name} is not trainable: call it")
+        if lengths is not None:
+            mask = Lengths(lengths, mask)
+        return TrainingStep(self, inputs, mask, update_statistics, out, residual)
+
+    @property
+    def _in_halves(self) -> bool:
+        """Whether a training call is a TrainingStep, because others share its statistics."""
+        return False
+
+    def _shared_moments(self, step: TrainingStep, own: Host) -> Host:
+        """The moments of all that share the statistics of a step: here, of nobody else."""
+        return own
+
+    def _shared_sums(self, record: Record, own: Host) -> Host:
+        """The sums of the gradient of all that share the statistics of a step."""
+        return own
 
     def _uses_batch(self, training: bool | None) -> bool:
         if training is True:
@@ -112,10 +166,17 @@ class Normalizer:
             return False
         return self._uses_batch(boolean("training", training, "True, False or None"))
 
-    def _update(self, variables: Variables, new_state: Array, saved: Array, inputs: Any) -> None:
+    @property
+    def _updates_in_place(self) -> bool:
+        return self._collector is None and type(self)._update is Normalizer._update
+
+    def _update(
+        self, variables: Variables, new_state: Array, saved: Array, inputs: Any, numbers: Numbers | None
+    ) -> None:
         """Make the statistics after a training step those of the layer. The caller holds the variables' lock.
 
-        saved: begins with the moments of the batch, see Engine. inputs: as the caller has passed them.
+        saved: begins with the moments of the batch, see Engine. inputs: as the caller has passed them. numbers: what
+        the options have given for this call; None where they are constant.
         """
         variables.keep(new_state)
 
@@ -125,103 +186,61 @@ class Normalizer:
         """The output, an array of the input's library, and its record if it is to be kept.
 
         A call with nothing but an output and a residual beside its input takes the step that an earlier one like it
-        has left behind. It stands for the checks and choices in _prepare(), and for nothing else.
+        has left behind. It stands for the checks and choices in prepare(), and for nothing else.
         """
         batch = self._uses_batch(training)
         if update is not True and update is not False:
             update = boolean("update_statistics", update)
-        variables: Any = self._variables  # None only before _prepare()
+        variables: Any = self._variables  # None only before prepare()
         x: Any = inputs
+        target, give = out, None
         step: Any = None  # the bound step of these arrays, where there is one
-        if mask is None and type(inputs) is np.ndarray:
+        is_numpy = type(inputs) is np.ndarray
+        if not is_numpy and (give := giver(inputs)) is not None:
+            x, target, residual, is_numpy = view(inputs), view(out), view(residual), True
+        if mask is None and is_numpy:
             name = "train" if batch else "infer"
-            step = self._dispatcher.bound.get((name, residual is not None, inputs.shape, inputs.dtype))
-        general = step is None or not step.fits(variables, inputs, out, residual)
+            step = self._dispatcher.bound.get((name, residual is not None, x.shape, x.dtype))
+        general = step is None or not step.fits(variables, x, target, residual)
         if general:
-            x, target, operands, dtype, clips, variables = _prepare(self, inputs, batch, mask, out, residual, keep)
+            x, target, operands, dtype, numbers, variables = prepare(self, x, batch, mask, target, residual, keep)
             residual = operands.residual
         if batch:
             # The lock makes the update one step of a sequence: threads that train one layer lose none.
             with variables.lock if update else NO_LOCK:
                 state = variables.state
                 if general:
-                    in_place = variables.place.in_place and update and type(self)._update is Normalizer._update
+                    in_place = variables.place.in_place and update and self._updates_in_place
                     y, new_state, saved = self._dispatcher.train(
-                        x, variables.params, state, operands, clips=clips, out=target, in_place=in_place
+                        x, variables.params, state, operands, numbers=numbers, out=target, in_place=in_place
                     )
                 else:
-                    y, new_state, saved = step.train(x, residual, out, variables.params, state)
+                    numbers = None
+                    y, new_state, saved = step.train(x, residual, target, variables.params, state)
                 if update and new_state is not state:
-                    self._update(variables, new_state, saved, inputs)
+                    if self._collector is None:
+                        self._update(variables, new_state, saved, inputs, numbers)
+                    else:
+                        self._collector.take(self, saved, x, numbers)
         else:
             params, state = variables.params, variables.state
             if general:
                 y = self._dispatcher.infer(x, params, state, residual=residual, out=target)
             else:
-                y = step.infer(x, residual, out, params, state)
+                y = step.infer(x, residual, target, params, state)
             if keep:
                 saved = self._dispatcher.freeze(params, state, x.dtype)
         record = None
         if keep:
             if not general:
                 operands, dtype = NOTHING if residual is None else Operands(residual), x.dtype
-            record = Record(x, saved, batch, operands, dtype, variables, None if general or not batch else step)
+            record = Record(
+                x, saved, batch, operands, dtype, variables, None if general or not batch else step, 0, give
+            )
         if general:
             beside = [a for a in (target, residual) if a is not None]
             if mask is None and all(isinstance(a, np.ndarray) and a.flags.c_contiguous for a in beside):
                 self._dispatcher.bind("train" if batch else "infer", x, residual is not None, variables)
-            y = place_of(y).give(y) if out is None else out
+        if general or give is not None:
+            y = out if out is not None else (give or place_of(y).give)(y)
         return y, record
-
-
-def take(layer: Normalizer, inputs: Any) -> tuple[Array, np.dtype, Shapes]:
-    """An input in the layer's dtype, the dtype of its gradient, and the shapes, which it agrees with."""
-    own, known = layer.options.dtype, layer._variables
-    x = as_input(inputs, floats=own is None)
-    given = x.dtype if own is None or x.dtype.name in dtypes.NAMES else own  # integers have no gradient of their dtype
-    layer._dispatcher.engine(x)  # raises where there is none
-    if own is not None:
-        x = place_of(x).astype(x, own)
-    return x, given, check_input(layer.options, None if known is None else known.shapes, x.shape, x.dtype)
-
-
-def _prepare(
-    layer: Normalizer, inputs: Any, batch: bool, mask: Any, out: Any, residual: Any, keep: bool
-) -> tuple[Array, Array | None, Operands, np.dtype, Mapping[str, float] | None, Variables]:
-    """All that is checked and found out before anything changes: the input, where to write the result, what stands
-    beside the input, the dtype of its gradient, the clips of a training step, and the variables, which are made
-    if there are none."""
-    x, given, shapes = take(layer, inputs)
-    target = None if out is None else as_out(out, x)
-    added = None if residual is None else as_like(residual, x, "residual", "the input's")
-    if keep:
-        message = "out must not share memory with inputs or residual in vjp(), because the gradient needs them"
-        refuse_overlap(target, [x, added], message)
-    operands, clips, dtype = NOTHING if added is None else Operands(added), None, dtypes.statistic(x.dtype)
-    if batch:
-        layer._dispatcher.layout(x.shape, training=True)  # raises where a virtual batch does not fit
-        if layer.options.adjustment is not None:
-            a, b = as_adjustment(layer.options.adjustment, x, dtype)
-            operands = operands._replace(a=a, b=b)
-        if mask is not None:
-            operands = operands._replace(weights=as_weights(mask, x, tuple(shapes.features), dtype))
-        if not layer.options.is_constant:
-            clips = layer.options.clip_values()  # callables are asked once, and raise before anything changes
-    return x, target, operands, given, clips, _variables_for(layer, x, shapes)
-
-
-def _variables_for(layer: Normalizer, x: Array, shapes: Shapes) -> Variables:
-    """Those for an input, which builds the layer where it lies. Raises: ValueError if they are elsewhere."""
-    place = place_of(x)
-    with layer._building:
-        if layer._variables is None:
-            made = layer._make_variables(shapes)
-            layer._variables = made if place is HOST else made.moved(place)
-        variables = layer._variables
-    if variables.place.name != place.name:
-        there = "the host" if place is HOST else place.name
-        raise ValueError(
-            f"inputs must be where the variables of {layer.name} are, on {variables.place.name}; received an array "
-            f"on {there}: call to({place.name!r}) first"
-        )
-    return variables

@@ -1,10 +1,11 @@
 """From the gradient of a layer's output to those of its inputs and parameters, on arrays of every kind."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbbn.arrays import Array, place_of
+from nbbn.arrays import Array, place_of, view
 from nbbn.call.operands import as_like, as_out, refuse_overlap, sum_to
 from nbbn.core import rules
 from nbbn.engine.base import Operands
@@ -30,7 +31,8 @@ class Gradients(NamedTuple):
 
 class Record(NamedTuple):
     """What a forward pass leaves behind for its gradient. dtype: of the gradient, which is that of a float input. step:
-    the bound step that the forward pass took."""
+    the bound step that the forward pass took. call: its number, where several ranks count them. give: what makes
+    arrays of the input's library, where that is another one than NumPy with arrays on the host."""
 
     x: Array
     saved: Array
@@ -39,6 +41,8 @@ class Record(NamedTuple):
     dtype: np.dtype
     variables: Variables
     step: Any = None
+    call: int = 0
+    give: Callable[[np.ndarray], Any] | None = None
 
 
 def gradients(dispatcher: Dispatcher, record: Record, dy: Any, out: Any, scale: bool, center: bool) -> Gradients:
@@ -46,15 +50,18 @@ def gradients(dispatcher: Dispatcher, record: Record, dy: Any, out: Any, scale: 
 
     What follows is written for speed: a small step takes 3 us, and as much can be lost beside it.
     """
-    x, saved, training, operands, dtype, variables, forward = record
+    x, saved, training, operands, _, variables, forward, _, give = record
+    given_out = out
+    if give is not None:
+        dy, out = view(dy), view(out)
     residual, shapes = operands.residual, variables.shapes
-    plain = training and operands.weights is None and operands.a is None
+    plain = training and operands.weights is None and operands.lengths is None and operands.a is None
     step, adjustment, dz = None if forward is None else forward.gradient, None, None
     if step is None and plain and type(x) is np.ndarray:
         step = dispatcher.bound.get(("backward", residual is not None, x.shape, x.dtype))
     if step is not None and dy is not None and step.fits(variables, x, out, residual, dy):
         dparams = np.empty_like(variables.params)
-        if residual is None and dparams.dtype == shapes.dtype and len(shapes.params) == 1:
+        if give is None and residual is None and dparams.dtype == shapes.dtype and len(shapes.params) == 1:
             dx, (gamma, beta) = step.backward(dy, x, None, None, out, dparams, saved), dparams
             return Gradients(dx, gamma if scale else None, beta if center else None)
         activated = dispatcher.options.activation is not None
@@ -62,25 +69,36 @@ def gradients(dispatcher: Dispatcher, record: Record, dy: Any, out: Any, scale: 
             dz = np.empty_like(x) if activated else dy.copy()
         dx = step.backward(dy, x, residual, dz if activated else None, out, dparams, saved)
     else:
-        dx, dparams, dz = _general_gradients(dispatcher, record, dy, out)
+        upstream = Upstream(dispatcher, record, dy, out)
+        dx, dparams, dz = dispatcher.backward(
+            upstream.dy, x, saved, operands, training=training, out=upstream.target, wants_dz=upstream.wants_dz
+        )
+        dz = upstream.own(dz)  # after the step: planning stops there
         if operands.adjusted:
-            adjustment = _adjustment_gradients(dispatcher, record, dz)
+            adjustment = adjustment_gradients(dispatcher, x, saved, operands, dz)
         if plain and all(a is None or _is_like(a, x) for a in (dy, out, residual)):
             dispatcher.bind("backward", x, residual is not None, variables)
-    place = place_of(x)
+    return _as_users_have_them(record, dx, dparams, dz, adjustment, given_out, scale, center)
+
+
+def _as_users_have_them(
+    record: Record, dx: Array, dparams: Array, dz: Array | None, adjustment: Any, out: Any, scale: bool, center: bool
+) -> Gradients:
+    shapes, place = record.variables.shapes, place_of(record.x)
     if dparams.dtype != shapes.dtype:
         dparams = place.astype(dparams, shapes.dtype)
-    if dtype != x.dtype:
-        dx = place.astype(dx, dtype)
+    if record.dtype != record.x.dtype:
+        dx = place.astype(dx, record.dtype)
     elif out is not None:
         dx = out
-    return Gradients(
-        dx if dx is out else place.give(dx),
-        place.row(dparams, channel.GAMMA, shapes.params) if scale else None,
-        place.row(dparams, channel.BETA, shapes.params) if center else None,
-        adjustment,
-        None if residual is None else place.give(dz),
-    )
+    rows = ((channel.GAMMA, scale), (channel.BETA, center))
+    gamma, beta = [place.row(dparams, row, shapes.params) if there else None for row, there in rows]
+    give: Callable[[Any], Any] = place.give
+    if record.give is not None:
+        give = record.give
+        gamma, beta = [None if row is None else give(row) for row in (gamma, beta)]
+    dz = None if record.operands.residual is None else give(dz)
+    return Gradients(dx if dx is out else give(dx), gamma, beta, adjustment, dz)
 
 
 def _is_like(dy: Any, x: Array) -> bool:
@@ -89,35 +107,74 @@ def _is_like(dy: Any, x: Array) -> bool:
     return dy.flags.aligned
 
 
-def _general_gradients(dispatcher: Dispatcher, record: Record, dy: Any, out: Any) -> tuple[Array, Array, Array | None]:
-    """dx, the gradients of gamma and beta, and dz, an array of its own, where operands need it."""
-    x, operands, place = record.x, record.operands, place_of(record.x)
-    dy = as_like(dy, x, "dy", "the output's")
-    target = None if out is None else as_out(out, x)
-    message = "out must not share memory with the input or the residual, which a later call needs"
-    refuse_overlap(target, [x, operands.residual], message)
-    wants_dz = operands.residual is not None or operands.adjusted
-    same = wants_dz and dispatcher.options.activation is None  # dz is dy, which is the caller's and may be in `out`
-    if same and target is not None:
-        dy = place.astype(dy, dy.dtype, copy=True)
-    result = dispatcher.backward(dy, x, record.saved, operands, training=record.training, out=target, wants_dz=wants_dz)
-    if same and target is None and operands.residual is not None:  # after the step: planning stops there
-        return *result[:2], place.astype(dy, dy.dtype, copy=True)
-    return result
+class Upstream:
+    """The gradient of an output, checked.
+
+    target: where to write the gradient of the input. wants_dz: whether operands need what the activation lets through.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, record: Record, dy: Any, out: Any) -> None:
+        x, operands, place = record.x, record.operands, place_of(record.x)
+        self.dy = as_like(dy, x, "dy", "the output's")
+        self.target = None if out is None else as_out(out, x)
+        message = "out must not share memory with the input or the residual, which a later call needs"
+        refuse_overlap(self.target, [x, operands.residual], message)
+        self.wants_dz = operands.residual is not None or operands.adjusted
+        same = self.wants_dz and dispatcher.options.activation is None  # dz is dy, which is the caller's
+        if same and self.target is not None:  # and may be in `out`
+            self.dy = place.astype(self.dy, self.dy.dtype, copy=True)
+        self._is_callers = same and self.target is None and operands.residual is not None
+
+    def own(self, dz: Array | None) -> Array | None:
+        """dz as an array that is not the caller's dy."""
+        return place_of(self.dy).astype(self.dy, self.dy.dtype, copy=True) if self._is_callers else dz
 
 
-def _adjustment_gradients(dispatcher: Dispatcher, record: Record, dz: Array) -> tuple[np.ndarray, np.ndarray]:
+class Pullback:
+    """The gradient of a training call in halves: the sums are merged with those of all that share the statistics.
+
+    sums: of this input alone, (2, S), or with an adjustment (4, S), float64, on the host.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, record: Record, dy: Any, out: Any) -> None:
+        self._dispatcher, self._record, self._out = dispatcher, record, out
+        self._upstream = Upstream(dispatcher, record, dy, out)
+        sums, self._dparams = dispatcher.reduce_gradient(self._upstream.dy, record.x, record.saved, record.operands)
+        self.sums: np.ndarray = place_of(sums).to_host(sums)
+
+    def finish(self, sums: np.ndarray, scale: bool, center: bool) -> Gradients:
+        """The gradients, of the sums of all. Those of gamma and beta are of this input alone."""
+        record, upstream, adjustment = self._record, self._upstream, None
+        dx, dz = self._dispatcher.apply_gradient(
+            upstream.dy,
+            record.x,
+            record.saved,
+            place_of(record.x).from_host(sums),
+            record.operands,
+            out=upstream.target,
+            wants_dz=upstream.wants_dz,
+        )
+        dz = upstream.own(dz)
+        if dz is not None and record.operands.adjusted:
+            adjustment = adjustment_gradients(self._dispatcher, record.x, record.saved, record.operands, dz)
+        return _as_users_have_them(record, dx, self._dparams, dz, adjustment, self._out, scale, center)
+
+
+def adjustment_gradients(
+    dispatcher: Dispatcher, x: Array, saved: Array, operands: Operands, dz: Any
+) -> tuple[np.ndarray, np.ndarray]:
     """da = dz * gamma * (x_hat * r + d) and db = dz * gamma, summed to the shapes of a and b; on the host."""
-    x, saved, dz64 = (place_of(a).to_host(a).astype(np.float64) for a in (record.x, record.saved, dz))
+    x64, saved64, dz64 = (place_of(a).to_host(a).astype(np.float64) for a in (x, saved, dz))
     per_channel = [n if i in dispatcher.axis(x.ndim) else 1 for i, n in enumerate(x.shape)]
     mean, rstd, r, d, gamma = (
-        saved[row].reshape(per_channel)
+        saved64[row].reshape(per_channel)
         for row in (channel.BATCH_MEAN, channel.RSTD, channel.R, channel.D, channel.USED_GAMMA)
     )
-    if record.operands.weights is not None:
-        weights = place_of(record.x).to_host(record.operands.weights)
-        x, dz64 = (np.where((weights > 0) | np.isfinite(x), *pair) for pair in ((x, mean), (dz64, 0.0)))
-    z = rules.normalize(x, mean, *rules.output_terms(mean, mean, rstd, r, d, gamma))
-    a: Any = record.operands.a
-    b: Any = record.operands.b
+    weights = dispatcher.weighted(x, operands).weights
+    if weights is not None:
+        known = (place_of(x).to_host(weights) > 0) | np.isfinite(x64)
+        x64, dz64 = (np.where(known, *pair) for pair in ((x64, mean), (dz64, 0.0)))
+    z = rules.normalize(x64, mean, *rules.output_terms(mean, mean, rstd, r, d, gamma))
+    a: Any = operands.a
+    b: Any = operands.b
     return sum_to(dz64 * z, a.shape, a.dtype), sum_to(dz64 * gamma, b.shape, b.dtype)

@@ -1,11 +1,12 @@
 """What users pass beside the input, checked and brought to the input's place and shape."""
 
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from nbbn.arrays import Array, Place, as_array, place_of
+from nbbn.arrays import Array, Place, as_array, as_numpy, numbers_of, place_of
 from nbbn.core import dtypes
 from nbbn.core.layout import Sizes
 
@@ -83,8 +84,39 @@ def as_weights(mask: Any, x: Array, kept: Sizes, dtype: np.dtype, argument: str 
         ) from None
 
 
+class Lengths:
+    """How many steps of each sample count, in the place of a mask. Raises: ValueError beside a mask."""
+
+    def __init__(self, value: Any, mask: Any) -> None:
+        if mask is not None:
+            raise ValueError("mask and lengths both say what counts: pass one of them; received both")
+        self.value = value
+
+
+def as_lengths(value: Any, x: Array, steps: int) -> np.ndarray:
+    """A copy, int64, on the host.
+
+    Raises: TypeError for what are no integers; ValueError unless there is one for each sample of `x`, from 0 to the
+        size of its dimension `steps`.
+    """
+    try:
+        found, most = as_numpy(value, "lengths"), x.shape[steps]
+    except TypeError as error:  # of numbers of any kind
+        raise TypeError(f"lengths must be integers; received {reprlib.repr(value)}") from error
+    if found.dtype.kind not in "iu" and found.size:
+        raise TypeError(f"lengths must be integers; received {dtypes.describe(found.dtype)}")
+    if found.shape != x.shape[:1]:
+        raise ValueError(f"lengths must have shape {x.shape[:1]}, one for each sample; received {found.shape}")
+    if found.size and not (found.min() >= 0 and found.max() <= most):
+        raise ValueError(
+            f"lengths must be from 0 to {most}, the size of dimension {steps} of the input; "
+            f"received values from {found.min()} to {found.max()}"
+        )
+    return found.astype(np.int64)
+
+
 def _weights_of_host(mask: Any, place: Place, dtype: np.dtype, argument: str) -> Array:
-    array = dtypes.as_numbers(mask, argument)
+    array = numbers_of(mask, argument)
     with np.errstate(over="ignore"):  # what does not fit is infinite, and refused below
         weights = array.astype(dtype)
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
@@ -110,7 +142,7 @@ def _as_operand(value: Any, x: Array, dtype: np.dtype, argument: str) -> Array:
     place = place_of(x)
     array = place.take_operand(value, argument)
     if array is None:
-        array = place.from_host(dtypes.as_numbers(value, argument).astype(dtype))
+        array = place.from_host(numbers_of(value, argument).astype(dtype))
     else:
         dtypes.check(array.dtype, argument, floats=False)
         array = place.astype(array, dtype, copy=True)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 Sizes = tuple[int, ...]
 
@@ -27,18 +28,41 @@ def resolve_axis(axis: Sequence[int], rank: int, argument: str = "axis") -> Size
     return tuple(resolved)
 
 
+# Elements of a contiguous group, at least, that is a step of its own where only a copy has a view of all groups: two
+# steps cost 40 us, a copy of the input and of the output 2 to 5 ns per element.
+ALONE = 1 << 13
+
+
+class Cut(NamedTuple):
+    """Groups of one size in a virtual batch.
+
+    start: the first sample of the first group. samples: of each group. sample_step, group_step: how far apart a group's
+    samples are, and the first samples of groups.
+    """
+
+    start: int
+    samples: int
+    groups: int
+    sample_step: int
+    group_step: int
+
+
 @dataclass(frozen=True, eq=False)  # layout() makes each once; plans are looked up by it
 class Layout:
     """How the dimensions of one input are reduced or kept.
 
-    sizes, kept: of the dimensions after a virtual batch has split the first one into [V, G].
-    groups, channels: the statistics, in this order, are a (groups, channels) array; groups is 1 without virtual batch.
+    sizes, kept: of the dimensions after a virtual batch has split the first one into [V, G], or [G, V] where groups are
+    contiguous. groups, channels: the statistics, in this order, are a (groups, channels) array; groups is 1 without
+    virtual batch. cuts: of a virtual batch. parts: where no one split says which samples are a group's, sizes and kept
+    are those of the input, and these are its parts, the groups in their order.
     """
 
     sizes: Sizes
     kept: tuple[bool, ...]
     groups: int
     channels: int
+    cuts: tuple[Cut, ...] = ()
+    parts: tuple["Part", ...] = ()
 
     @property
     def statistics(self) -> int:
@@ -48,19 +72,113 @@ class Layout:
         """The strides of an array of the input's shape, for `sizes`."""
         return strides if len(strides) == len(self.sizes) else (strides[0] * self.sizes[1], *strides)
 
+    def members(self) -> list[slice]:
+        """The samples of each group."""
+        firsts = [(c.start + g * c.group_step, c) for c in self.cuts for g in range(c.groups)]
+        return [slice(f, f + (c.samples - 1) * c.sample_step + 1, c.sample_step) for f, c in firsts] or [slice(None)]
+
+
+class Part(NamedTuple):
+    """Some groups of an input. lay: of a view of these samples alone, in which the `steps` (in samples) are the strides
+    of what stands in the place of the first dimension. start: the first sample. group: the first group."""
+
+    lay: Layout
+    start: int
+    steps: Sizes
+    group: int
+
+    def split(self, strides: Sizes) -> Sizes:
+        """The strides of the view of an array of the input's shape."""
+        return *(strides[0] * n for n in self.steps), *strides[1:]
+
+
+def cut(samples: int, size: int, ragged: str = "error", contiguous: bool = False) -> tuple[Cut, ...]:
+    """How a batch is cut into groups of `size` samples, or, where that is not possible, as `ragged` says: "last" makes
+    the last group a smaller one, "spread" makes as many groups, whose sizes differ by one at most."""
+    whole, rest = divmod(samples, size)
+    found = [(size, whole)]  # how many samples a group has, and how many such groups there are
+    if rest and ragged == "spread":
+        less, more = divmod(samples, whole + 1)
+        found = [(less + 1, more), (less, whole + 1 - more)]
+    cuts, start, first, apart = [], 0, 0, sum(groups for _, groups in found)
+    for n, groups in found:
+        cuts.append(Cut(start, n, groups, 1, n) if contiguous else Cut(first, n, groups, apart, 1))
+        start, first = start + n * groups, first + groups
+    if rest and ragged == "last":
+        cuts.append(Cut(start, rest, 1, 1, rest))
+    return tuple(c for c in cuts if c.groups) or tuple(cuts)  # an empty batch has no groups
+
 
 @lru_cache(maxsize=1024)
-def layout(shape: Sizes, axis: Sizes, virtual_batch_size: int | None = None) -> Layout:
-    """The Layout of an input. `axis` is resolved; `virtual_batch_size` divides shape[0], which is not in `axis`.
+def layout(
+    shape: Sizes, axis: Sizes, virtual_batch_size: int | None = None, ragged: str = "error", contiguous: bool = False
+) -> Layout:
+    """The Layout of an input. `axis` is resolved; with `virtual_batch_size` shape[0] is not in it.
 
-    Sample n belongs to group n mod G, so the first dimension splits into [virtual_batch_size, G] with G kept.
+    Sample n belongs to group n mod G, so the first dimension splits into [virtual_batch_size, G] with G kept; where
+    groups are contiguous, into [G, virtual_batch_size].
     """
     kept = tuple(i in axis for i in range(len(shape)))
     channels = math.prod(shape[i] for i in axis)
     if virtual_batch_size is None:
         return Layout(shape, kept, 1, channels)
-    groups = shape[0] // virtual_batch_size
-    return Layout((virtual_batch_size, groups, *shape[1:]), (False, True, *kept[1:]), groups, channels)
+    return _grouped(shape, kept, channels, cut(shape[0], virtual_batch_size, ragged, contiguous), contiguous)
+
+
+def _grouped(sizes: Sizes, kept: tuple[bool, ...], channels: int, cuts: tuple[Cut, ...], contiguous: bool) -> Layout:
+    groups, inner, parts, first = sum(c.groups for c in cuts), sizes[1:], [], 0
+    for c in cuts:
+        split = (c.groups, c.samples, *inner) if contiguous else (c.samples, c.groups, *inner)
+        steps = (c.group_step, c.sample_step) if contiguous else (c.sample_step, c.group_step)
+        kinds = (contiguous, not contiguous, *kept[1:])
+        alone = (c.samples, *inner)
+        if _has_view(split, kinds) or not _has_view(alone, kept) or math.prod(alone) < ALONE:
+            parts.append(Part(Layout(split, kinds, c.groups, channels, (c,)), c.start, steps, first))
+        else:  # channels before what is reduced: each contiguous group has a view, all together have none
+            lay = Layout(alone, kept, 1, channels)
+            starts = [c.start + g * c.group_step for g in range(c.groups)]
+            parts += [Part(lay, start, (c.sample_step,), first + g) for g, start in enumerate(starts)]
+        first += c.groups
+    return parts[0].lay if len(parts) == 1 else Layout(sizes, kept, groups, channels, cuts, tuple(parts))
+
+
+def _has_view(sizes: Sizes, kept: tuple[bool, ...]) -> bool:
+    return collapse(sizes, kept, [contiguous_strides(sizes)]) is not None
+
+
+@lru_cache(maxsize=1024)
+def copied_parts(lay: Layout) -> tuple[Sizes, Layout]:
+    """The order of dimensions for a copy of which each part has a canonical view, and the copy's Layout."""
+    order = (0, *sorted(range(1, len(lay.sizes)), key=lambda i: lay.kept[i]))
+    sizes, kept = tuple(lay.sizes[i] for i in order), tuple(lay.kept[i] for i in order)
+    return order, _grouped(sizes, kept, lay.channels, lay.cuts, contiguous=lay.cuts[0].sample_step == 1)
+
+
+def steps_dimension(kept: tuple[bool, ...]) -> int:
+    """The dimension that counts the steps of sequences: the first one after the batch that is no feature axis.
+
+    Raises: ValueError where there is none, or where the batch is a feature axis.
+    """
+    if kept[0] or False not in kept[1:]:
+        features = [i for i, is_kept in enumerate(kept) if is_kept]
+        raise ValueError(
+            "lengths need an input with samples in dimension 0 and another dimension, of steps, that are no feature "
+            f"axes; received one of rank {len(kept)} with the feature axes {features}"
+        )
+    return kept.index(False, 1)
+
+
+@lru_cache(maxsize=1024)
+def sequences_view(sizes: Sizes, kept: tuple[bool, ...], strides: Sizes) -> tuple[Sizes, Sizes] | None:
+    """The canonical shape and strides in which R0 counts samples and R1 begins with their steps; None where no view
+    has the steps of a sample together."""
+    found = collapse(sizes[1:], kept[1:], [strides[1:]])
+    if found is None:
+        return None
+    ((r0, k0, r1, k1), (inner,)), steps = found, steps_dimension(kept)
+    if r0 != 1 or (sizes[steps] > 1 and inner[2] * (r1 // sizes[steps]) != strides[steps]):
+        return None
+    return (sizes[0], k0, r1, k1), (strides[0], *inner[1:])
 
 
 _SLOTS = (False, True, False, True)  # kept? of R0, K0, R1, K1

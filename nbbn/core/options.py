@@ -1,7 +1,7 @@
 """What one layer was asked for: checked once, at construction, and the two choices that follow from it.
 
-Those are Bessel's correction, where TensorFlow's answer depends on which of its paths would run, and the clip values of
-renorm, which may be callables that are read at each step.
+Those are Bessel's correction, where TensorFlow's answer depends on which of its paths would run, and the numbers that
+may be callables, which are read at each training step: the momenta and the clip values of renorm.
 """
 
 import math
@@ -9,14 +9,27 @@ import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 CLIP_KEYS = ("rmax", "rmin", "dmax")
 EPSILON = "a finite number of at least 0"  # what is accepted
-UNCLIPPED = {"rmax": math.inf, "rmin": 0.0, "dmax": math.inf}
+MOMENTUM = "a number from 0 to 1 (the weight of the old value)"
+Momentum = float | Callable[[], float]
+# Each beginning with TensorFlow's.
+VIRTUAL_BATCH_CHOICES = {"ragged": ("error", "last", "spread"), "virtual_batch_order": ("interleaved", "contiguous")}
 _FUSED_AXES = {4: (1, 3), 5: (1, 4)}
+
+
+class Numbers(NamedTuple):
+    """What one training step reads of the options that may be callables. A bound that is missing is none."""
+
+    momentum: float | None
+    renorm_momentum: float
+    rmin: float = 0.0
+    rmax: float = math.inf
+    dmax: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -24,24 +37,29 @@ class Options:
     """The options that decide what is computed. Raises TypeError or ValueError that name the argument and its value."""
 
     axis: int | tuple[int, ...] = -1
-    momentum: float | None = 0.99
+    momentum: Momentum | None = 0.99
     epsilon: float = 1e-3
     renorm: bool = False
     renorm_clipping: Mapping[str, float | Callable[[], float]] | None = None
-    renorm_momentum: float = 0.99
+    renorm_momentum: Momentum = 0.99
     fused: bool | None = None
     virtual_batch_size: int | None = None
     adjustment: Callable[[tuple[int, ...]], tuple[Any, Any]] | None = None
     bessel_correction: bool | None = None
     dtype: np.dtype | None = None
     activation: str | None = None
+    ragged: str = "error"
+    virtual_batch_order: str = "interleaved"
+    debias: bool = False
+    skip_nonfinite: bool = False
     strict_fused: bool = field(default=True, repr=False)  # TensorFlow 2; version 1 ignores what cannot be fused
 
     def __post_init__(self) -> None:
         if isinstance(self.renorm_clipping, Mapping):  # a copy: what the caller does with his is not seen
             object.__setattr__(self, "renorm_clipping", dict(self.renorm_clipping))
         object.__setattr__(self, "axis", parse_axis(self.axis))
-        object.__setattr__(self, "renorm", boolean("renorm", self.renorm))
+        for name in ("renorm", "debias", "skip_nonfinite"):
+            object.__setattr__(self, name, boolean(name, getattr(self, name)))
         for name in ("fused", "bessel_correction"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, boolean(name, value, "True, False or None"))
@@ -51,12 +69,13 @@ class Options:
         kinds = {"momentum": float, "epsilon": float, "renorm_momentum": float, "virtual_batch_size": int}
         for name, kind in kinds.items():
             value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else kind(value))
+            object.__setattr__(self, name, value if value is None or callable(value) else kind(value))
 
     def _check(self) -> None:
-        if self.momentum is not None:
-            check_number("momentum", self.momentum, 1.0, "a number from 0 to 1 (the weight of the old value), or None")
-        check_number("renorm_momentum", self.renorm_momentum, 1.0, "a number from 0 to 1 (the weight of the old value)")
+        if self.momentum is not None and not callable(self.momentum):
+            check_number("momentum", self.momentum, 1.0, f"{MOMENTUM}, a callable that gives one, or None")
+        if not callable(self.renorm_momentum):
+            check_number("renorm_momentum", self.renorm_momentum, 1.0, f"{MOMENTUM}, or a callable that gives one")
         check_number("epsilon", self.epsilon, math.inf, EPSILON)
         self._check_virtual_batch()
         self._check_clipping()
@@ -70,6 +89,12 @@ class Options:
 
     def _check_virtual_batch(self) -> None:
         size = self.virtual_batch_size
+        for name, values in VIRTUAL_BATCH_CHOICES.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in values:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, values))}; received {value!r}")
+            if size is None and value != values[0]:
+                raise ValueError(f"{name}={value!r} needs a virtual_batch_size; received None")
         if size is None:
             return
         if isinstance(size, bool) or not isinstance(size, numbers.Integral):
@@ -99,6 +124,14 @@ class Options:
             return callable(value) or any(map(varies, held))
 
         return not any(varies(getattr(self, f.name)) for f in fields(self))
+
+    @property
+    def is_debiased(self) -> bool:
+        """Whether the moving averages owe nothing to their initial values, for which the state keeps their weight.
+
+        Averages with equal weights, momentum=None, do so anyway.
+        """
+        return self.debias or self.momentum is None
 
     def resolved_axis(self) -> tuple[int, ...]:
         return (self.axis,) if isinstance(self.axis, int) else self.axis
@@ -136,23 +169,40 @@ class Options:
             return self.bessel_correction
         return self.fused is not False and self.fused_obstacle(rank, dtype) is None
 
-    def clip_values(self) -> dict[str, float]:
-        """The bounds of r and d now; callables are called. Raises: ValueError if they contradict each other."""
+    def numbers(self) -> Numbers:
+        """The momenta and the bounds of r and d now; callables are called, each once.
+
+        Raises: TypeError, ValueError for what they must not give, with the name of the option.
+        """
         given = {k: v() if callable(v) else v for k, v in (self.renorm_clipping or {}).items()}
-        check_clip_values(given)
-        return {**UNCLIPPED, **{k: float(v) for k, v in given.items() if v is not None}}
+        bounds = check_clip_values(given)
+        renorm_momentum = _momentum_now("renorm_momentum", self.renorm_momentum)
+        momentum = None if self.momentum is None else _momentum_now("momentum", self.momentum)
+        return Numbers(momentum, renorm_momentum, **bounds)
 
 
-def check_clip_values(given: Mapping[str, Any]) -> None:
-    """Raises: TypeError for a value that is no number, ValueError for bounds that no value can meet."""
+def _momentum_now(name: str, value: Momentum) -> float:
+    if not callable(value):
+        return value
+    found = value()
+    check_number(name, found, 1.0, f"a callable that gives {MOMENTUM}")
+    return float(found)
+
+
+def check_clip_values(given: Mapping[str, Any]) -> dict[str, float]:
+    """The bounds among them, as numbers.
+
+    Raises: TypeError for a value that is no number, ValueError for bounds that no value can meet.
+    """
     for key, value in given.items():
         if value is not None and not _is_number(value):
             raise TypeError(
                 f"renorm_clipping[{key!r}] must be a number or a callable that gives one; received {value!r}"
             )
-    bounds = {**UNCLIPPED, **{k: float(v) for k, v in given.items() if v is not None}}
-    if not (bounds["rmin"] <= bounds["rmax"] and bounds["dmax"] >= 0):
+    bounds = {k: float(v) for k, v in given.items() if v is not None}
+    if not (bounds.get("rmin", 0.0) <= bounds.get("rmax", math.inf) and bounds.get("dmax", math.inf) >= 0):
         raise ValueError(f"renorm_clipping must have rmin <= rmax and dmax >= 0; received {dict(given)!r}")
+    return bounds
 
 
 def _is_number(value: Any) -> bool:

@@ -26,6 +26,12 @@ def choose(condition, x, other):
     return x if condition else other
 
 
+@register_jitable
+def is_not_finite(x):
+    """Whether x is NaN or infinite."""
+    return math.isfinite(x) == 0  # `not` is no operator of vectors
+
+
 # -- statistics --------------------------------------------------------------------------------------------------------
 
 
@@ -37,13 +43,23 @@ def divide(x, count):
 
 
 @register_jitable
+def per(x, count):
+    """The same, rounded twice: where many x have one count, it is divided by once, and they are multiplied.
+
+    1 / count would be infinite for a count near the smallest number, so both are scaled there, by what float32 holds.
+    """
+    empty, scale = count == 0, choose(count < 1e-30, type(count)(2.0**100), type(count)(1))
+    return drop(empty, x * scale * (type(count)(1) / choose(empty, type(count)(1), count * scale)))
+
+
+@register_jitable
 def shifted_moments(count, shift, total, squares):
     """Mean and m2 = sum (x - mean)^2 from total = sum (x - shift) and squares = sum (x - shift)^2.
 
     With a value of the data as `shift` the subtraction loses at most log2(count / its weight) bits, however large the
     mean. Without any value both are 0. Of finite values m2 is finite: the largest number instead of infinity.
     """
-    distance = divide(total, count)
+    distance = per(total, count)
     mean, m2 = drop(count == 0, shift + distance), squares - total * distance
     m2 = drop(m2 < 0, m2)
     return mean, choose(math.isinf(squares) & math.isfinite(mean), type(m2)(LARGEST), m2)
@@ -77,21 +93,16 @@ def combine(count_a, mean_a, m2_a, squares_a, count_b, mean_b, m2_b, squares_b):
 
 
 @register_jitable
-def biased_variance(count, m2):
-    """The variance with divisor `count`; 0 without any value."""
-    return divide(m2, count)
-
-
-@register_jitable
-def unbiased_variance(count, m2, squares):
-    """The variance with Bessel's correction: that of m values times m / (m - 1), at least 1 as in TensorFlow.
+def unbiased_count(count, squares):
+    """The divisor of m2 for the variance with Bessel's correction: that of m values times m / (m - 1), at least 1 as in
+    TensorFlow.
 
     squares: the sum of the squared weights, where count is the sum of the weights. m = count^2 / squares is how many
     values of equal weight would be as good: it does not depend on the scale of the weights.
     """
-    divisor = count - divide(squares, count)
+    divisor = count - per(squares, count)
     # Where next to all weight is one value's, the difference is what rounding has left of it.
-    return divide(m2, choose(divisor <= 1e-12 * count, count, divisor))
+    return choose(divisor <= 1e-12 * count, count, divisor)
 
 
 @register_jitable
@@ -99,6 +110,20 @@ def moving_average(old, new, momentum):
     """old - (old - new) * (1 - momentum); exactly `new` for momentum 0 and `old` for 1, be they NaN or infinite."""
     moved = old - (old - new) * (type(momentum)(1) - momentum)
     return choose(momentum == 0, new, choose(momentum == 1, old, moved))
+
+
+@register_jitable
+def debiased_momentum(seen, momentum, weight):
+    """The weight of all batches in an average after one of `weight`, and the momentum with which it owes nothing to the
+    initial value: the share of the batches before. It is 1 where there is no weight at all.
+
+    With weight = 1 - momentum, seen is 1 - momentum^t after t batches.
+
+    Source: Kingma, Ba, "Adam: A method for stochastic optimization", 2015, section 3.
+    """
+    kept = momentum * seen
+    total = kept + weight
+    return total, choose(total == 0, type(total)(1), divide(kept, total))
 
 
 @register_jitable
@@ -184,7 +209,7 @@ def gamma_gradient(sum_dy, sum_dy_centered, rstd, r, d):
 def is_left_out(x, weight):
     """Whether an element has no part in the sums of the gradient. One without weight has, as its output depends on
     gamma and on all others, but not if there is no such output: if x is not finite."""
-    return (weight <= 0) & (math.isfinite(x) == 0)  # `not` is no operator of vectors
+    return (weight <= 0) & is_not_finite(x)
 
 
 @register_jitable

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from nbbn.core import dtypes
 from nbbn.engine.base import Step
 from nbbn.engine.cpu.engine import CpuEngine
+from nbbn.engine.cpu.moments import MERGE
 from nbbn.engine.cpu.plan import Plan
 from nbbn.engine.dispatcher import Dispatcher
 from nbbn.layer.layer import BatchNormalization
@@ -29,11 +31,12 @@ def kernels(
     gradients: bool = False,
     mask: Any = None,
     residual: bool = False,
+    lengths: Any = None,
 ) -> Kernels:
     """The kernels of `layer(x, training)`, with `gradients` also those of the pullback of `layer.vjp(x, training)`.
 
     The call is the layer's own, of a copy that has an engine which runs nothing. The arguments are those of
-    nbbn.warmup().
+    nbbn.warmup(). Where others share the statistics it is both halves of the call, without what goes to them.
     """
     dtype = layer.options.dtype or dtypes.resolve(dtype)
     if not isinstance(shape, Sequence) or not all(isinstance(n, (int, np.integer)) and n > 0 for n in shape):
@@ -41,17 +44,28 @@ def kernels(
     x, dy, other = (np.empty(shape, dtype) for _ in range(3))  # address space: nobody reads or writes them
     original = layer._dispatcher
     twin, notes = copy.copy(layer), _Notes(original)
-    twin._dispatcher = Dispatcher(original.options, original.force)
+    # No kernel depends on numbers: a schedule is not asked for them.
+    momentum = None if original.options.momentum is None else 0.0
+    options = replace(original.options, momentum=momentum, renorm_momentum=0.0, renorm_clipping=None)
+    twin._dispatcher = Dispatcher(options, original.force)
     twin._dispatcher.use(notes)
     if twin._variables is None:
         shapes = derive_shapes(twin.options, x.shape, x.dtype)
         # Without a call of the layer's initializers.
-        names = state_names(twin.options.renorm, twin.options.momentum is None)
+        names = state_names(twin.options.renorm, twin.options.is_debiased)
         twin._variables = Variables(shapes, dict.fromkeys(names, np.ones(shapes.params, shapes.dtype)))
     # NumPy meets whatever is in statistics that nobody has computed.
     with np.errstate(all="ignore"), contextlib.suppress(_Known):
-        operands = {"mask": mask, "update_statistics": False, "residual": other if residual else None}
-        if gradients:
+        beside = other if residual else None
+        operands = {"mask": mask, "lengths": lengths, "residual": beside, "update_statistics": False}
+        if twin._in_halves and twin._uses_batch(training):
+            step = twin.start(x, **operands)
+            notes.kernels[MERGE] = False
+            step.complete(step.moments)
+            if gradients:
+                notes.last = ("apply_gradient",)
+                step.pulled(step.pull(dy)[np.newaxis])
+        elif gradients:
             _, pullback = twin.vjp(x, training, **operands)
             notes.last = ("backward", "frozen_backward")
             pullback(dy)
@@ -75,10 +89,16 @@ class _Notes(CpuEngine):
     def bind(self, step: Step, owner: Any) -> None:
         """Bind nothing: the step has not run."""
 
+    def apply_gradient(self, *arguments: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        found = super().apply_gradient(*arguments)
+        if "apply_gradient" in self.last:  # of all parts of a virtual batch
+            raise _Known
+        return found
+
     def _launch(self, plan: Plan, step: Step) -> None:
         twins = (False, True) if plan.schedule.parallel else (False,)  # the serial one runs where the pool is taken
         self.kernels |= {plan.variant(parallel): parallel for parallel in twins}
-        if step.name in self.last:
+        if step.name in self.last and step.name != "apply_gradient":
             raise _Known
 
     def _run_middle(self, name: str, numbers: dict[str, Any], adjusted: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from nbbn.core.layout import Sizes
 from nbbn.deploy.needed import Kernel, Kernels, kernels
 from nbbn.kernels.cpu.steps import compiled
-from nbbn.layer.layer import BatchNormalization
+from nbbn.layer.layer import BatchNormalization, as_layers
 from nbbn.runtime import LOGGER, cache_folder, find_cache
 
 MODES: dict[str, dict[str, bool]] = {
@@ -40,6 +40,7 @@ def warmup(
     gradients: bool = False,
     mask: Any = None,
     residual: bool = False,
+    lengths: Any = None,
 ) -> None:
     """Compile into the kernel cache what `layer(x, training=...)` needs for contiguous inputs of these shapes.
 
@@ -53,7 +54,7 @@ def warmup(
         dtype: of the inputs; a layer with a dtype of its own has that one.
         gradients: also what the pullback of `layer.vjp(x, training=...)` needs.
         mask: one like those of the calls; its shape matters, its values do not.
-        residual: whether the calls have one.
+        residual: whether the calls have one. lengths: some like those of the calls.
     Raises: TypeError, ValueError as the calls would, and for what is no layer or shape; RuntimeError if the cache is
         off or the other process fails.
     """
@@ -62,7 +63,14 @@ def warmup(
     found: Kernels = {}
     for layer, shape in _pairs(layers, shapes):
         found |= kernels(
-            layer, shape, dtype=dtype, training=training, gradients=gradients, mask=mask, residual=residual
+            layer,
+            shape,
+            dtype=dtype,
+            training=training,
+            gradients=gradients,
+            mask=mask,
+            residual=residual,
+            lengths=lengths,
         )
     for kernel in (k for k, parallel in found.items() if not parallel):
         compiled(*kernel)
@@ -70,10 +78,7 @@ def warmup(
 
 
 def _pairs(layers: Any, shapes: Any) -> list[tuple[BatchNormalization, Sequence[int]]]:
-    layers = [layers] if isinstance(layers, BatchNormalization) else list(layers)
-    for layer in layers:
-        if not isinstance(layer, BatchNormalization):
-            raise TypeError(f"layers must be nbbn.BatchNormalization layers; received {layer!r}")
+    layers = as_layers(layers)
     if not isinstance(shapes, Sequence) or isinstance(shapes, str) or not shapes:
         raise ValueError(f"shapes must be a shape or a list of shapes; received {shapes!r}")
     shapes = list(shapes) if isinstance(shapes[0], Sequence) else [shapes]

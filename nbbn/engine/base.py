@@ -14,7 +14,7 @@ import numpy as np
 
 from nbbn.arrays import Array, Place, place_of
 from nbbn.core import dtypes
-from nbbn.core.layout import Layout, Sizes, collapse, contiguous_strides, copy_order
+from nbbn.core.layout import Layout, Part, Sizes, collapse, contiguous_strides, copied_parts, copy_order
 from nbbn.core.options import Options
 from nbbn.kernels.channel import GRADIENT_ROWS, MOMENT_ROWS, OUTPUT_ROWS, SAVED_ROWS
 
@@ -49,12 +49,19 @@ class Force:
 
 class Operands(NamedTuple):
     """What may stand beside the input of a step. residual: shape and dtype of the input. weights, a and b (of an
-    adjustment) broadcast against it, in the statistics' dtype."""
+    adjustment) broadcast against it, in the statistics' dtype. lengths: (N,) int64 on the host, in the place of
+    weights: so many steps of each sample count."""
 
     residual: Array | None = None
     weights: Array | None = None
     a: Array | None = None
     b: Array | None = None
+    lengths: np.ndarray | None = None
+
+    @property
+    def views(self) -> dict[str, Array | None]:
+        """What there is for each element."""
+        return {"residual": self.residual, "weights": self.weights, "a": self.a, "b": self.b}
 
     @property
     def adjusted(self) -> bool:
@@ -107,13 +114,15 @@ class Step(NamedTuple):
 
 
 _RESULTS = ("y", "dx", "dz")  # among the views
+# The small arrays that are made of a batch's parts. All others of theirs have a column for each statistic.
+_MADE_OF_PARTS = {"reduce": ("moments",), "reduce_gradient": ("sums", "dparams")}
 
 
 class Engine(ABC):
     """The stages and their fast forms, for one set of options.
 
     Parameters are (2, C) arrays [gamma, beta]. The state is (2, C) [mean, variance], with renorm (5, C) [mean,
-    variance, stddev, renorm_mean, renorm_stddev], and two rows longer for cumulative averages. The state
+    variance, stddev, renorm_mean, renorm_stddev], and two rows longer for debiased averages. The state
     has a dtype of its own, float32 or float64. Moments are (4, G * C) float64 [count, mean, m2, squares], where with
     weights count is their sum and squares that of their squares; `saved`, (9, G * C) float64, is what a gradient needs,
     and begins with the moments. C counts the combinations of the kept axes in their order, G the groups of a virtual
@@ -126,7 +135,8 @@ class Engine(ABC):
         # None is a type to the kernels: what is not asked for is not compiled.
         self.relu = True if options.activation == "relu" else None
         self.renorm = True if options.renorm else None
-        self.cumulative = True if options.momentum is None else None
+        self.debias = True if options.is_debiased else None
+        self.skip = True if options.skip_nonfinite else None
 
     # -- the five stages -----------------------------------------------------------------------------------------------
 
@@ -160,7 +170,7 @@ class Engine(ABC):
         """The sums of the gradient, and the gradients of gamma and beta, which are made of these very sums."""
         lay, o, dparams = batch.lay, batch.operands, self._empty_dparams(batch)
         sums = batch.place.empty((GRADIENT_ROWS[o.adjusted], lay.statistics), _FLOAT64)
-        views = {"x": batch.x, "dy": dy, **o._asdict()}
+        views = {"x": batch.x, "dy": dy, **o.views}
         self._run(Step("reduce_gradient", lay, views, {"saved": saved, "sums": sums, "dparams": dparams}))
         return sums, dparams
 
@@ -182,11 +192,17 @@ class Engine(ABC):
         self, batch: Batch, params: Array, state: Array, hyper: np.ndarray, new_state: Array | None
     ) -> tuple[Array, Array, Array]:
         """reduce, finish and apply: the output, the new state and saved. new_state: where to write it."""
-        lay, place, y = batch.lay, batch.place, batch.result()
+        lay, place = batch.lay, batch.place
+        if lay.parts:
+            own_state, saved, coefficients = self.finish(
+                self.reduce(batch), params, state, hyper, batch.operands.adjusted
+            )
+            return self.apply(batch, coefficients), own_state, saved
+        y = batch.result()
         new_state = place.empty(state.shape, state.dtype) if new_state is None else new_state
         saved = place.empty((SAVED_ROWS, lay.statistics), _FLOAT64)
         numbers = {"params": params, "state": state, "hyper": hyper, "new_state": new_state, "saved": saved}
-        views = {"x": batch.x, **batch.operands._asdict(), "y": y}
+        views = {"x": batch.x, **batch.operands.views, "y": y}
         self._run(Step("train", lay, views, numbers, batch.out is not None))
         return y, new_state, saved
 
@@ -208,6 +224,10 @@ class Engine(ABC):
         self, batch: Batch, dy: Array, saved: Array, training: bool, wants_dz: bool
     ) -> tuple[Array, Array, Array | None]:
         """reduce_gradient and apply_gradient: dx, the gradients of gamma and beta, and dz."""
+        if batch.lay.parts:
+            sums, own_dparams = self.reduce_gradient(batch, dy, saved)
+            own_dx, own_dz = self.apply_gradient(batch, dy, saved, sums, wants_dz)
+            return own_dx, own_dparams, own_dz
         name, dparams = "backward", self._empty_dparams(batch)
         numbers, (views, dx, dz) = {"saved": saved, "dparams": dparams}, self._gradient_views(batch, dy, wants_dz)
         if not (training or self.relu):
@@ -221,7 +241,7 @@ class Engine(ABC):
     def _gradient_views(self, batch: Batch, dy: Array, wants_dz: bool) -> tuple[dict[str, Any], Array, Array | None]:
         dx = batch.result()
         dz = batch.place.empty_like(batch.x) if wants_dz and self.relu else None
-        return {"x": batch.x, "dy": dy, **batch.operands._asdict(), "dx": dx, "dz": dz}, dx, dz
+        return {"x": batch.x, "dy": dy, **batch.operands.views, "dx": dx, "dz": dz}, dx, dz
 
     # -- running a step ------------------------------------------------------------------------------------------------
 
@@ -243,18 +263,51 @@ class Engine(ABC):
                 self._run(step._replace(views=views | {name: beside}, out=False))
                 place.write(out, beside, step.x.shape, tuple(range(step.x.ndim)))
                 return
+        if step.lay.parts:
+            self._run_on_parts(step)
+            return
         plan = self.plan(step, in_place)
         if plan.copied is None:
             self._launch(plan, step)
         else:
             self._run_on_copies(step, plan.copied)
 
+    def _run_on_parts(self, step: Step) -> None:
+        """The same on each part of the batch. What it has of the small arrays goes by way of the host."""
+        steps = self.of_parts(step)
+        if any(self.plan(s).copied is not None for s in steps):
+            self._run_on_copies(step, Copied(*copied_parts(step.lay)))
+            return
+        place, lay = place_of(step.x), step.lay
+        given = {name: place.to_host(a) for name, a in step.numbers.items()}
+        made = {name: np.zeros_like(given[name]) for name in _MADE_OF_PARTS.get(step.name, ())}
+        for part, own in zip(lay.parts, steps, strict=True):
+            first, last = part.group * lay.channels, (part.group + part.lay.groups) * lay.channels
+            columns = {n: slice(None) if n == "dparams" else slice(first, last) for n in given}
+            numbers = {n: place.from_host(np.array(a[:, columns[n]], order="C")) for n, a in given.items()}
+            self._run(own._replace(numbers=numbers))
+            for name, total in made.items():
+                total[:, columns[name]] += place.to_host(numbers[name])
+        for name, total in made.items():
+            place.write(step.numbers[name], place.from_host(total), total.shape, (0, 1))
+
+    def of_parts(self, step: Step) -> list[Step]:
+        """The step on each part of a batch, yet without its small arrays."""
+        place = place_of(step.x)
+
+        def views(part: Part) -> dict[str, Array | None]:
+            sizes, there = part.lay.sizes, step.views.items()
+            return {n: a if a is None else place.part(a, part.start, sizes, part.split(a.strides)) for n, a in there}
+
+        return [step._replace(lay=part.lay, views=views(part), numbers={}) for part in step.lay.parts]
+
     def _run_on_copies(self, step: Step, copied: "Copied") -> None:
         """The same on contiguous copies, as there is no canonical view."""
         place, sizes, order = place_of(step.x), step.lay.sizes, copied.order
         there = {n: a for n, a in step.views.items() if a is not None}
         copies = {n: place.copy(a, sizes, order) for n, a in there.items() if n not in _RESULTS}
-        results = {n: place.empty(copied.lay.sizes, a.dtype) for n, a in there.items() if n in _RESULTS}
+        ordered = tuple(sizes[i] for i in order)
+        results = {n: place.empty(ordered, a.dtype) for n, a in there.items() if n in _RESULTS}
         self._run(step._replace(lay=copied.lay, views=step.views | copies | results, out=False))
         for name, result in results.items():
             place.write(there[name], result, sizes, order)
@@ -284,6 +337,13 @@ class Engine(ABC):
     @abstractmethod
     def _run_middle(self, name: str, numbers: dict[str, Any], adjusted: bool) -> None:
         """Run a step that has small arrays only."""
+
+
+class PartPlans(tuple[Any, ...]):
+    """The plans for the reduction of a batch's parts."""
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self))
 
 
 class Copied(NamedTuple):

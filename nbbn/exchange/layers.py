@@ -26,7 +26,7 @@ def make_layer(arrays: Mapping[str, np.ndarray], options: Mapping[str, Any], ndi
     """A built layer with these variables, whose names are nbbn's, in any shape with the right number of values.
 
     A gamma or beta that is not there is none; statistics of renorm that are not there begin at the moving ones, counts
-    at 0.
+    at 0. Debiased averages are taken to be complete: their weight begins at 1.
 
     Raises: ValueError if `ndim` is needed and not given, or if the arrays do not fit the options.
     """
@@ -35,7 +35,8 @@ def make_layer(arrays: Mapping[str, np.ndarray], options: Mapping[str, Any], ndi
     build(layer, arrays["moving_mean"], ndim)
     variables = layer._built_variables("make_layer()")
     shape = variables.shapes.params
-    start = _start_of_renorm(arrays, layer.epsilon) | {n: np.zeros(shape) for n in COUNTS}
+    seen = np.full(shape, 0.0 if layer.momentum is None else 1.0)
+    start = _start_of_renorm(arrays, layer.epsilon) | dict.fromkeys(COUNTS, seen)
     taken = {n: a for n, a in {**start, **arrays}.items() if n in variables.names or n not in start}
     layer.set_state({n: a.reshape(shape) if a.size == math.prod(shape) else a for n, a in taken.items()})
     return layer
@@ -97,8 +98,10 @@ def batches_seen(layer: BatchNormalization) -> int:
 
     Raises: ValueError if the channels differ, as they do after masks that left one out.
     """
+    if layer.momentum is not None:
+        return 0
     state = layer.get_state()
-    found = {int(n) for name in ("seen_mean", "seen_variance") for n in np.ravel(state.get(name, 0))}
+    found = {int(n) for name in COUNTS for n in np.ravel(state[name])}
     if len(found) > 1:
         raise ValueError(f"all channels must have seen the same number of batches; received {sorted(found)}")
     return max(found, default=0)

@@ -66,7 +66,7 @@ def _normalization(layer: BatchNormalization, folded: bool) -> list[tuple[str, d
         return [("Mul", {"scale": scale}, {}), ("Add", {"shift": shift}, {})]
     state = {"gamma": np.ones_like(scale), "beta": np.zeros_like(scale)} | state
     if layer.options.resolved_axis() in ((1,), (1 - len(shape),)) and scale.dtype == np.float32:
-        momentum = {} if layer.momentum is None else {"momentum": layer.momentum}
+        momentum = {} if layer.momentum is None or callable(layer.momentum) else {"momentum": layer.momentum}
         return [("BatchNormalization", {n: state[n].ravel() for n in _INPUTS}, {"epsilon": layer.epsilon, **momentum})]
     mean, beta = (state[n].reshape(shape) for n in ("moving_mean", "beta"))
     return [("Sub", {"mean": mean}, {}), ("Mul", {"scale": scale}, {}), ("Add", {"beta": beta}, {})]

@@ -13,8 +13,8 @@ from nbbn.core import rules
 
 # Rows of the arrays that the stages exchange. The statistic of group g and channel c is in column g * C + c.
 GAMMA, BETA = range(2)  # parameters (2, C)
-# State (2, C), with renorm (5, C). Cumulative averages have two more rows, which come last: how many batches are in
-# each channel's mean and variance.
+# State (2, C), with renorm (5, C). Debiased averages have two more rows, which come last: the weight of the batches in
+# each channel's mean and variance. Of averages with equal weights it is their number.
 MEAN, VARIANCE, STDDEV, RENORM_MEAN, RENORM_STDDEV = range(5)
 SEEN_MEAN, SEEN_VARIANCE = -2, -1
 # What a gradient needs, saved (9, G * C), float64. The first four rows are the moments, which also go alone: with
@@ -23,7 +23,10 @@ COUNT, BATCH_MEAN, M2, SQUARES, RSTD, R, D, USED_GAMMA, USED_BETA = range(9)
 MOMENT_ROWS, SAVED_ROWS = 4, 9
 # How many sums there are of the values, about a shift, without weights and with them.
 PLAIN_SUMS, WEIGHTED_SUMS = 2, 4
-EPSILON, MOMENTUM, BESSEL, RENORM_MOMENTUM, RMIN, RMAX, DMAX = range(7)  # hyper (7,), float64
+# hyper (8,), float64. BATCH_WEIGHT is for debiased averages: 1 - momentum, or 1 of averages with equal weights, whose
+# momentum is 1.
+EPSILON, MOMENTUM, BESSEL, RENORM_MOMENTUM, RMIN, RMAX, DMAX, BATCH_WEIGHT = range(8)
+HYPER_SIZE = 8
 # Coefficients of the output; gamma and beta where there is an adjustment. Those of the input's gradient.
 Y_MEAN, Y_SCALE, Y_SHIFT, Y_GAMMA, Y_BETA = range(5)
 DX_MEAN, DX_SCALE, DX_BIAS, DX_SLOPE = range(4)
@@ -49,30 +52,31 @@ def functions(compiled: Callable[[Any], Any], rules: Any = rules, wide: Any = np
         return LARGEST_FLOAT32 if array.itemsize == 4 else rules.LARGEST
 
     @compiled
-    def add_group(s, saved, bessel, present, mean, variance):
-        """The sums over a channel's groups that have any value, with one more: how many, their means and variances."""
-        n, m2 = saved[COUNT, s], saved[M2, s]
-        biased, unbiased = rules.biased_variance(n, m2), rules.unbiased_variance(n, m2, saved[SQUARES, s])
-        own = rules.choose(bessel != 0, unbiased, biased)
+    def add_group(s, n, squares, saved, bessel, present, mean, variance):
+        """The sums over a channel's groups that have any value, with one more: how many, their means and variances.
+
+        n, squares: COUNT and SQUARES of the group."""
+        divisor = rules.choose(bessel != 0, rules.unbiased_count(n, squares), n)
+        own = rules.per(saved[M2, s], divisor)
         # without any value its mean and its variance are 0
         return present + rules.drop(n == 0, bessel * 0 + 1), mean + saved[BATCH_MEAN, s], variance + own
 
     @compiled
-    def update(c, present, mean, variance, state, hyper, renorm, cumulative, new_state):
+    def update(c, present, mean, variance, state, hyper, renorm, debias, skip, new_state):
         """Write the moving statistics of a channel from the sums over its groups. Returns: r and d of renorm.
 
         What the state's dtype cannot hold becomes its largest number, from which later batches bring it back. The
         batch's statistics are the average over its groups; a group without any value has none, and without any at all
-        nothing changes.
+        nothing changes. Nor does it, with `skip`, where that average is not finite.
         """
         nothing, epsilon, most = present == 0, hyper[EPSILON], largest(new_state)
-        mean, variance = rules.divide(mean, present), rules.divide(variance, present)
+        mean, variance = rules.per(mean, present), rules.per(variance, present)
+        if skip is not None:
+            nothing = nothing | rules.is_not_finite(mean) | rules.is_not_finite(variance)
         mean_momentum = variance_momentum = hyper[MOMENTUM]
-        if cumulative is not None:
-            seen_mean, seen_variance = wide(state[SEEN_MEAN, c]), wide(state[SEEN_VARIANCE, c])
-            mean_momentum, variance_momentum = seen_mean / (seen_mean + 1.0), seen_variance / (seen_variance + 1.0)
-            new_state[SEEN_MEAN, c] = rules.choose(nothing, seen_mean, seen_mean + 1.0)
-            new_state[SEEN_VARIANCE, c] = rules.choose(nothing, seen_variance, seen_variance + 1.0)
+        if debias is not None:
+            mean_momentum = weigh(SEEN_MEAN, c, state, hyper, nothing, new_state)
+            variance_momentum = weigh(SEEN_VARIANCE, c, state, hyper, nothing, new_state)
         old_mean, old_variance = wide(state[MEAN, c]), wide(state[VARIANCE, c])
         new_state[MEAN, c] = moved(old_mean, mean, mean_momentum, nothing, most)
         if renorm is None:
@@ -89,6 +93,14 @@ def functions(compiled: Callable[[Any], Any], rules: Any = rules, wide: Any = np
         return rules.renorm_correction(
             mean, sigma, old_renorm_mean, old_renorm_stddev, epsilon, hyper[RMIN], hyper[RMAX], hyper[DMAX]
         )
+
+    @compiled
+    def weigh(row, c, state, hyper, nothing, new_state):
+        """Write the weight of a debiased average after this batch. Returns: the momentum that it has this time."""
+        seen = wide(state[row, c])
+        total, momentum = rules.debiased_momentum(seen, hyper[MOMENTUM], hyper[BATCH_WEIGHT])
+        new_state[row, c] = rules.choose(nothing, seen, total)
+        return momentum
 
     @compiled
     def moved(old, new, momentum, nothing, most):

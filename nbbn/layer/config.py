@@ -7,7 +7,7 @@ import numpy as np
 
 from nbbn import constraints, initializers, regularizers
 from nbbn.call.forward import Normalizer
-from nbbn.core.options import Options, boolean
+from nbbn.core.options import VIRTUAL_BATCH_CHOICES, Momentum, Options, boolean
 
 _INITIALIZERS = ("beta_initializer", "gamma_initializer", "moving_mean_initializer", "moving_variance_initializer")
 _REGULARIZERS = ("beta_regularizer", "gamma_regularizer")
@@ -15,9 +15,9 @@ _CONSTRAINTS = ("beta_constraint", "gamma_constraint")
 
 
 def _momentum(name: str) -> property:
-    """An option that may change between calls, as a schedule changes it."""
+    """An option that may change between calls, or be a callable that each training call asks."""
 
-    def assign(self: "Configured", value: float | None) -> None:
+    def assign(self: "Configured", value: Momentum | None) -> None:
         with self._building:
             changed = self._dispatcher.changed(**{name: value})
             if getattr(changed.options, name) == getattr(self.options, name):
@@ -46,9 +46,13 @@ class Configured(Normalizer):
     renorm_clipping = property(lambda self: self.options.renorm_clipping)
     fused = property(lambda self: self.options.fused)
     virtual_batch_size = property(lambda self: self.options.virtual_batch_size)
+    ragged = property(lambda self: self.options.ragged)
+    virtual_batch_order = property(lambda self: self.options.virtual_batch_order)
     adjustment = property(lambda self: self.options.adjustment)
     bessel_correction = property(lambda self: self.options.bessel_correction)
     activation = property(lambda self: self.options.activation)
+    debias = property(lambda self: self.options.debias)
+    skip_nonfinite = property(lambda self: self.options.skip_nonfinite)
 
     @property
     def trainable(self) -> bool:
@@ -63,17 +67,22 @@ class Configured(Normalizer):
         """The name of the dtype that inputs are cast to; None follows the input."""
         return None if self.options.dtype is None else self.options.dtype.name
 
+    @property
+    def _left_out(self) -> list[str]:
+        """Arguments that no config can hold."""
+        return ["adjustment"] if callable(self.options.adjustment) else []
+
     def get_config(self) -> dict[str, Any]:
         """What from_config() needs: Keras's keys, and those of nbbn where they are set. JSON-serializable.
 
-        Callables (adjustment, renorm_clipping values, an initializer without a name) cannot be serialized: they are
-        left out with a warning.
+        Callables (adjustment, a momentum, renorm_clipping values, an initializer without a name) cannot be serialized:
+        they are left out with a warning, and from_config() takes the default in their place.
         """
         o = self.options
         config: dict[str, Any] = {"name": self.name, "trainable": self.trainable, "dtype": self.dtype}
         config |= {"axis": list(self.axis) if isinstance(self.axis, list) else self.axis}
         config |= {"momentum": o.momentum, "epsilon": o.epsilon, "center": self.center, "scale": self.scale}
-        left_out = ["adjustment"] if callable(o.adjustment) else []
+        left_out = self._left_out
         for room, names in ((initializers, _INITIALIZERS), (regularizers, _REGULARIZERS), (constraints, _CONSTRAINTS)):
             for name in names:
                 try:
@@ -84,7 +93,12 @@ class Configured(Normalizer):
             config |= {"renorm": True, "renorm_clipping": _clips_of(o), "renorm_momentum": o.renorm_momentum}
         optional = ("virtual_batch_size", "fused", "bessel_correction", "activation")
         config |= {k: getattr(o, k) for k in optional if getattr(o, k) is not None}
+        config |= {k: getattr(o, k) for k, values in VIRTUAL_BATCH_CHOICES.items() if getattr(o, k) != values[0]}
+        config |= {k: True for k in ("debias", "skip_nonfinite") if getattr(o, k)}
         config |= {} if self.synchronized is None else {"synchronized": self.synchronized}
+        for name in [n for n in ("momentum", "renorm_momentum") if callable(config.get(n))]:
+            del config[name]
+            left_out.append(name)
         if any(map(callable, (o.renorm_clipping or {}).values())):
             left_out.append("callables of renorm_clipping")
         for what in left_out:

@@ -30,9 +30,9 @@ class Saved(Weighted):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the layer to a file: its config, and get_state() where it is built.
 
-        An existing file is replaced at once, when the new one is complete. Callables (an adjustment, clips that are
-        functions, initializers and the like of your own) are not saved, or by their name alone: load() takes them as
-        arguments.
+        An existing file is replaced at once, when the new one is complete. Callables (an adjustment, a momentum or
+        clips that are functions, initializers and the like of your own) are not saved, or by their name alone: load()
+        takes them as arguments.
 
         Args:
             path: ending in .safetensors, which needs the package safetensors, or in .npz.
@@ -74,5 +74,5 @@ class Saved(Weighted):
     @classmethod
     def _class(cls) -> dict[str, str]:
         """How files name the class: nbbn's by where users find it, others, whose modules may move, by name alone."""
-        module = cls.__module__.replace("nbbn.layer.layer", "nbbn")
+        module = "nbbn" if cls.__module__ in ("nbbn.layer.layer", "nbbn.sync.layer") else cls.__module__
         return {"module": module if module.startswith("nbbn") else "", "class_name": cls.__name__}

@@ -60,23 +60,35 @@ class Weighted(Configured):
 
     def _make_variables(self, shapes: Shapes) -> Variables:
         """Variables with their initial values, on the host."""
+        values = {n: self._initial(n, shapes) for n, has in (("gamma", self.scale), ("beta", self.center)) if has}
+        return Variables(shapes, values | self._initial_statistics(shapes))
 
-        def initial(name: str) -> np.ndarray:
-            argument = f"{name}_initializer"
-            return initializers.initialize(getattr(self, argument), shapes.params, shapes.dtype, argument)
+    def _initial(self, name: str, shapes: Shapes) -> np.ndarray:
+        argument = f"{name}_initializer"
+        return initializers.initialize(getattr(self, argument), shapes.params, shapes.dtype, argument)
 
-        values = {"gamma": initial("gamma")} if self.scale else {}
-        if self.center:
-            values["beta"] = initial("beta")
-        mean, variance = initial("moving_mean"), initial("moving_variance")
-        values |= {"moving_mean": mean, "moving_variance": variance}
+    def _initial_statistics(self, shapes: Shapes) -> dict[str, np.ndarray]:
+        mean, variance = self._initial("moving_mean", shapes), self._initial("moving_variance", shapes)
+        values = {"moving_mean": mean, "moving_variance": variance}
         check_spreads(values)
         if self.options.renorm:
             sigma = np.sqrt(variance)
             values |= {"moving_stddev": sigma, "renorm_mean": mean, "renorm_stddev": sigma}
-        if self.options.momentum is None:
+        if self.options.is_debiased:
             values |= {n: np.zeros(shapes.params, shapes.dtype) for n in COUNTS}
-        return Variables(shapes, values)
+        return values
+
+    def reset_statistics(self) -> None:
+        """Set all moving statistics to what their initializers give, and the weight of the batches in them to 0.
+
+        The initializers are asked again; gamma and beta stay. All change at once, where they are: another thread never
+        sees a mix, and on a GPU the arrays stay the same. Updates that a TensorFlow 1 layer has recorded, and not run,
+        are still there. Of a SyncBatchNormalization all ranks have to do it.
+
+        Raises: ValueError if the layer is not built; what an initializer raises. The layer is then as it was.
+        """
+        variables = self._built_variables("reset_statistics()")
+        variables.assign(self._initial_statistics(variables.shapes))
 
     # -- where they are ------------------------------------------------------------------------------------------------
 
@@ -100,11 +112,11 @@ class Weighted(Configured):
         if device == "cpu":
             self._variables = self._built_variables(f"to({device!r})").on_host()
             return self
-        from nbbn.arrays import availability, gpu
+        from nbbn.arrays import availability, gpu, libraries
 
         number = int(found[1] or 0)
         availability.require(f"to({device!r})", number)
-        place = gpu.device_place(gpu.load("numba_cuda"), number)
+        place = gpu.device_place(libraries.load("numba_cuda"), number)
         self._variables = self._built_variables(f"to({device!r})").moved(place)
         return self
 
@@ -127,8 +139,8 @@ class Weighted(Configured):
     @property
     def weights(self) -> list[Any]:
         """gamma, beta, moving_mean, moving_variance, with renorm moving_stddev, renorm_mean, renorm_stddev, as far
-        as they exist; the order and the shapes are TensorFlow's. With momentum=None, which TensorFlow does not have,
-        seen_mean and seen_variance follow: how many batches each average is of."""
+        as they exist; the order and the shapes are TensorFlow's. With momentum=None or debias, which TensorFlow does
+        not have, seen_mean and seen_variance follow: the weight of the batches in each average."""
         return self._weights((*PARAMETERS, *_STATE))
 
     @property
@@ -150,8 +162,8 @@ class Weighted(Configured):
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set all weights, in the order and shapes of get_weights().
 
-        With momentum=None the list may end before the counts, as TensorFlow's does. They then stay as they are; in a
-        new layer they are 0, and the first batch will count alone.
+        With momentum=None or debias the list may end before seen_mean and seen_variance, as TensorFlow's does. They
+        then stay as they are; in a new layer they are 0, and the first batch will count alone.
 
         A variance or deviation must not be negative, and NaN only where its mean is NaN or infinite, too: that is what
         training on such data leaves, and a checkpoint of it can be loaded. The attributes follow the same rule.

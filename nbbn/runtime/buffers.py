@@ -23,7 +23,9 @@ from nbbn.core.layout import Sizes
 Array = np.ndarray
 
 SMALLEST = 1 << 20  # bytes; lending takes 3.5 us, and a step on fewer not much more than ten times that
-_ALIGNMENT = 64  # a cache line, which a streaming store writes whole
+# Where blocks begin in their page: with a line of the cache, which a streaming store writes whole, and far from where
+# other arrays begin (16 to 64). A load waits for a store before it whose address has the same last 12 bits.
+_PAGE, _PLACE = 4096, 2048
 _DEFAULT_LIMIT = 256 << 20  # the output and the input gradient of the largest ResNet-50 stage at batch 32
 
 
@@ -33,8 +35,8 @@ class _Block:
     __slots__ = ("__array_interface__", "_memory", "size")
 
     def __init__(self, size: int) -> None:
-        self._memory = np.empty(size + _ALIGNMENT, np.uint8)
-        start = -self._memory.ctypes.data % _ALIGNMENT
+        self._memory = np.empty(size + _PAGE, np.uint8)
+        start = (_PLACE - self._memory.ctypes.data) % _PAGE
         self.size = size
         self.__array_interface__: dict[str, Any] = self._memory[start : start + size].__array_interface__
 

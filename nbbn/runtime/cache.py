@@ -34,16 +34,20 @@ from nbbn.runtime.plain import PLAIN
 from nbbn.runtime.progress import LOGGER, compiling, in_short
 from nbbn.runtime.threadpool import start_pool
 
+_HASHED = ("nbbn.core.rules", "nbbn.kernels", "nbbn.runtime")
 
-@lru_cache(maxsize=1)
-def code_hash() -> str | None:
+
+@lru_cache(maxsize=8)
+def code_hash(modules: tuple[str, ...] = _HASHED) -> str | None:
     """A hash of all that the machine code of kernels is made from; None where it cannot be read.
+
+    modules: the imported modules to hash, by what their names begin with.
 
     Taken when the kernels are imported, so that it describes the code that runs: a file may change later. Of the source
     where there is one, else of what the import system has in its place, as for .pyc files and frozen programs.
     """
     digest = hashlib.sha256()
-    for name in sorted(n for n in sys.modules if n.startswith(_HASHED)):
+    for name in sorted(n for n in sys.modules if n.startswith(modules)):
         try:
             loader: Any = sys.modules[name].__spec__.loader  # type: ignore[union-attr]
             source = loader.get_source(name)
@@ -51,9 +55,6 @@ def code_hash() -> str | None:
         except (AttributeError, ImportError, OSError):
             return None
     return digest.hexdigest()
-
-
-_HASHED = ("nbbn.core.rules", "nbbn.kernels", "nbbn.runtime")
 
 
 def _facts(code: CodeType) -> str:

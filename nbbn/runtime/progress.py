@@ -29,7 +29,7 @@ def compiling(place: str) -> Iterator[None]:
     """
     global _spent
     waiter, start = None, perf_counter()
-    if not _has_hinted and not LOGGER.hasHandlers() and _is_terminal(sys.stderr):
+    if not _has_hinted and not LOGGER.hasHandlers() and is_terminal(sys.stderr):
         waiter = threading.Timer(max(0.0, PATIENCE - _spent), _hint, [place])
         waiter.daemon = True
         waiter.start()
@@ -42,7 +42,8 @@ def compiling(place: str) -> Iterator[None]:
             waiter.join()  # a fork finds no thread of this package's
 
 
-def _is_terminal(stream: Any) -> bool:
+def is_terminal(stream: Any) -> bool:
+    """Whether somebody may be watching."""
     try:
         return bool(stream.isatty())
     except (AttributeError, ValueError):  # None, what a program has put in its place, or closed

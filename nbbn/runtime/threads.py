@@ -27,6 +27,8 @@ _is_in_region = _pool._is_owned  # type: ignore[attr-defined]  # what threading.
 _inherited_pool = False
 _lost = 0.0  # seconds that parallel runs took too long
 _serial_until = 0.0  # of perf_counter()
+_SHORTEST, _LONGEST = 0.05, 2.0  # seconds that it is serial for
+_serial_for = _SHORTEST
 
 
 @lru_cache(maxsize=1)
@@ -92,15 +94,19 @@ def parallel_region(elements: int | None = None) -> Iterator[bool]:
 def _note_run(seconds: float, elements: int) -> None:
     """Run serially for a while after a parallel run that other processes have held up.
 
-    A thread that finds no free core lets all others wait, libgomp's 4 to 40 ms, for a share that takes 0.05 ms. The
-    twin may have to be compiled, so this begins when as much time has been lost as that takes.
+    A thread that finds no free core lets all others wait, libgomp's 4 to 40 ms, for a share that takes 0.05 ms; on
+    virtual machines also after every pause. The twin may have to be compiled, so this begins when as much time has been
+    lost as that takes. Each parallel run that is late once more makes the time twice as long.
     """
-    global _lost, _serial_until
+    global _lost, _serial_until, _serial_for
     late = seconds - (1e-3 + 4e-9 * elements)  # a slow core needs less than 2 ns for an element
-    if late > 0:
-        _lost += late
-        if _lost > 0.5:
-            _serial_until = perf_counter() + 0.05
+    if late <= 0:
+        _serial_for = _SHORTEST
+        return
+    _lost += late
+    if _lost > 0.5:
+        _serial_until = perf_counter() + _serial_for
+        _serial_for = min(2 * _serial_for, _LONGEST)
 
 
 def _limit_thread_count() -> int | None:

@@ -16,8 +16,8 @@ from nbbn.state.shapes import Shapes
 
 PARAMETERS = ("gamma", "beta")
 STATISTICS = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
-# Of averages with equal weights (momentum=None): how many batches are in each channel's mean and variance. TensorFlow
-# has no such option, and so no such variables.
+# Of debiased averages: the weight of the batches that are in each channel's mean and variance, with equal weights
+# (momentum=None) their number. TensorFlow has no such options, and so no such variables.
 COUNTS = ("seen_mean", "seen_variance")
 # What an update of the mean, or of the variance, is about.
 PARTS = {
@@ -30,7 +30,7 @@ SPREADS = {"moving_variance": "moving_mean", "moving_stddev": "moving_mean", "re
 
 def check_spreads(values: Mapping[str, np.ndarray]) -> None:
     """Raises: ValueError for a variance or deviation among `values` that is negative, or NaN where its mean is finite,
-    and for a count that is negative or not finite.
+    and for a weight of batches that is negative or not finite.
 
     Training on NaN or inf leaves a mean that is not finite, and such a state can be set again.
     """
@@ -43,12 +43,12 @@ def check_spreads(values: Mapping[str, np.ndarray]) -> None:
     for name in COUNTS:
         bad = values[name][~(np.isfinite(values[name]) & (values[name] >= 0))] if name in values else np.empty(0)
         if bad.size:
-            raise ValueError(f"{name} must count batches; received {bad[0]}")
+            raise ValueError(f"{name} must be finite and not negative; received {bad[0]}")
 
 
-def state_names(renorm: bool, cumulative: bool) -> tuple[str, ...]:
+def state_names(renorm: bool, debias: bool) -> tuple[str, ...]:
     """The rows of the state, in their order."""
-    return (STATISTICS if renorm else STATISTICS[:2]) + (COUNTS if cumulative else ())
+    return (STATISTICS if renorm else STATISTICS[:2]) + (COUNTS if debias else ())
 
 
 class Variables:

@@ -27,6 +27,7 @@ def adapted(name):
     framework = importlib.import_module(name)
     kind = {"torch": "Tensor", "cupy": "ndarray", "jax": "Array"}[name]
     library.is_device_array = lambda value: isinstance(value, getattr(framework, kind))
+    library.is_host_array = lambda value: False
     library.stream = lambda device: 0
     if name == "torch":
         library._device = lambda number: framework.device("cpu")

@@ -1,14 +1,13 @@
 """The face of a machine that runs the stages: the Dispatcher on NumPy arrays, with every choice made by hand."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nbbn import Dispatcher, Force, Options
 from nbbn.engine.base import Engine, Operands
-from nbbn.engine.dispatcher import Exchange
 
 Array = NDArray[Any]
 
@@ -25,10 +24,20 @@ class HostMemory:
         return found
 
 
+class Exchange(Protocol):
+    """What stands between the stages: other parts of a batch. Both methods get and return float64 Arrays."""
+
+    def merge(self, moments: Any) -> Any:
+        """The moments of all that take part, from those of this input."""
+
+    def add(self, sums: Any) -> Any:
+        """The sums of the gradient of all that take part."""
+
+
 class Target:
     """The Dispatcher with every choice made by hand.
 
-    thresholds: those of the engine that differ from its own.
+    thresholds: those of the engine that differ from its own. exchange: runs training stage by stage.
     """
 
     kind: str
@@ -44,7 +53,8 @@ class Target:
         exchange: Exchange | None = None,
     ) -> None:
         force = self.force(schedule, parallel, one_pass, thresholds or {})
-        self.dispatcher = Dispatcher(Options(**options), force, exchange)
+        self.dispatcher = Dispatcher(Options(**options), force)
+        self.exchange = exchange
 
     def force(
         self, schedule: str | None, parallel: bool | None, one_pass: bool | None, thresholds: Mapping[str, Any]
@@ -67,10 +77,15 @@ class Target:
     ) -> tuple[Array, Array, Array]:
         """y, the new state and saved; operands are residual, weights and adjustment (a pair)."""
         memory = self.memory()
-        options = {"out": _view(memory, out), "in_place": in_place}
-        y, new_state, saved = self.dispatcher.train(
-            *map(memory.view, (x, params, state)), _operands(memory, **operands), **options
-        )
+        beside, target = _operands(memory, **operands), _view(memory, out)
+        x, params, given = map(memory.view, (x, params, state))
+        if self.exchange is None:
+            y, new_state, saved = self.dispatcher.train(x, params, given, beside, out=target, in_place=in_place)
+        else:
+            moments = self.exchange.merge(self.dispatcher.reduce(x, beside.weights))
+            like = {"rank": x.ndim, "dtype": x.dtype, "adjusted": beside.adjusted}
+            new_state, saved, coefficients = self.dispatcher.finish(moments, params, given, **like)
+            y = self.dispatcher.apply(x, coefficients, beside, out=target)
         return memory.fetch(y, out), memory.fetch(new_state, state if in_place else None), memory.fetch(saved)
 
     def infer(
@@ -86,13 +101,13 @@ class Target:
     ) -> tuple[Array, Array, Array]:
         """dx, the gradients of gamma and beta as one (2, C) array, and what the activation lets through of dy."""
         memory = self.memory()
-        dx, dparams, dz = self.dispatcher.backward(
-            *map(memory.view, (dy, x, saved)),
-            _operands(memory, **operands),
-            training=training,
-            out=_view(memory, out),
-            wants_dz=True,
-        )
+        beside, target = _operands(memory, **operands), {"out": _view(memory, out), "wants_dz": True}
+        dy, x, saved = map(memory.view, (dy, x, saved))
+        if self.exchange is None or not training:
+            dx, dparams, dz = self.dispatcher.backward(dy, x, saved, beside, training=training, **target)
+        else:
+            sums, dparams = self.dispatcher.reduce_gradient(dy, x, saved, beside)
+            dx, dz = self.dispatcher.apply_gradient(dy, x, saved, self.exchange.add(sums), beside, **target)
         return memory.fetch(dx, out), memory.fetch(dparams), memory.fetch(dz)
 
     def freeze(self, params: Array, state: Array) -> Array:

@@ -210,6 +210,7 @@ class Reference:
     adjustment: Callable[[tuple[int, ...]], tuple[ArrayLike, ArrayLike]] | None = None
     bessel_correction: bool | None = None
     activation: str | None = None
+    debias: bool = False
     dtype: str = "float32"
     version: int = 2
 
@@ -226,7 +227,7 @@ class Reference:
             self.moving_stddev = np.sqrt(self.moving_variance)
             self.renorm_mean = self.moving_mean.copy()
             self.renorm_stddev = np.sqrt(self.moving_variance)
-        self.training_steps: Any = 0
+        self.seen = np.zeros(self.parameter_shape)  # the weight of the batches in the averages of each statistic
         return self
 
     @property
@@ -380,9 +381,11 @@ class Reference:
 
     def _update(self, W: Array, mean: Array, var: Array) -> None:
         """var: with Bessel's correction."""
-        # A cumulative average counts the batches that a statistic has seen: a masked one may have seen fewer.
-        self.training_steps = self.training_steps + self._group_any(W > 0)
-        k = 1 - 1 / np.maximum(self.training_steps, 1) if self.momentum is None else self.momentum
+        k: Any = self.momentum
+        if self.debias or k is None:  # a cumulative average forgets nothing, and every batch has the weight 1
+            kept, own = self._spread(self.seen) * (1.0 if k is None else k), 1.0 if k is None else 1 - k
+            k = np.where(kept + own > 0, divide(kept, kept + own), 1.0)
+            self._store("seen", W, kept + own)
         batch_mean = self._group_average(W, mean)
         if self.renorm:
             s = np.sqrt(self._group_average(W, var) + self.epsilon)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
+from tests.oracle.compiled import EVERY_VARIANT, INTERPRETED, ROWS, VARIANTS
 from tests.oracle.reference import Reference, feature_axes, fused_eligible
 
 DTYPES = [np.float16, bfloat16, np.float32, np.float64]
@@ -26,6 +27,9 @@ FORMS = [
     "read-only",
     "broadcast",
 ]
+
+CONTIGUOUS = ["C", "read-only"]
+STRIDED = [form for form in FORMS if form not in CONTIGUOUS]
 
 FAMILIES = ["plain", "renorm", "virtual", "virtual renorm", "adjustment", "adjustment renorm"]
 
@@ -169,43 +173,48 @@ def clippings(draw: Any) -> dict[str, float] | None:
 
 
 @st.composite
-def cases(draw: Any, dtypes: list[Any] = DTYPES, forms: list[str] = FORMS, epilogue: bool = False) -> Case:
-    """Legal configurations only; with `epilogue` all of them have a residual and an activation."""
-    family = draw(st.sampled_from(FAMILIES))
-    dtype = draw(st.sampled_from(dtypes))
+def cases(draw: Any, dtypes: list[Any] = DTYPES, epilogue: bool = False, every: bool = False) -> Case:
+    """Legal configurations only; with `epilogue` all of them have a residual and an activation.
+
+    every: all combinations of options, for tests that run no kernels; else those of compiled.py. To the loops a virtual
+    batch is a shape, and to the middle stage, which tests of all targets see with all options, an average is one.
+    """
+    every = every or INTERPRETED
+    variants = [v for v in (EVERY_VARIANT if every else VARIANTS) if v.dtype in dtypes]
+    kinds = {(v.renorm, v.adjusted) for v in variants}
+    families = [f for f in FAMILIES if ("renorm" in f, "adjustment" in f) in kinds]
+    family = draw(st.sampled_from(families if every else [f for f in families if f != "virtual renorm"]))
+    kind = "renorm" in family, "adjustment" in family
+    variant = draw(st.sampled_from([v for v in variants if (v.renorm, v.adjusted) == kind]))
+    dtype, _, masked, _, strided = variant
+    forms = (FORMS if every else STRIDED) if strided else CONTIGUOUS
     shape = draw(shapes())
     options: dict[str, Any] = {}
     if "virtual" in family:
         options["virtual_batch_size"] = draw(st.integers(1, 4))
         shape = (options["virtual_batch_size"] * min(shape[0], 4), *shape[1:])
-    options["axis"] = draw(axes(len(shape), "virtual" not in family))
+    if variant in ROWS and not every:
+        shape, options["axis"] = (*shape[:-1], max(shape[-1], 2)), -1
+    else:
+        options["axis"] = draw(axes(len(shape), "virtual" not in family))
     options["epsilon"] = draw(st.sampled_from([1e-3, 1e-5, 0.25]))
     options["center"] = draw(st.booleans())
     options["scale"] = draw(st.booleans())
     options["trainable"] = draw(st.sampled_from([True, True, True, False]))
     unbiased = [] if "renorm" in family else [True]
     options["bessel_correction"] = draw(st.sampled_from([None, None, False, *unbiased]))
-    mask = draw(
-        st.none()
-        | st.tuples(st.sampled_from(["bool", "weights"]), st.sampled_from(["plain", "leading", "thin", "full"]))
-    )
+    masks = st.tuples(st.sampled_from(["bool", "weights"]), st.sampled_from(["plain", "leading", "thin", "full"]))
+    mask = draw(masks) if masked else None
     # A cumulative average counts the layer's steps: a statistic without valid elements in one is not drawn.
-    momenta = [0.0, 0.5, 0.99, 1.0] + ([None] if mask is None else [])
+    momenta = [0.0, 0.5, 0.99, 1.0] + ([None] if mask is None and every else [])
     options["momentum"] = draw(st.sampled_from(momenta))
     if "renorm" in family:
         options["renorm"] = True
         options["renorm_momentum"] = draw(st.sampled_from([0.0, 0.9, 1.0]))
         options["renorm_clipping"] = draw(clippings())
     adjustment_shapes = draw(adjustment_pairs(shape)) if "adjustment" in family else None
-    # Each of these makes a kernel of its own: all combinations in float32, one at a time in the other dtypes.
-    if dtype is not np.float32:
-        mask = None if adjustment_shapes else mask
-        forms = ["C", "read-only"] if mask or adjustment_shapes else forms
     if epilogue:
         options["activation"] = "relu"
-        mask = None if adjustment_shapes else mask
-        special = mask or adjustment_shapes or "renorm" in family or dtype is not np.float32
-        forms = ["C", "read-only"] if special else forms
     eligible = family == "plain" and fused_eligible(len(shape), options["axis"], np.dtype(dtype).name)
     options["fused"] = draw(st.sampled_from([None, False, True] if eligible else [None, False]))
     return Case(

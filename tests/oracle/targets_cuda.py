@@ -23,6 +23,9 @@ if SIMULATED:
     sys.setswitchinterval(1e-5)
 
 
+ALLOCATION = 256  # bytes: what a GPU's allocations are multiples of
+
+
 class DeviceMemory:
     """The memory of host arrays on the device: one copy, with its gaps, however many views of it there are."""
 
@@ -34,7 +37,7 @@ class DeviceMemory:
         everything = _memory_of(array)
         start = everything.ctypes.data
         if start not in self._copies:
-            self._copies[start] = cuda.to_device(everything)
+            self._copies[start] = _to_device(everything)
         return wrap(_view(self._copies[start], array.ctypes.data - start, array), numba_cuda)
 
     def fetch(self, found: DeviceArray, out: Array | None = None) -> Array:
@@ -44,6 +47,19 @@ class DeviceMemory:
         everything = _memory_of(out)
         everything[...] = self._copies[everything.ctypes.data].copy_to_host()
         return out
+
+
+def _to_device(memory: Array) -> Any:
+    """A copy that lies as a GPU's allocator lays it. NumPy's lie at multiples of 16 bytes: how many elements an access
+    may have, and so the order of the sums, would change with each copy in the simulator."""
+    if not SIMULATED:
+        return cuda.to_device(memory)
+    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+    space = np.empty(memory.size + ALLOCATION, np.uint8)
+    copy = space[-space.ctypes.data % ALLOCATION :][: memory.size]
+    copy[:] = memory
+    return FakeCUDAArray(copy)
 
 
 def _memory_of(array: Array) -> Array:

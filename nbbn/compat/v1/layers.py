@@ -151,7 +151,7 @@ def _call(method: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
 def batch_normalization(
     inputs: Any,
     axis: Any = -1,
-    momentum: float | None = 0.99,
+    momentum: float | Callable[[], float] | None = 0.99,
     epsilon: float = 1e-3,
     center: bool = True,
     scale: bool = True,
@@ -169,7 +169,7 @@ def batch_normalization(
     reuse: Reuse = None,
     renorm: bool = False,
     renorm_clipping: Any = None,
-    renorm_momentum: float = 0.99,
+    renorm_momentum: float | Callable[[], float] = 0.99,
     fused: bool | None = None,
     virtual_batch_size: int | None = None,
     adjustment: Any = None,

@@ -16,8 +16,8 @@ Array = np.ndarray
 _overlap = np.may_share_memory
 
 
-# By the name of a step: the arguments that differ between its calls, as the methods of BoundStep pass them.
-_GIVEN = {
+# By the name of a step: the arguments that differ between its calls, in their order.
+LAST_ARGUMENTS = {
     "infer": ("residual", "x", "y", "params", "state"),
     "train": ("residual", "x", "y", "params", "state", "new_state", "saved"),
     "backward": ("dz", "residual", "x", "dy", "dx", "saved", "dparams"),
@@ -39,7 +39,7 @@ class BoundStep:
         self._saved_shape = SAVED_ROWS, step.lay.statistics
         self._owner, self._state_shape = owner, owner.state.shape
         self._empty = buffers.empty if step.x.nbytes >= buffers.SMALLEST else np.empty
-        self._run = plan.bind(step.numbers, _GIVEN[step.name])
+        self._run = plan.bind(step.numbers, LAST_ARGUMENTS[step.name])
         self.gradient: BoundStep | None = None
 
     def fits(self, owner: Any, x: Array, out: Any, residual: Any, dy: Any = None) -> bool:

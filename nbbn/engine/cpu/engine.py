@@ -1,14 +1,19 @@
 """The stages on NumPy arrays."""
 
+from collections.abc import Callable
 from typing import Any
 
-from nbbn.core.layout import Sizes, contiguous_strides
+import numpy as np
+
+from nbbn.core.layout import Sizes, contiguous_strides, sequences_view, steps_dimension
 from nbbn.core.options import Options
-from nbbn.engine.base import Engine, Force, Step, canonical_view
-from nbbn.engine.cpu.bound import BoundStep
+from nbbn.engine.base import Batch, Copied, Engine, Force, Step, canonical_view
+from nbbn.engine.cpu.bound import LAST_ARGUMENTS, BoundStep
 from nbbn.engine.cpu.plan import Plan
-from nbbn.engine.cpu.schedule import Thresholds, choose
+from nbbn.engine.cpu.schedule import Thresholds, choose, of_whole_samples
+from nbbn.kernels.channel import MOMENT_ROWS
 from nbbn.kernels.cpu.steps import compiled, names_of
+from nbbn.runtime import PLAIN, entry_point
 
 _OPERANDS = ("weights", "a", "b")  # have the statistics' dtype; all other views have the input's
 
@@ -25,14 +30,35 @@ class CpuEngine(Engine):
             return None
         return BoundStep(plan, step, owner)
 
+    def on_memory(self, step: Step) -> Callable[..., None] | None:
+        """The step as a function of memory, see Dispatcher.on_memory()."""
+        plan: Plan = self.plan(step)
+        if PLAIN or plan.copied is not None or not plan.contiguous:
+            return None
+        return plan.bind(step.numbers, LAST_ARGUMENTS[step.name])
+
+    def reduce_sequences(self, batch: Batch, lengths: np.ndarray) -> np.ndarray | None:
+        """The moments of a batch without groups of which the first `lengths` (N,) steps of each sample count, and are
+        read; None where no view has the steps of a sample together."""
+        x, lay = batch.x, batch.lay
+        found = sequences_view(lay.sizes, lay.kept, x.strides)
+        if found is None:
+            return None
+        moments = np.zeros((MOMENT_ROWS, lay.statistics))
+        if lengths.any():
+            inner = found[0][2] // lay.sizes[steps_dimension(lay.kept)]
+            self._run(Step("reduce_sequences", lay, {"x": x}, {"ends": lengths * inner, "moments": moments}))
+        return moments
+
     def _key(self, step: Step) -> tuple[Any, ...]:
         return step.x.dtype, step.state_dtype, *[None if a is None else a.strides for a in step.views.values()]
 
     def _new_plan(self, step: Step, in_place: bool) -> Plan:
         there = {name: a for name, a in step.views.items() if a is not None}
-        view, strides, copied = canonical_view(step.lay, there)
+        view, strides, copied = _view(step, there)
         dense = {name: _is_dense(strides[name], view, a.itemsize) for name, a in there.items()}
         reshaped = {n: dense[n] and (copied is not None or a.flags.c_contiguous) for n, a in there.items()}
+        of_sequences = step.name == "reduce_sequences"
         data = [name for name in there if name not in _OPERANDS]
         contiguous = all(dense[name] for name in data)
         schedule = choose(
@@ -44,10 +70,12 @@ class CpuEngine(Engine):
             contiguous=contiguous,
             foldable=all(reshaped.values()) and len(data) == len(there),
             thresholds=self._thresholds,
-            loops=self.force.schedule,
+            loops=self.force.schedule or ("planes" if of_sequences and view[3] == 1 else None),
             parallel=self.force.parallel,
             one_pass=self.force.one_pass,
         )
+        if of_sequences:
+            schedule = of_whole_samples(schedule)
         return Plan(
             step=step.name,
             dtype=step.x.dtype,
@@ -66,7 +94,7 @@ class CpuEngine(Engine):
 
     def _constants(self, name: str) -> dict[str, Any]:
         """The flags among the arguments of a step."""
-        flags = {"relu": self.relu, "renorm": self.renorm, "cumulative": self.cumulative}
+        flags = {"relu": self.relu, "renorm": self.renorm, "debias": self.debias, "skip": self.skip}
         return {n: flags[n] for n in names_of(name) if n in flags}
 
     def _launch(self, plan: Plan, step: Step) -> None:
@@ -82,7 +110,15 @@ class CpuEngine(Engine):
 
     def _run_middle(self, name: str, numbers: dict[str, Any], adjusted: bool) -> None:
         variant, arguments = self.middle(name, numbers, adjusted)
-        compiled(*variant)(*arguments)
+        entry_point(compiled(*variant))(*arguments)
+
+
+def _view(step: Step, there: dict[str, Any]) -> tuple[Sizes, dict[str, Sizes], Copied | None]:
+    if step.name != "reduce_sequences":
+        return canonical_view(step.lay, there)
+    found = sequences_view(step.lay.sizes, step.lay.kept, step.x.strides)
+    assert found is not None  # reduce_sequences() has asked
+    return found[0], {"x": found[1]}, None
 
 
 def _is_dense(strides: Sizes, sizes: Sizes, itemsize: int) -> bool:

@@ -17,7 +17,7 @@ from nbbn.kernels.cpu.steps import ARGUMENTS, WRITES, Step, compiled, names_of
 from nbbn.runtime import PLAIN, entry_point, parallel_region, thread_limit
 
 Array = np.ndarray
-_FLOAT64 = np.dtype(np.float64)
+_FLOAT64, _INT64 = np.dtype(np.float64), np.dtype(np.int64)
 
 
 @dataclass
@@ -67,13 +67,17 @@ class Plan:
 
     def _check(self, arrays: Mapping[str, Array]) -> None:
         """Raises: TypeError for a dtype, and ValueError for an order in memory, that the kernel would misread."""
-        known = {"X": self.dtype, "S": dtypes.statistic(self.dtype), "t": self.state, "d": _FLOAT64}
+        known = {"X": self.dtype, "S": dtypes.statistic(self.dtype), "t": self.state, "d": _FLOAT64, "i": _INT64}
         for name, array in arrays.items():
             kind = ARGUMENTS[name]
             dtype = known[kind] if kind in known else known["S" if kind[0] == "s" else kind[0]]
             if array.dtype != dtype:
                 raise TypeError(f"{name} must have dtype {dtype.name}; received {array.dtype.name}")
-            if kind not in ("X", "S") and not (array.flags.c_contiguous and array.flags.aligned):
+            if kind in ("X", "S"):
+                continue
+            # Kernels find a row of parameters or of the state by its stride: rows may lie apart.
+            followed = array[0] if kind in ("s2", "t2") else array
+            if not (followed.flags.c_contiguous and array.flags.aligned):
                 raise ValueError(f"{name} must be C-contiguous and aligned; received strides {array.strides}")
 
     def bind(self, constants: Mapping[str, Any], given: tuple[str, ...]) -> Callable[..., None]:

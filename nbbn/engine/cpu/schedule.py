@@ -5,7 +5,10 @@ the chunks, depends on shape and strides alone; what only decides who computes i
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from numba.extending import register_jitable
 
 from nbbn.core.layout import Sizes
 from nbbn.kernels.cpu.lanes import BLOCK, LANES, LINE
@@ -13,12 +16,15 @@ from nbbn.kernels.cpu.tasks import Grid, chunks_and_tiles, quotient
 from nbbn.runtime import last_level_cache, likely_layer, thread_limit
 
 # By threading layer: a region costs 6 to 10 us of a call, workqueue's sleeping threads 150 to 200.
-PARALLEL = {"omp": 1 << 17, "tbb": 1 << 17, "workqueue": 1 << 22}
+PARALLEL = {"omp": 1 << 18, "tbb": 1 << 18, "workqueue": 1 << 22}
+# What an element costs, in that of an output: 0.1, 0.25 and 0.35 ns.
+WORK = {"infer": 1, "apply": 1, "reduce": 2, "reduce_sequences": 2, "apply_gradient": 2, "train": 3}
+WORK_OF_GRADIENT = 4
+NARROWEST = 128  # columns of a task
 ROW_BLOCK = 4  # rows are blocks of four (kernels/cpu/rows.py)
 
 
-@dataclass(frozen=True)
-class Thresholds:
+class Thresholds(NamedTuple):
     """What sizes are compared with.
 
     chunk_elements: of a chunk, at least: they hide a parallel task's cost.
@@ -30,8 +36,10 @@ class Thresholds:
     repeated_columns: of several rows taken as one, at most: beside their sums, which are float64, there is room for x.
     written_columns: the same where results are written, and there are no sums.
     expanded_rows: so many of such long rows at least repay that the coefficients are repeated, too.
-    parallel_elements: from here on a second core saves more than a parallel region costs; None: PARALLEL's.
-    short_plane: planes of at most so many elements are columns of rows.
+    parallel_elements: of inference, from which on a second core saves more than a parallel region costs, and of others
+        by their WORK; None: PARALLEL's.
+    short_plane: planes of at most so many elements are columns of rows; the next one is four whole vectors.
+    short_batch: and of so many samples for each of these elements, at least: each column has a cost of its own.
     tiles_per_thread: one pass over tiles instead of two over the array needs so many, or threads wait for the last one.
     streamed_share: what is written is not read again soon if it and its inputs take more than this share of the
         last-level cache.
@@ -43,14 +51,15 @@ class Thresholds:
     chunk_elements: int = 1 << 15
     write_elements: int = 1 << 14
     max_tasks: int = 32
-    chunk_rows: int = 128
+    chunk_rows: int = 64
     tile_elements: int = 1 << 16
     tile_columns: int = 4 * BLOCK
     repeated_columns: int = 512
     written_columns: int = BLOCK
     expanded_rows: int = 16
     parallel_elements: int | None = None
-    short_plane: int = 64
+    short_plane: int = 63
+    short_batch: float = 0.6
     tiles_per_thread: int = 4
     streamed_share: float = 1.25
     streamed_run: int = 2048
@@ -98,84 +107,139 @@ def choose(
         arrays: how many of the input's size are read and written.
         contiguous: in the view, all arrays of the input's dtype are. foldable: and there are no others.
     """
-    t, size, groups = thresholds, math.prod(view), max(1, groups)
-    # Without sums, a run of one vector or more is better off by itself.
-    short = min(t.short_plane, LANES) if step == "infer" else t.short_plane
-    loops, shape, span, repeats = _rows_or_planes(view, foldable, loops, short, t)
+    t, groups = thresholds, max(1, groups)
     threads, cache = t.threads or thread_limit(), t.cache or last_level_cache()
-    if parallel is None:
-        parallel = size >= (PARALLEL[likely_layer()] if t.parallel_elements is None else t.parallel_elements)
-    parallel = parallel and threads > 1
-    r0, k0, r1, k1 = (*shape, 1)[:4]
+    if loops == "planes" and view[3] != 1:
+        raise ValueError(f"schedule 'planes' needs K1 = 1; this input's view is [R0, K0, R1, K1] = {list(view)}")
+    by_rows = None if loops is None else loops == "rows"
+
+    def with_workers(workers: int) -> Schedule:
+        in_rows, grid = grid_of(
+            step == "infer", view, groups, itemsize, arrays, contiguous, foldable, t, by_rows, workers, cache
+        )
+        k0, k1 = grid.k0, grid.k1
+        tiles = quotient(grid.group, grid.k0_step) * quotient(k1, grid.k1_step)
+        aligned = groups == 1 or k0 % groups == 0 or (k1 // groups) % grid.k1_step == 0
+        in_one = workers == 1 or tiles >= t.tiles_per_thread * workers or tiles % workers == 0
+        in_one = step in ("train", "backward") and aligned and (in_one if one_pass is None else one_pass)
+        shape = (grid.r0, k0, grid.r1, k1)
+        return Schedule(
+            "rows" if in_rows else "planes", shape if in_rows else shape[:3], grid, in_one, parallel=workers > 1
+        )
+
+    if parallel is False or threads == 1:
+        return with_workers(1)
+    found = with_workers(threads)
+    if parallel or _is_worth_it(step, math.prod(view), found, t):
+        return found
+    return with_workers(1)
+
+
+def _is_worth_it(step: str, size: int, found: Schedule, t: Thresholds) -> bool:
+    """Whether there is work for more than one thread, and more than its regions cost."""
+    least = PARALLEL[likely_layer()] if t.parallel_elements is None else t.parallel_elements
+    regions = 1 if found.one_pass or step not in ("train", "backward", "frozen_backward") else 2
+    return found.grid.chunks * found.grid.tiles > 1 and size * WORK.get(step, WORK_OF_GRADIENT) >= least * regions
+
+
+def of_whole_samples(s: Schedule) -> Schedule:
+    """The same where R0 counts samples of which a part counts: no chunk ends within one."""
+    grid = s.grid._replace(r1_step=max(1, s.grid.r1))
+    chunks, tiles = chunks_and_tiles((grid.r0, grid.k0, grid.r1, grid.k1), grid)
+    return replace(s, grid=grid._replace(chunks=chunks, tiles=tiles, families=tiles))
+
+
+# -- whole numbers only: for Python, and for kernels that look at shapes themselves (nbbn/numba) -----------------------
+
+
+@register_jitable
+def grid_of(infers, view, groups, itemsize, arrays, contiguous, foldable, t, by_rows, threads, cache):
+    """Whether the loops are those of rows, and the Grid. infers: without sums. by_rows: a choice made by hand, or None.
+    threads: that work on the step. cache: bytes of the last level."""
+    # Without sums, a run of one vector or more is better off by itself.
+    short = min(t.short_plane, LANES - 1) if infers else t.short_plane
+    in_rows, (r0, k0, r1, k1), span, repeats = _rows_or_planes(view, foldable, by_rows, short, t)
     group = max(1, k0 // groups if k0 % groups == 0 else k0)
-    r0_step, r1_step, k1_step = _cut((r0, k0, r1, k1), loops, span, repeats, t)
-    k0_step = _statistics_of_a_task(loops, (r0, group, r1, k1), k1_step, t, threads if parallel else 1)
-    if step == "infer" and loops == "planes":
+    r0_step, r1_step, k1_step = _cut((r0, k0, r1, k1), infers, in_rows, span, repeats, t)
+    if k1_step < k1 and span == 1 and (groups == 1 or k0 % groups == 0):
+        k1_step = _columns_of_a_task(k1, k1_step, k0 * quotient(r0, r0_step) * quotient(r1, r1_step), threads)
+    k0_step = _statistics_of_a_task((r0, group, r1, k1), k1_step, t, threads)
+    if infers and not in_rows:
         r0_step, k0_step = _in_order(r0, group, r1_step, t)
-    tiles = -(-group // k0_step) * -(-k1 // k1_step)
-    aligned = groups == 1 or k0 % groups == 0 or (k1 // groups) % k1_step == 0
-    possible = step in ("train", "backward") and aligned
-    if one_pass is None:
-        one_pass = not parallel or tiles >= t.tiles_per_thread * threads or tiles % threads == 0
-    written = _rows_as_one(t.written_columns, k1, r1_step, t) if foldable and loops == "rows" and span == 1 else 1
-    run = (r1 if loops == "planes" else written * k1_step) * itemsize
+    whole_rows = in_rows and span == 1 and k1_step == k1
+    written = _rows_as_one(t.written_columns, k1, r1_step, t) if foldable and whole_rows else 1
+    run = (written * k1_step if in_rows else r1) * itemsize
     whole_lines = run % LINE == 0 or run >= t.streamed_run
-    streamed = int(contiguous and whole_lines and size * itemsize * arrays > t.streamed_share * cache)
-    steps = r0_step, k0_step, r1_step, k1_step
-    grid = Grid(*steps, group, repeats, written, span, max(1, k1 // max(1, span)), streamed, 0, 0, 0, r0, k0, r1, k1)
-    chunks, all_tiles = chunks_and_tiles((r0, k0, r1, k1), grid)
-    grid = grid._replace(chunks=chunks, tiles=all_tiles, families=all_tiles // groups)
-    return Schedule(loops, shape, grid, possible and one_pass, parallel)
+    large = r0 * k0 * r1 * k1 * itemsize * arrays > t.streamed_share * cache
+    streamed = int(contiguous and whole_lines and large)
+    period, sizes = max(1, k1 // max(1, span)), (r0, k0, r1, k1)
+    head = (r0_step, k0_step, r1_step, k1_step, group, repeats, written, span, period, streamed)
+    chunks, tiles = chunks_and_tiles(sizes, Grid(*head, 0, 0, 0, *sizes))
+    return in_rows, Grid(*head, chunks, tiles, tiles // groups, *sizes)
 
 
-def _rows_or_planes(
-    view: Sizes, foldable: bool, loops: str | None, short_plane: int, t: Thresholds
-) -> tuple[str, Sizes, int, int]:
-    """The loops, the shape of their arrays, the columns of a statistic, and how many rows are taken as one."""
+@register_jitable
+def _rows_or_planes(view, foldable, by_rows, short_plane, t):
+    """Whether the loops are those of rows, the shape of their arrays, the columns of a statistic, and how many rows are
+    taken as one."""
     r0, k0, r1, k1 = view
     if k1 == 1:
-        if foldable and loops != "planes" and r1 <= short_plane and r0 >= ROW_BLOCK and k0 > 1:
-            return "rows", (1, 1, r0, k0 * r1), r1, 1
-        if loops != "rows":
-            return "planes", view[:3], 1, 1
-    elif loops == "planes":
-        raise ValueError(f"schedule 'planes' needs K1 = 1; this input's view is [R0, K0, R1, K1] = {list(view)}")
-    return "rows", view, 1, _rows_as_one(t.repeated_columns, k1, r1, t) if foldable else 1
+        enough = r0 >= max(ROW_BLOCK, t.short_batch * r1)
+        if foldable and (by_rows is None or by_rows) and r1 <= short_plane and enough and k0 > 1:
+            return True, (1, 1, r0, k0 * r1), r1, 1
+        if by_rows is None or not by_rows:
+            return False, (r0, k0, r1, 1), 1, 1
+    return True, (r0, k0, r1, k1), 1, _rows_as_one(t.repeated_columns, k1, r1, t) if foldable else 1
 
 
-def _rows_as_one(columns: int, k1: int, r1: int, t: Thresholds) -> int:
+@register_jitable
+def _rows_as_one(columns, k1, r1, t):
     if k1 > t.tile_columns:  # rows that are cut into tiles do not follow each other
         return 1
     return max(1, min(columns // max(1, k1), r1 // t.expanded_rows))
 
 
-def _cut(extent: Sizes, loops: str, span: int, repeats: int, t: Thresholds) -> tuple[int, int, int]:
+@register_jitable
+def _cut(extent, infers, in_rows, span, repeats, t):
     """The steps of r0, r1 and k1 that cut the view into tasks."""
     r0, k0, r1, k1 = extent
     most = t.tile_columns if span == 1 else min(BLOCK, t.tile_columns) // max(1, span) * span
     width = max(1, min(k1, most))  # an empty input has no column
-    tiles = max(1, k0 * -(-k1 // width))
-    values, block = max(1, r0 * r1), ROW_BLOCK * repeats if loops == "rows" else 1
-    pieces = max(1, values // t.chunk_rows) if loops == "rows" else values
-    chunks = max(1, min(values * width // t.chunk_elements, t.max_tasks // tiles, pieces))
-    chunks = 1 << (chunks.bit_length() - 1)  # as many for each of 2, 4, 8 ... threads
+    tiles = max(1, k0 * quotient(k1, width))
+    values, block = max(1, r0 * r1), ROW_BLOCK * repeats if in_rows else 1
+    pieces = max(1, values // t.chunk_rows) if in_rows and not infers else values
+    most_chunks = max(1, min(values * width // t.chunk_elements, t.max_tasks // tiles, pieces))
+    chunks = 1
+    while 2 * chunks <= most_chunks:  # as many for each of 2, 4, 8 ... threads
+        chunks *= 2
     length = quotient(values, chunks)
     if length >= r1:
         return quotient(length, max(1, r1)), max(1, r1), width
-    pieces = quotient(r1, length)
-    return 1, quotient(quotient(r1, pieces), block) * block, width
+    return 1, quotient(quotient(r1, quotient(r1, length)), block) * block, width
 
 
-def _statistics_of_a_task(loops: str, extent: Sizes, k1_step: int, t: Thresholds, threads: int) -> int:
-    """How many k0 of one group."""
+@register_jitable
+def _statistics_of_a_task(extent, k1_step, t, threads):
+    """How many k0 of one group: tiles that are alike, as many for each thread."""
     r0, group, r1, k1 = extent
     if k1_step < k1:
         return 1
     most = max(1, t.tile_elements // max(1, r0 * r1 * k1))
-    return max(1, min(most, -(-group // threads)))
+    tiles = quotient(quotient(group, most), threads) * threads
+    return max(1, quotient(group, max(1, tiles)))
 
 
-def _in_order(r0: int, group: int, r1_step: int, t: Thresholds) -> tuple[int, int]:
+@register_jitable
+def _columns_of_a_task(k1, k1_step, tasks, threads):
+    """How much of a row that is cut: tiles that are alike, and as many for each thread where there are no other tasks.
+    Threads write to both sides of their borders; whole lines, and some of them, where rows begin with one."""
+    share = quotient(threads, max(1, tasks))
+    tiles = quotient(quotient(k1, k1_step), share) * share
+    return max(1, min(k1_step, quotient(quotient(k1, max(1, tiles)), NARROWEST) * NARROWEST))
+
+
+@register_jitable
+def _in_order(r0, group, r1_step, t):
     """The steps of r0 and k0 for tasks that are one piece of memory each."""
     planes = max(1, t.write_elements // max(1, r1_step))
     if planes >= group:

@@ -1,24 +1,24 @@
 """The stages on arrays of a GPU, one or two launches each, without waiting for any."""
 
-import threading
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from nbbn.arrays import availability
-from nbbn.arrays.device import DeviceArray, Library, wrap
+from nbbn.arrays.device import DeviceArray, wrap
 from nbbn.arrays.gpu import device_place
 from nbbn.core.layout import Layout, Sizes
 from nbbn.core.options import Options
 from nbbn.engine.base import Copied, Engine, Force, Step, canonical_view
-from nbbn.engine.cuda.launching import launch
+from nbbn.engine.cuda.launching import clear, launch, primary_context
 from nbbn.engine.cuda.schedule import Schedule, Thresholds, choose
 from nbbn.kernels.cuda import steps
 from nbbn.kernels.cuda.blocks import Grid, Variant
+from nbbn.kernels.cuda.memory import VECTOR_BYTES
 
 _NOTHING = (0,) * 5  # the view of an array that is not there
-_ALIGNMENT = 16
+_ALIGNMENT = VECTOR_BYTES  # of the parts of a call's scratch memory
 # The launches of a step: the one that does everything, where a block has its channels for itself, and those that take
 # turns elsewhere.
 _LAUNCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -33,9 +33,7 @@ _LAUNCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 _WHOLE = ("train", "backward")  # launches in which a block has its channels for itself
 _APPLYING = ("infer", "normalize", "input_gradient")
-# Compute capabilities with half as much float64 as float32, or more: there, sums in float64 cost nothing beside memory.
-_FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
-
+_COUNTING = ("reduce", "train_reduce", "sum_gradient", "backward_reduce")  # whose blocks ask which one is the last
 Array = DeviceArray
 
 
@@ -52,7 +50,7 @@ class Plan:
     def __str__(self) -> str:
         s, v, (r0, k0, r1, k1) = self.schedule, self.variant, self.schedule.place(self.shape)
         loops = "statistics side by side" if s.rows else "values side by side"
-        reduction = "by the block that applies" if s.one_launch else f"{s.chunks} chunks of each statistic"
+        reduction = "by the block that applies" if s.one_launch else f"{s.reduce.chunks} chunks of each statistic"
         copied = "" if self.copied is None else f" (copied in the order of dimensions {self.copied.order})"
         sums = "float64" if v.sums == np.float64 else "float32, then float64"
         return "\n".join(
@@ -81,7 +79,9 @@ class CudaEngine(Engine):
 
     def _key(self, step: Step) -> tuple[Any, ...]:
         x, there = step.x, [(name, a) for name, a in step.views.items() if a is not None]
-        return x.dtype, step.state_dtype, x.device, *[(n, a.strides, a.address % _ALIGNMENT) for n, a in there]
+        elements = VECTOR_BYTES // x.itemsize  # of one access, at most; of float32 beside float16 they are 32 bytes
+        places = [(n, a.strides, a.address % (elements * a.itemsize)) for n, a in there]
+        return x.dtype, step.state_dtype, x.device, *places
 
     def _new_plan(self, step: Step, in_place: bool) -> Plan:
         there: dict[str, Array] = {name: a for name, a in step.views.items() if a is not None}
@@ -89,7 +89,7 @@ class CudaEngine(Engine):
         places = [(a.address, strides[name], a.itemsize) for name, a in there.items()]
         one = self.force.one_pass if step.name in ("train", "backward", "frozen_backward") else False
         schedule = choose(view, step.lay.groups, x.itemsize, places, self._thresholds, one)
-        sums: Any = np.float64 if x.itemsize == 8 or _has_fast_float64(x.device) else np.float32
+        sums: Any = np.float64 if x.itemsize == 8 else np.float32
         variant = Variant(
             dtype=x.dtype,
             rows=schedule.rows,
@@ -103,7 +103,8 @@ class CudaEngine(Engine):
             residual="residual" in there,
             relu=self.relu is not None,
             renorm=self.options.renorm,
-            cumulative=self.cumulative is not None,
+            debias=self.debias is not None,
+            skip=self.options.skip_nonfinite,
             dz="dz" in there,
             frozen=step.name == "frozen_backward",
         )
@@ -114,20 +115,23 @@ class CudaEngine(Engine):
         x, lay, schedule = step.x, step.lay, plan.schedule
         views = {n: _NOTHING if a is None else (a.address, *plan.strides[n]) for n, a in step.views.items()}
         addresses, stream = self._addresses(x, step.numbers), x.library.stream(x.device)
-        scratch = None
+        launches = _LAUNCHES[step.name][not schedule.one_launch]
+        counting, scratch = any(name in _COUNTING for name in launches), None
         if step.name != "infer":
-            scratch = _scratch(x, plan, lay, addresses)
-            addresses["counters"] = _counters(x.library, x.device, stream, schedule.reduce.families)
+            scratch = _scratch(x, plan, lay, addresses, counting)
         memory = tuple(addresses.values())
-        for name in _LAUNCHES[step.name][not schedule.one_launch]:
-            grid = schedule.apply if name in _APPLYING else schedule.reduce
-            blocks = schedule.reduce.families if name in _WHOLE else schedule.blocks(plan.shape, grid)
-            if name == "spread_gradient":
-                self._launch_over_channels(name, plan.variant, x, memory, lay.channels, lay.statistics, stream)
-                continue
-            arguments: list[Any] = [views.get(v, _NOTHING) for v in steps.VIEWS[name]]
-            arguments += [plan.shape, grid, memory, lay.channels, self.options.epsilon]
-            launch(name, plan.variant, x.device, stream, blocks, schedule.block, arguments)
+        with primary_context(x.device):
+            if counting:
+                clear(addresses["counters"], 4 * schedule.reduce.families, stream)
+            for name in launches:
+                if name == "spread_gradient":
+                    self._launch_over_channels(name, plan.variant, x, memory, lay.channels, lay.statistics, stream)
+                    continue
+                grid = schedule.apply if name in _APPLYING else schedule.reduce
+                blocks = schedule.reduce.families if name in _WHOLE else grid.chunks * grid.tiles
+                arguments: list[Any] = [views.get(v, _NOTHING) for v in steps.VIEWS[name]]
+                arguments += [plan.shape, grid, memory, lay.channels, self.options.epsilon]
+                launch(name, plan.variant, x.device, stream, blocks, schedule.block, arguments)
         x.library.finish(x.device)
         del scratch  # not before the launches are queued
 
@@ -142,10 +146,12 @@ class CudaEngine(Engine):
             state=numbers["state"].dtype,
             adjustment=adjusted,
             renorm=self.options.renorm,
-            cumulative=self.cumulative is not None,
+            debias=self.debias is not None,
+            skip=self.options.skip_nonfinite,
         )
         memory, stream = tuple(self._addresses(like, numbers).values()), like.library.stream(like.device)
-        self._launch_over_channels(name, variant, like, memory, like.shape[1], statistics, stream)
+        with primary_context(like.device):
+            self._launch_over_channels(name, variant, like, memory, like.shape[1], statistics, stream)
         like.library.finish(like.device)
 
     def _launch_over_channels(
@@ -155,7 +161,8 @@ class CudaEngine(Engine):
         if channels == 0:
             return
         threads = self._thresholds.threads
-        shape, grid, blocks = (1, 1, 1, statistics), Grid(1, 1, threads, 1), -(-channels // threads)
+        blocks = -(-channels // threads)
+        shape, grid = (1, 1, 1, statistics), Grid(1, 1, threads, 1, 1, blocks, 1, blocks)
         arguments = [shape, grid, memory, channels, self.options.epsilon]
         launch(name, variant, like.device, stream, blocks, (threads, 1), arguments)
 
@@ -164,6 +171,11 @@ class CudaEngine(Engine):
         addresses = dict.fromkeys(steps.MEMORY, 0)
         for name, array in numbers.items():
             addresses[name] = (self._hyper_on(like, array) if name == "hyper" else array).address
+        if addresses["coefficients"] % _ALIGNMENT:
+            raise ValueError(
+                f"coefficients must lie at a multiple of {_ALIGNMENT} bytes, as an array does that a library has made; "
+                f"received the address {addresses['coefficients']}"
+            )
         if not addresses["moments"]:
             addresses["moments"] = addresses["saved"]  # which begins with them
         return addresses
@@ -179,9 +191,16 @@ class CudaEngine(Engine):
         return found
 
 
-def _scratch(x: Array, plan: Plan, lay: Layout, addresses: dict[str, int]) -> Any:
-    """Memory for what the launches of a step tell each other; its places are written to `addresses`."""
-    sizes = {"partial": 4 * plan.schedule.chunks * lay.statistics * 8}
+def _scratch(x: Array, plan: Plan, lay: Layout, addresses: dict[str, int], counting: bool) -> Any:
+    """Memory for what the launches of a step, and the blocks of one, tell each other; its places are written to
+    `addresses`.
+
+    The counters are those of the call. A stream's handle says too little: one stands for the default streams of all
+    threads, and what a graph has captured is replayed in any stream.
+    """
+    sizes = {"partial": 4 * plan.schedule.reduce.chunks * lay.statistics * 8}
+    if counting:
+        sizes["counters"] = 4 * plan.schedule.reduce.families
     if not addresses["coefficients"]:
         sizes["coefficients"] = 5 * lay.statistics * 8
     total = sum(-(-n // _ALIGNMENT) * _ALIGNMENT for n in sizes.values())
@@ -191,33 +210,3 @@ def _scratch(x: Array, plan: Plan, lay: Layout, addresses: dict[str, int]) -> An
         addresses[name] = address
         address += -(-size // _ALIGNMENT) * _ALIGNMENT
     return memory
-
-
-_STREAMS = 64  # that have counters from the start
-_all_counters: dict[Any, list[Array]] = {}
-_places: dict[Any, int] = {}
-_counting = threading.Lock()
-
-
-def _counters(library: Library, device: int, stream: int, count: int) -> int:
-    """The address of zeros for the blocks of a stream's kernels to count themselves, which leave zeros behind.
-
-    A device's first call makes them for many streams: a graph is captured in a stream of its own, and meanwhile no
-    memory can be had. They are never given back, as a kernel may still be running.
-    """
-    with _counting:
-        place = _places.setdefault((device, stream), len(_places))
-        arrays = _all_counters.setdefault((library, device), [])
-        size = arrays[-1].shape[1] if arrays else 0
-        if size < count or arrays[-1].shape[0] <= place:
-            shape = max(_STREAMS, 2 * place), max(4096, size, 2 * count)
-            arrays.append(wrap(library.from_host(np.zeros(shape, np.int32), device), library))
-        return arrays[-1].address + place * arrays[-1].strides[0]
-
-
-def _has_fast_float64(device: int) -> bool:
-    from numba import cuda
-
-    from nbbn.kernels.cuda.target import SIMULATED
-
-    return SIMULATED or cuda.gpus[device].compute_capability in _FAST_FLOAT64

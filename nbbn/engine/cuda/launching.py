@@ -1,8 +1,9 @@
-"""Kernels compiled for a device, and their launches."""
+"""Kernels compiled for a device, and what is put into its streams."""
 
 import ctypes
 import threading
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -16,19 +17,70 @@ _compiling = threading.Lock()
 def launch(
     step: str, variant: Variant, device: int, stream: int, blocks: int, block: tuple[int, int], arguments: Any
 ) -> None:
-    """Run a kernel on a stream. `arguments`: tuples of integers and integers, the last one a float: epsilon."""
+    """Run a kernel on a stream, inside primary_context(). `arguments`: tuples of integers and integers, the last one a
+    float: epsilon."""
     if SIMULATED:
         _simulated(step, variant)[(blocks,), block](*arguments)
         return
     from cuda.core import launch as start
-    from numba import cuda
 
     kernel, epsilon = _kernel(step, variant, device)
     flat: list[Any] = []
     for value in arguments[:-1]:
         flat.extend(value) if isinstance(value, tuple) else flat.append(value)
-    with cuda.gpus[device] if len(cuda.gpus) > 1 else nullcontext():  # whose default stream is stream 0
-        start(_stream(stream), _configuration(blocks, block), kernel, *flat, epsilon(arguments[-1]))
+    start(_stream(stream), _configuration(blocks, block), kernel, *flat, epsilon(arguments[-1]))
+
+
+def clear(address: int, size: int, stream: int) -> None:
+    """Fill memory with zeros, in the order of a stream, inside primary_context(). A captured graph does so, too."""
+    if SIMULATED:
+        ctypes.memset(address, 0, size)
+    else:
+        _checked(_driver().cuMemsetD8Async(address, 0, size, stream))
+
+
+@contextmanager
+def primary_context(device: int) -> Iterator[None]:
+    """The device's primary context, which all libraries use, is current in this thread; so stream 0 is its own.
+
+    One that was current before is so again afterwards. A thread that had none keeps this one: memory that a library
+    takes from its pool makes none current.
+    """
+    if SIMULATED:
+        yield
+        return
+    driver, primary = _driver(), _primary(device)
+    (before,) = _checked(driver.cuCtxGetCurrent())
+    if int(before) == int(primary):
+        yield
+        return
+    _checked(driver.cuCtxSetCurrent(primary))
+    try:
+        yield
+    finally:
+        if int(before):
+            _checked(driver.cuCtxSetCurrent(before))
+
+
+@lru_cache(maxsize=64)
+def _primary(device: int) -> Any:
+    (number,) = _checked(_driver().cuDeviceGet(device))
+    (context,) = _checked(_driver().cuDevicePrimaryCtxRetain(number))
+    return context
+
+
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _checked(answer: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the driver has answered. Raises: RuntimeError for an error."""
+    code, *values = answer
+    if int(code):
+        raise RuntimeError(f"CUDA's driver reports {getattr(code, 'name', code)}")
+    return tuple(values)
 
 
 @lru_cache(maxsize=1024)

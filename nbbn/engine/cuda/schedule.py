@@ -17,8 +17,12 @@ class Thresholds:
     blocks: that reduce, about: several for each multiprocessor of the largest GPUs.
     max_chunks: whose sums one thread per statistic adds up.
     vectors: that a reducing thread reads, at least: its share of the block's tree is then small.
-    applied: elements that a thread writes, about: fewer would repeat the look-up of coefficients too often.
+    applied, most_applied: elements that a thread writes, about. With few the look-up of coefficients is repeated often,
+    with many there may not be `blocks`.
     one_launch: elements of a family, at most, that one block reduces and then writes.
+    multiprocessors: of large GPUs. With fewer families some have nothing to do in one launch, for as long as the others
+    need for their family; alone: elements of a family, at most, for which that takes no longer than a second launch,
+    where a multiprocessor is alone: 0.5 ns for each and 5 us.
     """
 
     threads: int = 256
@@ -27,7 +31,10 @@ class Thresholds:
     max_chunks: int = 256
     vectors: int = 16
     applied: int = 16
+    most_applied: int = 64
     one_launch: int = 1 << 16
+    multiprocessors: int = 128
+    alone: int = 10_000
 
 
 Place = tuple[int, Sizes, int]  # of an array: its address, canonical strides in bytes, itemsize
@@ -40,7 +47,7 @@ class Schedule:
     rows: whether statistics lie side by side. swapped: whether the kernels get R0 and R1 in each other's place: a
     thread is quicker along r1, of which it reads several values before it waits, so that is the longer one of rows, and
     not a plane that the threads of a block read at once. width: elements of one access. block: its threads (x, y).
-    reduce, apply: the Grid of each. chunks: of a statistic. one_launch: a block has a family of tiles for itself.
+    reduce, apply: the Grid of each. one_launch: a block has a family of tiles for itself.
     """
 
     rows: bool
@@ -49,17 +56,11 @@ class Schedule:
     block: tuple[int, int]
     reduce: Grid
     apply: Grid
-    chunks: int
     one_launch: bool
 
     def place(self, sizes: Sizes) -> Sizes:
         """A canonical shape, or strides, as the kernels get them."""
         return (sizes[2], sizes[1], sizes[0], sizes[3]) if self.swapped else sizes
-
-    def blocks(self, shape: Sizes, grid: Grid) -> int:
-        r0, k0, r1, k1 = shape
-        found: int = -(-r0 // grid.r0_step) * -(-r1 // grid.r1_step) * k0 * -(-k1 // grid.k1_step)
-        return found
 
 
 def choose(
@@ -95,15 +96,23 @@ def choose(
         r0, r1 = r1, r0
     per_block = (block[1] if rows else x * width * block[1]) * t.vectors
     chunks = max(1, min(t.blocks // tiles, t.max_chunks, values // per_block))
-    possible = aligned and values * columns * groups <= t.one_launch
-    one = possible if one_launch is None else one_launch and aligned
+    family, idle = values * columns * groups, max(0, t.multiprocessors - families)
+    quick = family <= t.one_launch and family * idle <= t.alone * t.multiprocessors
+    one = aligned and (quick if one_launch is None else one_launch)
     unit = block[1] if rows or short else x * width
     reduce = (r0, r1) if one else _cut(r0, r1, chunks, unit, short)
-    apply_chunks = values * columns // (t.threads * t.applied)
-    apply = reduce if one else _cut(r0, r1, max(1, apply_chunks), unit, short)
-    found = -(-r0 // reduce[0]) * -(-r1 // reduce[1])
-    grids = Grid(*reduce, columns, families), Grid(*apply, columns, families)
-    return Schedule(rows, swapped, width, block, *grids, found, one)
+    most, least = (values * columns // (t.threads * n) for n in (t.applied, t.most_applied))
+    apply_chunks = max(1, min(most, max(least, t.blocks // tiles)))
+    apply = reduce if one else _cut(r0, r1, apply_chunks, unit, short)
+    extent = r0, k0, r1, k1
+    grids = _grid(extent, *reduce, columns, families), _grid(extent, *apply, columns, families)
+    return Schedule(rows, swapped, width, block, *grids, one)
+
+
+def _grid(extent: Sizes, r0_step: int, r1_step: int, k1_step: int, families: int) -> Grid:
+    steps = r0_step, 1, r1_step, max(1, k1_step)
+    r0s, k0, r1s, k1s = (-(-n // step) for n, step in zip(extent, steps, strict=True))
+    return Grid(r0_step, r1_step, k1_step, families, r0s * r1s, k0 * k1s, r1s, k1s)
 
 
 def _width(view: Sizes, itemsize: int, places: Iterable[Place]) -> int:

@@ -63,23 +63,33 @@ def moments(first, last, chunks, partial, shift, count, weights, saved):
     return None if weights is None else is_any(number(flag, 0) > 0)
 
 
-def train(first, last, params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients):
+def train(first, last, params, state, hyper, count, a, options, new_state, saved, coefficients):
     """From moments to the new state, what the gradient needs, and the coefficients of the output, of some channels in
-    all groups."""
+    all groups.
+
+    count: values of each statistic; None where weights give it, see `saved`. options: renorm, debias and skip, each
+    True or None.
+    """
     channels, statistics = params.shape[1], saved.shape[1]
+
+    def counts(s):
+        if count is None:
+            return saved[channel.COUNT, s], saved[channel.SQUARES, s]
+        return splat(count), splat(count)
 
     def write(columns, _):
         bessel, zeros = hyper[channel.BESSEL], [splat(0.0)] * 3
 
         def add(group, found):
-            return _stage.add_group(columns(group), saved, bessel, *found)
+            s = columns(group)
+            return _stage.add_group(s, *counts(s), saved, bessel, *found)
 
         sums = each(0, statistics, channels, add, zeros)
-        r, d = _stage.update(columns(), *sums, state, hyper, renorm, cumulative, new_state)
+        r, d = _stage.update(columns(), *sums, state, hyper, *options, new_state)
 
         def finish(group, _):
             s = columns(group)
-            variance = vector_rules.biased_variance(saved[channel.COUNT, s], saved[channel.M2, s])
+            variance = vector_rules.per(saved[channel.M2, s], counts(s)[0])
             rstd = vector_rules.reciprocal_stddev(variance, hyper[channel.EPSILON])
             _stage.save(s, columns(), rstd, r, d, params, saved)
             _stage.output_coefficients(s, s, saved, a, coefficients)

@@ -30,7 +30,7 @@ again, each, over, over_columns, when = _made.again, _made.each, _made.over, _ma
 load, store, number, part, local, fence = _made.load, _made.store, _made.number, _made.part, _made.local, _made.fence
 add_halves, load_half, write_run, write_total = _made.add_halves, _made.load_half, _made.write_run, _made.write_total
 either, first, is_any, minimum = _made.either, _made.first, _made.is_any, _made.minimum
-splat, wide = _made.splat, _made.wide
+splat, whole, wide = _made.splat, _made.whole, _made.wide
 
 
 def traced(function: Callable[..., None]) -> Any:
@@ -58,11 +58,17 @@ def _for_vectors() -> SimpleNamespace:
         math = SimpleNamespace(sqrt=llvm.Value.sqrt)
         math.isfinite, math.isinf = (lambda x: x - x == 0), (lambda x: abs(x) == float("inf"))
         names = {"type": lambda x: x.like}
-    names = {**vars(rules), **names, "math": math, "drop": _made.drop, "choose": _made.choose}
+    return rules_of({**names, "math": math, "drop": _made.drop, "choose": _made.choose})
+
+
+def rules_of(names: dict[str, Any]) -> SimpleNamespace:
+    """The rules of one number for what stands for numbers: with these in the place of what they use by name, `math`,
+    `type`, `drop` and `choose`."""
+    found = {**vars(rules), **names}
     for name, rule in vars(rules).items():
         if isinstance(rule, FunctionType) and name not in ("drop", "choose"):
-            names[name] = FunctionType(rule.__code__, names, name)
-    return SimpleNamespace(**names)
+            found[name] = FunctionType(rule.__code__, found, name)
+    return SimpleNamespace(**found)
 
 
 vector_rules = _for_vectors()

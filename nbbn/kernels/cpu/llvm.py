@@ -349,6 +349,11 @@ def number(array, *index):
     return splat(Value(floats.decode(_builder(), array.dtype, _builder().load(array.place(*index)))))
 
 
+def whole(array, i):
+    """An element of an array of whole numbers."""
+    return Value(_builder().load(array.place(i)))
+
+
 def load_half(array, i):
     """HALF numbers of float64 from the i-th on."""
     found = _builder().load(_builder().bitcast(array.place(i), ir.VectorType(_DOUBLE, HALF).as_pointer()))

@@ -42,6 +42,10 @@ def number(array, *index):
     return np.asarray(array[index])
 
 
+def whole(array, i):
+    return int(array[i])
+
+
 def load_half(array, i):
     return array[i : i + HALF]
 

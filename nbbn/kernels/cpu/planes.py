@@ -16,6 +16,7 @@ from nbbn.kernels.cpu.lanes import (
     over,
     part,
     splat,
+    whole,
     write_total,
 )
 from nbbn.kernels.cpu.shared import (
@@ -40,19 +41,22 @@ def write_shifts(arrays, bounds, grid, write):
     each(bounds.k0, bounds.k0_end, 1, lambda k0, _: write(k0, part(arrays, (0, k0), 0, 1)))
 
 
-def _runs(arrays, bounds, first, last, body):
-    """body(the parts of some arrays in one run, its r0, its k0) for all runs of a task with k0 from first to last."""
+def _runs(arrays, bounds, first, last, body, ends=None):
+    """body(the parts of some arrays in one run, its r0, its k0) for all runs of a task with k0 from first to last, or
+    what is before ends[r0] of them."""
 
     def of_r0(r0, _):
+        end = bounds.r1_end if ends is None else whole(ends, r0)
+
         def of_k0(k0, _):
-            body(part(arrays, (r0, k0), bounds.r1, bounds.r1_end), r0, k0)
+            body(part(arrays, (r0, k0), bounds.r1, end), r0, k0)
 
         each(first, last, 1, of_k0)
 
     each(bounds.r0, bounds.r0_end, 1, of_r0)
 
 
-def _write_sums(arrays, there, terms, bounds, partial):
+def _write_sums(arrays, there, terms, bounds, partial, ends=None):
     """Write the sums of all statistics of a task. there: what has to be there for each of the sums.
 
     terms: of the parts of the arrays in one run and its k0, what gives the terms of elements.
@@ -74,20 +78,21 @@ def _write_sums(arrays, there, terms, bounds, partial):
                 if s is not None:
                     write_total(partial, (bounds.chunk, row, k0), load_half(s, (k0 - begin) * HALF))
 
-        _runs(arrays, bounds, begin, end, run)
+        _runs(arrays, bounds, begin, end, run, ends)
         each(begin, end, 1, write)
 
     each(bounds.k0, bounds.k0_end, MOST, block)
 
 
-def moments(x, weights, shift, bounds, grid, partial):
-    """Write sum (x - shift), sum (x - shift)^2 and, with weights, their sum and that of their squares."""
+def moments(x, weights, shift, bounds, grid, partial, ends=None):
+    """Write sum (x - shift), sum (x - shift)^2 and, with weights, their sum and that of their squares. ends: of r1 at
+    each r0, where not everything counts."""
 
     def terms(parts, k0):
         origin = number(shift, k0)
         return lambda i, n: moment_terms(*parts, origin, i, n)
 
-    _write_sums((x, weights), (x, x, weights, weights), terms, bounds, partial)
+    _write_sums((x, weights), (x, x, weights, weights), terms, bounds, partial, ends)
 
 
 def _output_of(coefficients, inputs, s):

@@ -21,6 +21,7 @@ from nbbn.kernels.cpu.lanes import (
     splat,
     store,
     when,
+    whole,
     write_total,
 )
 from nbbn.kernels.cpu.shared import (
@@ -117,7 +118,7 @@ class _Columns:
         when(self.is_plain, lambda: None, fold)
 
 
-def _write_sums(arrays, there, terms, bounds, grid, partial):
+def _write_sums(arrays, there, terms, bounds, grid, partial, ends=None):
     """Write the sums of all statistics of a task. there: what has to be there for each of the sums.
 
     terms: of the columns of a k0, what gives the terms of elements, given the parts of the arrays in one row.
@@ -128,7 +129,7 @@ def _write_sums(arrays, there, terms, bounds, grid, partial):
         columns = _Columns(k0, bounds, grid, grid.repeats)
         add = terms(columns)
         sums = [columns.sums(partial, (bounds.chunk, row), s) for row, s in enumerate(own)]
-        _over_rows(arrays, k0, bounds, grid, lambda rows: _add_rows(add, rows, sums))
+        _over_rows(arrays, k0, bounds, grid, lambda rows: _add_rows(add, rows, sums), ends)
         for row, s in enumerate(sums):
             if s is not None:
                 columns.fold(s, partial, (bounds.chunk, row))
@@ -136,21 +137,23 @@ def _write_sums(arrays, there, terms, bounds, grid, partial):
     each(bounds.k0, bounds.k0_end, 1, of_k0)
 
 
-def _over_rows(arrays, k0, bounds, grid, body):
-    """body(the parts of some arrays in four rows, or in one) for all rows of a task."""
+def _over_rows(arrays, k0, bounds, grid, body, ends):
+    """body(the parts of some arrays in four rows, or in one) for all rows of a task, or those before ends[r0]."""
     repeats, begin, width = grid.repeats, bounds.k1, bounds.k1_end - bounds.k1
-    apart = (bounds.r1_end - bounds.r1) // (4 * repeats) * repeats
 
     def of_r0(r0, _):
+        end = bounds.r1_end if ends is None else whole(ends, r0)
+        apart = (end - bounds.r1) // (4 * repeats) * repeats
+
         def four(r, _):
             body([part(arrays, (r0, k0, r + j * apart), begin, begin + repeats * width) for j in range(4)])
 
         def one(r, _):
-            length = minimum(repeats, bounds.r1_end - r) * width
+            length = minimum(repeats, end - r) * width
             body([part(arrays, (r0, k0, r), begin, begin + length)])
 
         each(bounds.r1, bounds.r1 + apart, repeats, four)
-        each(bounds.r1 + 4 * apart, bounds.r1_end, repeats, one)
+        each(bounds.r1 + 4 * apart, end, repeats, one)
 
     each(bounds.r0, bounds.r0_end, 1, of_r0)
 
@@ -169,14 +172,14 @@ def _add_rows(terms, rows, sums):
     over(0, rows[0][0].size, add)
 
 
-def moments(x, weights, shift, bounds, grid, partial):
+def moments(x, weights, shift, bounds, grid, partial, ends=None):
     own = local(partial, x)
 
     def terms(columns):
         origins = columns.values(shift, (), own)
         return lambda row, i, n: moment_terms(*row, load(origins, i, n), i, n)
 
-    _write_sums((x, weights), (x, x, weights, weights), terms, bounds, grid, partial)
+    _write_sums((x, weights), (x, x, weights, weights), terms, bounds, grid, partial, ends)
 
 
 def gradient_sums(dy, inputs, weights, mean, forward, relu, bounds, grid, partial):

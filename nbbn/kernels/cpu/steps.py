@@ -15,7 +15,8 @@ import numba
 import numpy as np
 from numba import prange, types
 
-from nbbn.kernels.channel import BATCH_MEAN, DX_MEAN, MOMENT_ROWS, PLAIN_SUMS, WEIGHTED_SUMS
+from nbbn.core import rules
+from nbbn.kernels.channel import BATCH_MEAN, COUNT, DX_MEAN, M2, MOMENT_ROWS, PLAIN_SUMS, SQUARES, WEIGHTED_SUMS
 from nbbn.kernels.cpu import channel, planes, rows
 from nbbn.kernels.cpu.lanes import again, each, fence, load, over, part, splat, store, traced, vector_rules, when, wide
 from nbbn.kernels.cpu.tasks import Grid, bounds_of, chunk_and_tile, statistics
@@ -33,23 +34,27 @@ code_hash()  # all that it covers is imported now
 
 # What an argument of a step is, by its name. X is an array of the input's dtype, S one of the statistics' dtype, both
 # canonical views of the schedule's rank, or X the memory of a dense one (views.py); s is an array of the statistics'
-# dtype, t one of the state's own, d one of float64, with their rank. A flag is True or None. Views may be None, too. In
-# each step the order of the arguments is that of its Python function: what is the same in every call like it comes
-# first, so that a plan can bind it (engine/cpu/plan.py).
+# dtype, t one of the state's own, d one of float64, i one of int64, with their rank. A flag is True or None. Views may
+# be None, too. In each step the order of the arguments is that of its Python function: what is the same in every call
+# like it comes first, so that a plan can bind it (engine/cpu/plan.py).
 ARGUMENTS = {
     **dict.fromkeys(("x", "dy", "residual", "y", "dx", "dz"), "X"),
     **dict.fromkeys(("weights", "a", "b"), "S"),
     **dict.fromkeys(("params", "coefficients", "dparams"), "s2"),
     **dict.fromkeys(("state", "new_state"), "t2"),
     **dict.fromkeys(("moments", "saved", "sums"), "d2"),
+    "parts": "d3",
     "hyper": "d1",
-    **dict.fromkeys(("relu", "renorm", "cumulative", "adjusted"), "flag"),
+    "ends": "i1",
+    **dict.fromkeys(("relu", "renorm", "debias", "skip", "adjusted"), "flag"),
     "grid": "grid",
 }
 # What each step writes; everything else may be read-only memory.
 WRITES = {
     "reduce": {"moments"},
+    "reduce_sequences": {"moments"},
     "freeze": {"saved"},
+    "merge": {"moments"},
     "finish": {"new_state", "saved", "coefficients"},
     "apply": {"y"},
     "reduce_gradient": {"sums", "dparams"},
@@ -101,9 +106,9 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
         each(0, grid.tiles, 1, lambda t, _: write_shifts(x, weights, bounds_of(0, t, view, grid), grid, shift))
 
     @traced
-    def sum_moments(task, x, weights, grid, shift, partial):
+    def sum_moments(task, x, weights, ends, grid, shift, partial):
         grid = Grid(*grid)
-        loops.moments(x, weights, shift, bounds(task, x, grid), grid, partial)
+        loops.moments(x, weights, shift, bounds(task, x, grid), grid, partial, ends)
 
     @traced
     def finish_moments(x, weights, grid, shift, partial, count, saved, again):
@@ -149,7 +154,7 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
 
     @traced
     def train_tile(tile, inputs, weights, grid, flags, y, params, state, new_state, saved, count, memory):
-        (hyper, relu, renorm, cumulative), (coefficients, shift, partial) = flags, memory
+        (hyper, relu, *options), (coefficients, shift, partial) = flags, memory
         grid, x, a = Grid(*grid), inputs[0], inputs[2]
 
         def reduce(t):
@@ -168,7 +173,8 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
 
         over_tiles(tile, grid, reduce)
         first, last = statistics(bounds_of(0, tile, loops.extent(x), grid), grid)
-        channel.train(first, last, params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients)
+        same = count if weights is None else None
+        channel.train(first, last, params, state, hyper, same, a, options, new_state, saved, coefficients)
         over_tiles(tile, grid, apply)
         settle(grid)
 
@@ -200,15 +206,15 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
     stage = numba.njit(**INTERNAL, parallel=parallel, inline="always")
 
     @stage
-    def reduce_all(x, weights, grid, saved):
+    def reduce_all(x, firsts, weights, ends, count, grid, saved):
         statistics = saved.shape[1]
         shift, again = np.empty(statistics), np.ones(1)
         partial = np.empty((grid[CHUNKS], PLAIN_SUMS if weights is None else WEIGHTED_SUMS, statistics))
-        take_shifts(x, weights, grid, shift)
+        take_shifts(firsts, weights, grid, shift)
         while again[0] > 0:
             for task in prange(grid[CHUNKS] * grid[TILES]):
-                sum_moments(task, x, weights, grid, shift, partial)
-            finish_moments(x, weights, grid, shift, partial, x.size / statistics, saved, again)
+                sum_moments(task, x, weights, ends, grid, shift, partial)
+            finish_moments(x, weights, grid, shift, partial, count, saved, again)
 
     @stage
     def apply_all(x, residual, a, b, coefficients, relu, grid, y):
@@ -230,7 +236,16 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
 
     def reduce(grid, weights, x, moments):
         x = view(x, grid)
-        reduce_all(x, weights, grid, moments)
+        reduce_all(x, x, weights, None, x.size / moments.shape[1], grid, moments)
+
+    def reduce_sequences(grid, x, ends, moments):
+        x = view(x, grid)
+        first, count = 0, 0.0
+        while ends[first] == 0:  # what shifts are taken from must count; something does
+            first += 1
+        for end in ends:
+            count += end
+        reduce_all(x, x[first:], None, ends, count, grid, moments)
 
     def apply(grid, relu, a, b, residual, x, y, coefficients):
         residual, x, y = view(residual, grid), view(x, grid), view(y, grid)
@@ -252,24 +267,23 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
 
     # -- whole steps ---------------------------------------------------------------------------------------------------
 
-    def train(grid, relu, renorm, cumulative, hyper, weights, a, b, residual, x, y, params, state, new_state, saved):
+    def train(grid, relu, renorm, debias, skip, hyper, weights, a, b, residual, x, y, params, state, new_state, saved):
         residual, x, y = view(residual, grid), view(x, grid), view(y, grid)
         statistics = saved.shape[1]
         coefficients = np.empty((5, statistics), params.dtype)
         if one_pass:
             shift = np.empty(statistics)
             partial = np.empty((grid[CHUNKS], PLAIN_SUMS if weights is None else WEIGHTED_SUMS, statistics))
-            inputs, flags, memory = (
-                (x, residual, a, b),
-                (hyper, relu, renorm, cumulative),
-                (coefficients, shift, partial),
-            )
-            count = x.size / statistics
+            inputs, memory, count = (x, residual, a, b), (coefficients, shift, partial), x.size / statistics
+            flags = hyper, relu, renorm, debias, skip  # a region takes no tuple of nothing but None
             for tile in prange(grid[FAMILIES]):
                 train_tile(tile, inputs, weights, grid, flags, y, params, state, new_state, saved, count, memory)
         else:
-            reduce_all(x, weights, grid, saved)
-            train_channels(params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients)
+            count = x.size / statistics
+            reduce_all(x, x, weights, None, count, grid, saved)
+            train_channels(
+                params, state, hyper, count, weights, a, (renorm, debias, skip), new_state, saved, coefficients
+            )
             apply_all(x, residual, a, b, coefficients, relu, grid, y)
 
     def infer(grid, relu, hyper, residual, x, y, params, state):
@@ -302,7 +316,7 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
         coefficients[DX_MEAN] = 0  # dx = (dy - 0) * scale + 0: the forward pass's apply, on dy
         apply_all(dy, None, None, None, coefficients, None, grid, dx)
 
-    found = (reduce, apply, reduce_gradient, apply_gradient, train, infer, backward, frozen_backward)
+    found = (reduce, reduce_sequences, apply, reduce_gradient, apply_gradient, train, infer, backward, frozen_backward)
     return {f.__name__: f for f in found}
 
 
@@ -310,8 +324,9 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
 
 
 @traced
-def train_channels(params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients):
-    channel.train(0, params.shape[1], params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients)
+def train_channels(params, state, hyper, count, weights, a, options, new_state, saved, coefficients):
+    same = count if weights is None else None
+    channel.train(0, params.shape[1], params, state, hyper, same, a, options, new_state, saved, coefficients)
 
 
 @traced
@@ -336,11 +351,11 @@ def input_coefficients(dparams, sums, saved, coefficients):
     channel.input_coefficients(0, dparams.shape[1], dparams.shape[1], sums, saved, coefficients)
 
 
-def finish(renorm, cumulative, hyper, adjusted, moments, params, state, new_state, saved, coefficients):
+def finish(renorm, debias, skip, hyper, adjusted, moments, params, state, new_state, saved, coefficients):
     """The middle stage by itself."""
     for row in range(MOMENT_ROWS):
         saved[row] = moments[row]
-    train_channels(params, state, hyper, adjusted, renorm, cumulative, new_state, saved, coefficients)
+    train_channels(params, state, hyper, None, None, adjusted, (renorm, debias, skip), new_state, saved, coefficients)
 
 
 def freeze(hyper, params, state, saved):
@@ -348,7 +363,22 @@ def freeze(hyper, params, state, saved):
     freeze_channels(params, state, hyper, saved)
 
 
-MIDDLE_STAGES: dict[str, Step] = {"finish": finish, "freeze": freeze}
+def merge(parts, moments):
+    """The moments of several sets of values together, in their order."""
+    for s in range(moments.shape[1]):
+        n, mean, m2, squares = parts[0, COUNT, s], parts[0, BATCH_MEAN, s], parts[0, M2, s], parts[0, SQUARES, s]
+        for p in range(1, parts.shape[0]):
+            part = parts[p]
+            n, mean, m2, squares = rules.combine(
+                n, mean, m2, squares, part[COUNT, s], part[BATCH_MEAN, s], part[M2, s], part[SQUARES, s]
+            )
+        moments[COUNT, s] = n
+        moments[BATCH_MEAN, s] = mean
+        moments[M2, s] = m2
+        moments[SQUARES, s] = squares
+
+
+MIDDLE_STAGES: dict[str, Step] = {"finish": finish, "freeze": freeze, "merge": merge}
 
 
 @lru_cache(maxsize=16)
@@ -378,8 +408,17 @@ def compiled(
         name = f"{schedule}_{step}_{passes}_{'parallel' if parallel else 'serial'}"
     if PLAIN:
         return run_by_python(function)
+    return compile_kernel(
+        function, name, signature(step, schedule, dtype, statistic, state, contiguous, absent), parallel
+    )
+
+
+def signature(
+    step: str, schedule: str, dtype: Any, statistic: Any, state: Any, contiguous: bool, absent: frozenset[str]
+) -> Any:
+    """The types of a step's arguments, see compiled()."""
     rank = RANKS[schedule]
-    scalar = {"X": numba.from_dtype(dtype), "S": numba.from_dtype(statistic), "d": types.float64}
+    scalar = {"X": numba.from_dtype(dtype), "S": numba.from_dtype(statistic), "d": types.float64, "i": types.int64}
     scalar |= {"s": scalar["S"], "t": numba.from_dtype(state)}
 
     def argument(name: str) -> types.Type:
@@ -396,5 +435,4 @@ def compiled(
         layout = "A" if view else "C"
         return types.Array(scalar[kind[0]], rank if view else int(kind[1]), layout, readonly=name not in WRITES[step])
 
-    signature = types.void(*[argument(name) for name in names_of(step)])
-    return compile_kernel(function, name, signature, parallel)
+    return types.void(*[argument(name) for name in names_of(step)])

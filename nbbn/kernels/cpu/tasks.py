@@ -7,6 +7,8 @@ to the last bit, however many threads there are. How many statistics a task has 
 from collections import namedtuple
 from typing import Any
 
+from numba.extending import register_jitable
+
 from nbbn.kernels.cpu.lanes import minimum
 
 # What a step is told about its loops, all int64. r0_step, k0_step, r1_step, k1_step: how many elements of R0, K0, R1
@@ -23,11 +25,13 @@ Grid = namedtuple(
 Bounds = namedtuple("Bounds", "chunk r0 r0_end k0 k0_end r1 r1_end k1 k1_end")
 
 
+@register_jitable
 def quotient(n: Any, divisor: Any) -> Any:
     """n / divisor, rounded up."""
     return (n + divisor - 1) // divisor
 
 
+@register_jitable
 def chunks_and_tiles(extent: Any, grid: Any) -> tuple[Any, Any]:
     """Chunks cut R0 x R1: partial sums of one statistic. Tiles cut K0 x K1: statistics."""
     r0, k0, r1, k1 = extent

@@ -13,7 +13,7 @@ from nbbn.kernels.cuda.target import cuda, device
 @lru_cache(maxsize=256)
 def apply_functions(v: Variant) -> SimpleNamespace:
     """The results of a task, from the coefficients of the thread's statistics: (5, own) arrays."""
-    rows, width, unroll, weighted, frozen, wants_dz = v.rows, v.width, v.unroll, v.weights, v.frozen, v.dz
+    rows, width, unroll, weighted, frozen, wants_dz = v.rows, v.width, v.unroll_beside, v.weights, v.frozen, v.dz
     ahead, real, relu = unroll * width, v.statistic.type, v.relu or None
     elements = vector(v.dtype, width)
     read, write, read_operand = elements.read, elements.write, vector(v.statistic, width).read

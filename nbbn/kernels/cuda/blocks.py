@@ -14,9 +14,9 @@ from nbbn.kernels.cuda.memory import vector
 from nbbn.kernels.cuda.target import cuda, device
 
 ELEMENTS = 16  # that a thread reads before it waits for any: enough to hide the latency, few enough for its registers
-# What a step is told about its loops: the steps of tasks.py, and how many families of tiles there are, those
-# that share their channels.
-Grid = namedtuple("Grid", "r0_step r1_step k1_step families")
+# What a step is told about its loops. The steps of tasks.py; how many families of tiles there are, which share their
+# channels; how many chunks R0 x R1 is cut into, tiles K0 x K1, and pieces R1 and K1.
+Grid = namedtuple("Grid", "r0_step r1_step k1_step families chunks tiles r1_pieces k1_pieces")
 # A view of elements: the address of the first, and the strides in bytes.
 ADDRESS, S_R0, S_K0, S_R1, S_K1 = range(5)
 VIEW_SIZE = 5
@@ -44,7 +44,8 @@ class Variant:
     residual: bool = False
     relu: bool = False
     renorm: bool = False
-    cumulative: bool = False
+    debias: bool = False
+    skip: bool = False
     dz: bool = False
     frozen: bool = False
 
@@ -59,7 +60,13 @@ class Variant:
 
     @property
     def unroll(self) -> int:
+        """Accesses to the input that a thread makes before it waits for any."""
         return max(1, min(4, ELEMENTS // self.width))
+
+    @property
+    def unroll_beside(self) -> int:
+        """The same where there are accesses to other operands at once, which need registers, too."""
+        return max(1, self.unroll // 2) if self.residual or self.adjustment else self.unroll
 
 
 @device
@@ -84,7 +91,7 @@ def is_last(counters, family, blocks):
     cuda.syncthreads()
     if cuda.threadIdx.x == 0 and cuda.threadIdx.y == 0:
         most = np.uint32(blocks - 1)
-        last[0] = 1 if cuda.atomic.inc(counters, family, most) == most else 0  # the last one makes it 0 again
+        last[0] = 1 if cuda.atomic.inc(counters, family, most) == most else 0
     cuda.syncthreads()
     cuda.threadfence()
     return last[0] != 0

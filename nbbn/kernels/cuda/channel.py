@@ -1,8 +1,12 @@
 """The middle stage on a GPU: a thread has one channel, in all groups."""
 
+import numpy as np
+
 from nbbn.core import rules
 from nbbn.kernels import channel
-from nbbn.kernels.cuda.target import device
+from nbbn.kernels.channel import MOMENT_ROWS
+from nbbn.kernels.cuda.blocks import combine_moments
+from nbbn.kernels.cuda.target import cuda, device
 
 _stage = channel.functions(device)
 add_group, update, save = _stage.add_group, _stage.update, _stage.save
@@ -10,33 +14,76 @@ freeze, output_coefficients = _stage.freeze, _stage.output_coefficients
 add_parameter_gradients, statistic_gradient = _stage.add_parameter_gradients, _stage.input_coefficients
 
 
+# Chunks whose sums are on their way before the first of them is added: a load takes some hundreds of clock cycles, and
+# the whole step waits for the last block. Chunks are added in their order.
+AHEAD = 4
+
+
 @device
 def add_chunks(s, partial):
-    """Add up the sums of all chunks of a statistic, in their order, in the place of the first chunk's."""
-    for chunk in range(1, partial.shape[0]):
-        for row in range(partial.shape[1]):
-            partial[0, row, s] += partial[chunk, row, s]
+    """Add up the sums of all chunks of a statistic, in the place of the first chunk's."""
+    chunks, loaded = partial.shape[0], cuda.local.array(AHEAD, np.float64)
+    for row in range(partial.shape[1]):
+        total, chunk = partial[0, row, s], 1
+        while chunk + AHEAD <= chunks:
+            for i in range(AHEAD):
+                loaded[i] = partial[chunk + i, row, s]
+            for i in range(AHEAD):
+                total += loaded[i]
+            chunk += AHEAD
+        while chunk < chunks:
+            total += partial[chunk, row, s]
+            chunk += 1
+        partial[0, row, s] = total
 
 
 @device
-def train(c, params, state, hyper, a, renorm, cumulative, new_state, saved, coefficients):
+def combine_chunks(s, partial, moments):
+    """Write the moments of a statistic from those of all chunks."""
+    chunks, loaded = partial.shape[0], cuda.local.array((MOMENT_ROWS, AHEAD), np.float64)
+    total, chunk = cuda.local.array((MOMENT_ROWS, 1), np.float64), 1
+    for row in range(MOMENT_ROWS):
+        total[row, 0] = partial[0, row, s]
+    while chunk + AHEAD <= chunks:
+        for row in range(MOMENT_ROWS):
+            for i in range(AHEAD):
+                loaded[row, i] = partial[chunk + i, row, s]
+        for i in range(AHEAD):
+            combine_moments(total, 0, loaded, i)
+        chunk += AHEAD
+    while chunk < chunks:
+        combine_moments(total, 0, partial[chunk], s)
+        chunk += 1
+    for row in range(MOMENT_ROWS):
+        moments[row, s] = total[row, 0]
+
+
+@device
+def train(c, params, state, hyper, a, renorm, debias, skip, new_state, saved, coefficients):
     """From moments to the new state, what the gradient needs, and the coefficients of the output."""
     present, mean, variance, channels = 0.0, 0.0, 0.0, params.shape[1]
-    for s in range(c, saved.shape[1], channels):
-        present, mean, variance = add_group(s, saved, hyper[channel.BESSEL], present, mean, variance)
-    r, d = update(c, present, mean, variance, state, hyper, renorm, cumulative, new_state)
-    for s in range(c, saved.shape[1], channels):
-        own = rules.biased_variance(saved[channel.COUNT, s], saved[channel.M2, s])
+    s = c
+    while s < saved.shape[1]:
+        n, squares = saved[channel.COUNT, s], saved[channel.SQUARES, s]
+        present, mean, variance = add_group(s, n, squares, saved, hyper[channel.BESSEL], present, mean, variance)
+        s += channels
+    r, d = update(c, present, mean, variance, state, hyper, renorm, debias, skip, new_state)
+    s = c
+    while s < saved.shape[1]:
+        own = rules.per(saved[channel.M2, s], saved[channel.COUNT, s])
         save(s, c, rules.reciprocal_stddev(own, hyper[channel.EPSILON]), r, d, params, saved)
         output_coefficients(s, s, saved, a, coefficients)
+        s += channels
 
 
 @device
 def parameter_gradients(c, sums, saved, adjusted, dparams):
     """Write the gradients of gamma and beta."""
     dgamma, dbeta = 0.0, 0.0
-    for s in range(c, saved.shape[1], dparams.shape[1]):
+    s = c
+    while s < saved.shape[1]:
         dgamma, dbeta = add_parameter_gradients(s, sums, saved, adjusted, dgamma, dbeta)
+        s += dparams.shape[1]
     dparams[channel.GAMMA, c] = dgamma
     dparams[channel.BETA, c] = dbeta
 
@@ -44,5 +91,7 @@ def parameter_gradients(c, sums, saved, adjusted, dparams):
 @device
 def input_coefficients(c, channels, sums, saved, coefficients):
     """Write mean, scale, bias and slope of dx."""
-    for s in range(c, saved.shape[1], channels):
+    s = c
+    while s < saved.shape[1]:
         statistic_gradient(s, sums, saved, coefficients)
+        s += channels

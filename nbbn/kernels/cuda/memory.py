@@ -122,6 +122,23 @@ def matrices(dtype: Any) -> Any:
 _TYPES = {np.dtype(t.name): t for t in (types.float32, types.float64, types.uint32)}
 
 
+if SIMULATED:
+    divide = divmod
+else:
+
+    @intrinsic
+    def divide(typingctx, number, divisor):
+        """Quotient and remainder of numbers of blocks, pieces or tiles. All are less than 2^31: one of 64 bits takes a
+        hundred instructions."""
+
+        def emit(context, builder, signature, args):
+            a, b = (builder.trunc(value, _I32) for value in args)
+            found = [builder.zext(f(a, b), _I64) for f in (builder.udiv, builder.urem)]
+            return context.make_tuple(builder, signature.return_type, found)
+
+        return types.UniTuple(types.int64, 2)(types.int64, types.int64), emit
+
+
 def _host_view(address: int, shape: Any, dtype: np.dtype) -> Any:
     count = int(np.prod(shape))
     if count == 0:

@@ -17,6 +17,7 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
     """The sums of a task."""
     rows, width, own, unroll, weighted, adjusted = v.rows, v.width, v.own, v.unroll, v.weights, v.adjustment
     ahead, real, narrow, relu = unroll * width, v.statistic.type, v.sums.type, v.relu or None
+    unroll_beside, ahead_beside = v.unroll_beside, v.unroll_beside * width
     read, read_operand = vector(v.dtype, width).read, vector(v.statistic, width).read
     block = block_functions(rows, v.short, v.threads)
     walk, is_writer, block_sum, block_moments = block.walk, block.is_writer, block.block_sum, block.block_moments
@@ -148,8 +149,16 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
 
         dy counts as far as the activation lets it through; forward: the coefficients of the output.
         """
-        g, values, rv = cuda.local.array(ahead, real), cuda.local.array(ahead, real), cuda.local.array(ahead, real)
-        av, bv, w = cuda.local.array(ahead, real), cuda.local.array(ahead, real), cuda.local.array(ahead, real)
+        g, values, rv = (
+            cuda.local.array(ahead_beside, real),
+            cuda.local.array(ahead_beside, real),
+            cuda.local.array(ahead_beside, real),
+        )
+        av, bv, w = (
+            cuda.local.array(ahead_beside, real),
+            cuda.local.array(ahead_beside, real),
+            cuda.local.array(ahead_beside, real),
+        )
         part, sums = cuda.local.array((own, 4), narrow), cuda.local.array((own, 4), np.float64)
         first_r0, r0_step, first_r1, r1_step, k1 = walk(bounds, width)
         k0 = bounds.k0
@@ -163,20 +172,20 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
                 for s in range(own):
                     for i in range(4):
                         part[s, i] = 0
-                for u in range(unroll):
+                for u in range(unroll_beside):
                     r1 = begin + u * r1_step
                     if r1 < bounds.r1_end:
                         read(at(dy, r0, k0, r1, k1), g, u * width)
                         read_inputs(x, residual, a, b, r0, k0, r1, k1, values, rv, av, bv, u * width)
                         if weighted:
                             read_operand(at(weights, r0, k0, r1, k1), w, u * width)
-                for u in range(unroll):
+                for u in range(unroll_beside):
                     if begin + u * r1_step < bounds.r1_end:
                         add_gradient(g, values, rv, w, av, bv, u * width, forward, part)
                 for s in range(own):
                     for i in range(gradient_sums):
                         sums[s, i] += np.float64(part[s, i])
-                begin += r1_step * unroll
+                begin += r1_step * unroll_beside
             r0 += r0_step
         if k1 < bounds.k1_end:
             for s in range(own):  # the products are with the rounded mean

@@ -20,11 +20,11 @@ from nbbn.core import rules
 from nbbn.kernels import channel
 from nbbn.kernels.cuda import channel as middle
 from nbbn.kernels.cuda.apply import apply_functions
-from nbbn.kernels.cuda.blocks import VIEW_SIZE, Grid, Variant, block_functions, combine_moments, is_last
-from nbbn.kernels.cuda.memory import matrices
+from nbbn.kernels.cuda.blocks import VIEW_SIZE, Grid, Variant, block_functions, is_last
+from nbbn.kernels.cuda.memory import VECTOR_BYTES, divide, matrices, vector
 from nbbn.kernels.cuda.reduce import reduce_functions
 from nbbn.kernels.cuda.target import cuda, device
-from nbbn.kernels.cuda.tasks import bounds_of, chunks_and_tiles
+from nbbn.kernels.cuda.tasks import bounds_of
 
 # The small arrays of a step, by address: see kernels/channel.py. Sums or moments of chunks (chunks, 4, statistics) are
 # float64; counters are uint32 and zero.
@@ -45,30 +45,47 @@ def signature(step: str, v: Variant) -> Any:
 @lru_cache(maxsize=256)
 def steps(v: Variant) -> dict[str, Callable[..., None]]:
     """The kernels as Python functions, by name."""
-    own, width, renorm, cumulative, relu = v.own, v.width, v.renorm or None, v.cumulative or None, v.relu
+    own, width, relu = v.own, v.width, v.relu
+    renorm, debias, skip = v.renorm or None, v.debias or None, v.skip or None
     a_or_none = 1 if v.adjustment else None
     reducing, applying = reduce_functions(v), apply_functions(v)
     sum_moments, sum_gradient_of_task = reducing.sum_moments, reducing.sum_gradient
     normalize_task, input_gradient_task = applying.normalize, applying.input_gradient
     gradient_sums = channel.GRADIENT_ROWS[v.adjustment]
     forward_rows, real = channel.OUTPUT_ROWS[v.adjustment], v.statistic.type
-    most = real(np.finfo(v.statistic).max)
-    state_rows = (5 if v.renorm else 2) + (2 if v.cumulative else 0)
+    most, real_size = real(np.finfo(v.statistic).max), v.statistic.itemsize
+    piece = min(own, VECTOR_BYTES // real_size)
+    read_piece = vector(v.statistic, piece).read
+    state_rows = (5 if v.renorm else 2) + (2 if v.debias else 0)
     # What makes an array is no function of its own: Numba's do not return on a GPU what they have made.
     array, array64, counters_at = matrices(v.statistic), matrices(np.float64), matrices(np.uint32)
     state_array = matrices(v.state or v.statistic)
-    add_chunks, train_of, freeze_of = middle.add_chunks, middle.train, middle.freeze
+    add_chunks, combine_chunks, train_of, freeze_of = (
+        middle.add_chunks,
+        middle.combine_chunks,
+        middle.train,
+        middle.freeze,
+    )
     coefficients_of, parameter_gradients = middle.output_coefficients, middle.parameter_gradients
     input_coefficients_of = middle.input_coefficients
     walk = block_functions(v.rows, v.short, v.threads).walk
 
     @device
-    def task(shape, grid):
-        """This block's chunk, tile, family and how many blocks the family has."""
-        chunks, tiles = chunks_and_tiles(shape, grid)
-        block = np.int64(cuda.blockIdx.x)
-        tile = block % tiles
-        return block // tiles, tile, tile % grid.families, chunks * (tiles // grid.families)
+    def task(block, grid):
+        """A block's chunk, tile, family and how many blocks the family has."""
+        chunk, tile = divide(block, grid.tiles)
+        _, family = divide(tile, grid.families)
+        members, _ = divide(grid.tiles, grid.families)
+        return chunk, tile, family, grid.chunks * members
+
+    @device
+    def in_order():
+        return np.int64(cuda.blockIdx.x)
+
+    @device
+    def from_the_end():
+        """For what goes over the input once more: the cache still has what was read last."""
+        return np.int64(cuda.gridDim.x) - 1 - np.int64(cuda.blockIdx.x)
 
     @device
     def channels_of(family, shape, grid, channels):
@@ -90,30 +107,30 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     @device
     def reduce_moments(x, weights, chunk, tile, shape, grid, memory):
         statistics, bounds = shape[1] * shape[3], bounds_of(chunk, tile, shape, grid)
-        partial = array64(memory[PARTIAL], (chunks_and_tiles(shape, grid)[0], channel.MOMENT_ROWS, statistics))
+        partial = array64(memory[PARTIAL], (grid.chunks, channel.MOMENT_ROWS, statistics))
         first, _ = thread_statistics(bounds, shape)
         sum_moments(x, weights, bounds, first, partial)
 
     @device
     def finish_moments(c, shape, grid, memory, channels):
         """The moments of one channel, in all groups."""
-        chunks, statistics = chunks_and_tiles(shape, grid)[0], shape[1] * shape[3]
+        chunks, statistics = grid.chunks, shape[1] * shape[3]
         partial = array64(memory[PARTIAL], (chunks, channel.MOMENT_ROWS, statistics))
         moments = array64(memory[MOMENTS], (channel.MOMENT_ROWS, statistics))
-        for s in range(c, statistics, channels):
-            for chunk in range(1, chunks):
-                combine_moments(partial[0], s, partial[chunk], s)
-            for row in range(channel.MOMENT_ROWS):
-                moments[row, s] = partial[0, row, s]
+        s = c
+        while s < statistics:
+            combine_chunks(s, partial, moments)
+            s += channels
 
     @device
     def train_channel(c, statistics, memory, channels):
         """From the moments of one channel to the new state and the coefficients of the output."""
         params, state = array(memory[PARAMS], (2, channels)), state_array(memory[STATE], (state_rows, channels))
-        new_state, hyper = state_array(memory[NEW_STATE], (state_rows, channels)), array64(memory[HYPER], (7,))
+        new_state = state_array(memory[NEW_STATE], (state_rows, channels))
+        hyper = array64(memory[HYPER], (channel.HYPER_SIZE,))
         saved = array64(memory[SAVED], (channel.SAVED_ROWS, statistics))
         coefficients = array(memory[COEFFICIENTS], (forward_rows, statistics))
-        train_of(c, params, state, hyper, a_or_none, renorm, cumulative, new_state, saved, coefficients)
+        train_of(c, params, state, hyper, a_or_none, renorm, debias, skip, new_state, saved, coefficients)
 
     @device
     def finish_training(c, shape, grid, memory, channels):
@@ -122,14 +139,23 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         train_channel(c, shape[1] * shape[3], memory, channels)
 
     @device
+    def read_coefficients(bounds, shape, memory, rows, coefficients):
+        """Those of this thread's statistics; 0 where it has none."""
+        statistics, (first, inside) = shape[1] * shape[3], thread_statistics(bounds, shape)
+        for row in range(rows):
+            address = memory[COEFFICIENTS] + (row * statistics + first) * real_size
+            for s in range(0, own, piece):
+                if inside:
+                    read_piece(address + s * real_size, coefficients[row], s)
+                else:
+                    for lane in range(piece):
+                        coefficients[row, s + lane] = 0
+
+    @device
     def apply_forward(x, residual, a, b, y, chunk, tile, shape, grid, memory):
         bounds = bounds_of(chunk, tile, shape, grid)
-        coefficients = array(memory[COEFFICIENTS], (forward_rows, shape[1] * shape[3]))
         forward = cuda.local.array((5, own), real)
-        first, inside = thread_statistics(bounds, shape)
-        for s in range(own):
-            for row in range(forward_rows):
-                forward[row, s] = coefficients[row, first + s] if inside else real(0)
+        read_coefficients(bounds, shape, memory, forward_rows, forward)
         normalize_task(x, residual, a, b, y, bounds, forward)
 
     @device
@@ -146,7 +172,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     @device
     def reduce_gradient(x, dy, residual, weights, a, b, chunk, tile, shape, grid, memory):
         statistics, bounds = shape[1] * shape[3], bounds_of(chunk, tile, shape, grid)
-        partial = array64(memory[PARTIAL], (chunks_and_tiles(shape, grid)[0], gradient_sums, statistics))
+        partial = array64(memory[PARTIAL], (grid.chunks, gradient_sums, statistics))
         forward = cuda.local.array((5, own), real)
         forward_of_thread(bounds, shape, memory, forward)
         first, _ = thread_statistics(bounds, shape)
@@ -157,8 +183,10 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     def add_up(c, partial, memory, channels):
         """The sums of one channel's gradient, those of its first chunk then, and the gradients of its parameters."""
         statistics = partial.shape[2]
-        for s in range(c, statistics, channels):
+        s = c
+        while s < statistics:
             add_chunks(s, partial)
+            s += channels
         saved, dparams = array64(memory[SAVED], (channel.SAVED_ROWS, statistics)), array(memory[DPARAMS], (2, channels))
         parameter_gradients(c, partial[0], saved, a_or_none, dparams)
 
@@ -166,12 +194,14 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     def finish_sums(c, shape, grid, memory, channels):
         """The same, and the sums are written."""
         statistics = shape[1] * shape[3]
-        partial = array64(memory[PARTIAL], (chunks_and_tiles(shape, grid)[0], gradient_sums, statistics))
+        partial = array64(memory[PARTIAL], (grid.chunks, gradient_sums, statistics))
         target = array64(memory[SUMS], (gradient_sums, statistics))
         add_up(c, partial, memory, channels)
-        for s in range(c, statistics, channels):
+        s = c
+        while s < statistics:
             for row in range(gradient_sums):
                 target[row, s] = partial[0, row, s]
+            s += channels
 
     @device
     def input_coefficients(c, sums, memory, channels):
@@ -184,21 +214,17 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     def finish_gradient(c, shape, grid, memory, channels):
         """From the sums of one channel's gradient to the coefficients of dx."""
         statistics = shape[1] * shape[3]
-        partial = array64(memory[PARTIAL], (chunks_and_tiles(shape, grid)[0], gradient_sums, statistics))
+        partial = array64(memory[PARTIAL], (grid.chunks, gradient_sums, statistics))
         add_up(c, partial, memory, channels)
         input_coefficients(c, partial[0], memory, channels)
 
     @device
     def apply_gradient(x, dy, residual, weights, a, b, dx, dz, chunk, tile, shape, grid, memory):
         bounds = bounds_of(chunk, tile, shape, grid)
-        coefficients = array(memory[COEFFICIENTS], (4, shape[1] * shape[3]))
         forward, backward = cuda.local.array((5, own), real), cuda.local.array((4, own), real)
         if relu:
             forward_of_thread(bounds, shape, memory, forward)
-        first, inside = thread_statistics(bounds, shape)
-        for s in range(own):
-            for row in range(4):
-                backward[row, s] = coefficients[row, first + s] if inside else real(0)
+        read_coefficients(bounds, shape, memory, 4, backward)
         input_gradient_task(dy, x, residual, weights, a, b, dx, dz, bounds, forward, backward)
 
     # -- two launches: all blocks reduce, the last one of a family finishes; then all blocks apply ---------------------
@@ -214,11 +240,13 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         """A kernel that reduces the input, and then does this with each channel's sums."""
 
         def kernel(x, weights, shape, grid, memory, channels, epsilon):
-            chunk, tile, family, blocks = task(shape, grid)
+            chunk, tile, family, blocks = task(in_order(), grid)
             reduce_moments(x, weights, chunk, tile, shape, grid, memory)
             first, last, step = channels_to_finish(family, blocks, shape, grid, memory, channels)
-            for c in range(first, last, step):
+            c = first
+            while c < last:
                 finish_channel(c, shape, grid, memory, channels)
+                c += step
 
         return kernel
 
@@ -226,20 +254,22 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         """The same for the gradient."""
 
         def kernel(x, dy, residual, weights, a, b, shape, grid, memory, channels, epsilon):
-            chunk, tile, family, blocks = task(shape, grid)
+            chunk, tile, family, blocks = task(in_order(), grid)
             reduce_gradient(x, dy, residual, weights, a, b, chunk, tile, shape, grid, memory)
             first, last, step = channels_to_finish(family, blocks, shape, grid, memory, channels)
-            for c in range(first, last, step):
+            c = first
+            while c < last:
                 finish_channel(c, shape, grid, memory, channels)
+                c += step
 
         return kernel
 
     def normalize(x, residual, a, b, y, shape, grid, memory, channels, epsilon):
-        chunk, tile, _, _ = task(shape, grid)
+        chunk, tile, _, _ = task(from_the_end(), grid)
         apply_forward(x, residual, a, b, y, chunk, tile, shape, grid, memory)
 
     def infer(x, residual, y, shape, grid, memory, channels, epsilon):
-        chunk, tile, _, _ = task(shape, grid)
+        chunk, tile, _, _ = task(in_order(), grid)
         bounds = bounds_of(chunk, tile, shape, grid)
         params, state = array(memory[PARAMS], (2, channels)), state_array(memory[STATE], (state_rows, channels))
         forward = cuda.local.array((5, own), real)
@@ -254,7 +284,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         normalize_task(x, residual, x, x, y, bounds, forward)
 
     def input_gradient(x, dy, residual, weights, a, b, dx, dz, shape, grid, memory, channels, epsilon):
-        chunk, tile, _, _ = task(shape, grid)
+        chunk, tile, _, _ = task(from_the_end(), grid)
         apply_gradient(x, dy, residual, weights, a, b, dx, dz, chunk, tile, shape, grid, memory)
 
     # -- the middle stage by itself: one thread per channel; shape[3] is the number of statistics ----------------------
@@ -268,17 +298,22 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         moments = array64(memory[MOMENTS], (channel.MOMENT_ROWS, statistics))
         saved = array64(memory[SAVED], (channel.SAVED_ROWS, statistics))
         if c < channels:
-            for s in range(c, statistics, channels):
+            s = c
+            while s < statistics:
                 for row in range(channel.MOMENT_ROWS):
                     saved[row, s] = moments[row, s]
+                s += channels
             train_channel(c, statistics, memory, channels)
 
     def freeze(shape, grid, memory, channels, epsilon):
         c = own_channel(grid)
         params, state = array(memory[PARAMS], (2, channels)), state_array(memory[STATE], (state_rows, channels))
-        saved, hyper = array64(memory[SAVED], (channel.SAVED_ROWS, channels)), array64(memory[HYPER], (7,))
+        saved = array64(memory[SAVED], (channel.SAVED_ROWS, channels))
+        hyper = array64(memory[HYPER], (channel.HYPER_SIZE,))
         if c < channels:
             freeze_of(c, params, state, hyper, saved)
+            # As infer() has it, to the bit: the gradient must find the same outputs positive.
+            saved[channel.RSTD, c] = rules.reciprocal_stddev(state[channel.VARIANCE, c], epsilon)
 
     def spread_gradient(shape, grid, memory, channels, epsilon):
         c = own_channel(grid)
@@ -288,28 +323,40 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     # -- one launch: a block has a family for itself; a chunk is a whole statistic -------------------------------------
 
     def train(x, residual, weights, a, b, y, shape, grid, memory, channels, epsilon):
-        family, tiles = np.int64(cuda.blockIdx.x), chunks_and_tiles(shape, grid)[1]
-        for tile in range(family, tiles, grid.families):
+        family, tiles = np.int64(cuda.blockIdx.x), grid.tiles
+        tile = family
+        while tile < tiles:
             reduce_moments(x, weights, 0, tile, shape, grid, memory)
+            tile += grid.families
         cuda.syncthreads()
         first, last, step = channels_of(family, shape, grid, channels)
-        for c in range(first, last, step):
+        c = first
+        while c < last:
             finish_training(c, shape, grid, memory, channels)
+            c += step
         cuda.syncthreads()
-        for tile in range(family, tiles, grid.families):
+        tile = family
+        while tile < tiles:
             apply_forward(x, residual, a, b, y, 0, tile, shape, grid, memory)
+            tile += grid.families
 
     def backward(x, dy, residual, weights, a, b, dx, dz, shape, grid, memory, channels, epsilon):
-        family, tiles = np.int64(cuda.blockIdx.x), chunks_and_tiles(shape, grid)[1]
-        for tile in range(family, tiles, grid.families):
+        family, tiles = np.int64(cuda.blockIdx.x), grid.tiles
+        tile = family
+        while tile < tiles:
             reduce_gradient(x, dy, residual, weights, a, b, 0, tile, shape, grid, memory)
+            tile += grid.families
         cuda.syncthreads()
         first, last, step = channels_of(family, shape, grid, channels)
-        for c in range(first, last, step):
+        c = first
+        while c < last:
             finish_gradient(c, shape, grid, memory, channels)
+            c += step
         cuda.syncthreads()
-        for tile in range(family, tiles, grid.families):
+        tile = family
+        while tile < tiles:
             apply_gradient(x, dy, residual, weights, a, b, dx, dz, 0, tile, shape, grid, memory)
+            tile += grid.families
 
     found = (normalize, train, infer, input_gradient, backward, finish, freeze, spread_gradient)
     return {f.__name__: f for f in found} | {

@@ -1,11 +1,12 @@
 """How a step's work is cut into tasks, and how a task finds its elements; integers only.
 
 The cuts depend on the shape alone. So the sums are the same to the last bit, whichever block computes them. extent: R0,
-K0, R1, K1; grid: has the steps (blocks.py).
+K0, R1, K1; grid: has the steps and the counts (blocks.py).
 """
 
 from collections import namedtuple
 
+from nbbn.kernels.cuda.memory import divide
 from nbbn.kernels.cuda.target import device
 
 # What one task covers.
@@ -13,18 +14,11 @@ Bounds = namedtuple("Bounds", "chunk k0 r0_begin r0_end r1_begin r1_end k1_begin
 
 
 @device
-def chunks_and_tiles(extent, grid):
-    """Chunks cut R0 x R1: partial sums of one statistic. Tiles cut K0 x K1: statistics."""
-    r0, k0, r1, k1 = extent
-    return -(-r0 // grid.r0_step) * -(-r1 // grid.r1_step), k0 * -(-k1 // grid.k1_step)
-
-
-@device
 def bounds_of(chunk, tile, extent, grid):
     """The Bounds of one task."""
     r0s, _, r1s, k1s = extent
-    row, column = divmod(chunk, -(-r1s // grid.r1_step))
-    k0, k1_tile = divmod(tile, -(-k1s // grid.k1_step))
+    row, column = divide(chunk, grid.r1_pieces)
+    k0, k1_tile = divide(tile, grid.k1_pieces)
     r0, r1, k1 = row * grid.r0_step, column * grid.r1_step, k1_tile * grid.k1_step
     r0_end, r1_end, k1_end = min(r0s, r0 + grid.r0_step), min(r1s, r1 + grid.r1_step), min(k1s, k1 + grid.k1_step)
     return Bounds(chunk, k0, r0, r0_end, r1, r1_end, k1, k1_end)

@@ -8,7 +8,7 @@ from typing import Any
 
 from nbbn.arrays import Array
 from nbbn.call.operands import as_input
-from nbbn.core.options import UNCLIPPED
+from nbbn.core.options import Numbers
 from nbbn.layer.layer import BatchNormalization as BatchNormalizationV2
 from nbbn.runtime import StateLock
 from nbbn.state.variables import PARTS, Variables
@@ -70,18 +70,20 @@ class BatchNormalization(BatchNormalizationV2):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts without recorded updates: those belong to this layer's variables."""
-        return {**self.__dict__, "_updates": []}
+        return {**super().__getstate__(), "_updates": []}
 
-    def _update(self, variables: Variables, new_state: Array, saved: Array, inputs: Any) -> None:
+    def _update(
+        self, variables: Variables, new_state: Array, saved: Array, inputs: Any, numbers: Numbers | None
+    ) -> None:
         """Record the updates. What they do with the batch's moments depends on the statistics when they are run."""
         if not self.trainable:
             return
         rank, dtype = variables.shapes.rank, self.options.dtype or as_input(inputs).dtype
 
         def keep(part: str) -> None:
-            with variables.lock:  # the clips change no statistic
+            with variables.lock:
                 state, _, _ = self._dispatcher.finish(
-                    saved, variables.params, variables.state, rank=rank, dtype=dtype, clips=UNCLIPPED
+                    saved, variables.params, variables.state, rank=rank, dtype=dtype, numbers=numbers
                 )
                 variables.keep_part(state, part)
 

@@ -1,0 +1,49 @@
+"""The numbers of a training step, which may be values of the program: momenta, and the bounds of r and d."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nbbn.core.options import Numbers
+from nbbn.engine.dispatcher import Dispatcher
+from nbbn.jax.crossing import FLOAT64, as_pairs, pairs
+from nbbn.kernels import channel
+
+_PLACES = {
+    "momentum": channel.MOMENTUM,
+    "renorm_momentum": channel.RENORM_MOMENTUM,
+    "rmin": channel.RMIN,
+    "rmax": channel.RMAX,
+    "dmax": channel.DMAX,
+}
+
+
+def is_in_program(value: Any) -> bool:
+    """Whether a number is an array of JAX: its value cannot be looked at."""
+    return isinstance(value, jax.Array)
+
+
+def hyper_values(dispatcher: Dispatcher, rank: int, dtype: np.dtype, numbers: Mapping[str, Any]) -> list[Any]:
+    """What the middle stage reads, (8,). rank, dtype: of the input. numbers: of Numbers."""
+    varying = {name: value for name, value in numbers.items() if is_in_program(value)}
+    fixed = Numbers(0.0, 0.0)._replace(**{n: v for n, v in numbers.items() if n not in varying})
+    found: list[Any] = dispatcher.hyper(rank, dtype, fixed).tolist()
+    for name, value in varying.items():
+        found[_PLACES[name]] = value
+    if "momentum" in varying:
+        found[channel.BATCH_WEIGHT] = 1.0 - varying["momentum"]
+    return found
+
+
+def hyper(values: list[Any]) -> Any:
+    """The same as it crosses."""
+    if not any(map(is_in_program, values)):
+        return pairs(np.array(values))
+    with jax.enable_x64(True):
+        wide = [jax.lax.convert_element_type(v, FLOAT64) if is_in_program(v) else np.float64(v) for v in values]
+        if is_in_program(values[channel.MOMENTUM]):  # not rounded to the dtype of the momentum
+            wide[channel.BATCH_WEIGHT] = 1.0 - wide[channel.MOMENTUM]
+        return as_pairs(jnp.stack(wide))

@@ -1,0 +1,185 @@
+"""Which kernel a parallel step of a program calls: who may use the thread pool is decided in Python.
+
+Two things can come between. A signal's exception ends the function that is asked wherever it stands; so a
+KeyboardInterrupt is put off until the step is done. And Python answers no more once the process ends, while JAX waits
+for its programs then, with Python's lock in its hands; so from then on nobody is asked, and parallel steps fail. Not
+even the kernel could be called, as it takes that lock, too.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import os
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from time import sleep
+from typing import Any
+
+import jax
+from llvmlite import binding, ir
+from numba.core import cgutils
+
+from nbbn.jax.frame import INT32, INT64
+from nbbn.kernels.cpu.steps import compiled
+from nbbn.runtime import parallel_region, start_pool
+
+FAILED = "nbbn: a step of batch normalization could not be run: "
+NO_KERNEL, ENDS = FAILED + "its kernel could not be compiled", FAILED + "the process ends"
+_regions: dict[int, AbstractContextManager[bool]] = {}  # of the parallel steps that run now, by thread
+_kept: list[Any] = []  # what compiled code calls, as long as the process lives
+_ASKING, _CLOSED = range(2)
+_gate = (ctypes.c_int64 * 2)()  # how many steps may be asking Python now, or about to; whether none may begin to
+_NOTHING, _FAILED = 0, -1  # answers in the place of a kernel's address
+_GATE = "nbbn_jax_gate"
+_PYTHON = ("PyGILState_Ensure", "PyGILState_Release", "PyOS_InterruptOccurred", "PyErr_SetInterrupt")
+_LOCKED, _UNLOCK, _TAKE_INTERRUPT, _GIVE_INTERRUPT = (f"nbbn_{name}" for name in _PYTHON)
+
+
+def _pointer(function: Any) -> int:
+    found = ctypes.cast(function, ctypes.c_void_p).value
+    assert found is not None
+    return found
+
+
+binding.add_symbol(_GATE, ctypes.addressof(_gate))
+for _name in _PYTHON:
+    binding.add_symbol(f"nbbn_{_name}", _pointer(getattr(ctypes.pythonapi, _name)))
+
+
+# -- what Python answers -----------------------------------------------------------------------------------------------
+
+
+def add_policy(name: str, variant: tuple[Any, ...], address_of: Callable[[Any], int]) -> None:
+    """Let the handler `name` ask, and say when it is done.
+
+    Args:
+        variant: what compiled() is asked for.
+        address_of: where the native function of a kernel begins.
+    """
+
+    def enter(elements: int, answer: int) -> None:
+        """Write the address of the kernel to be called, or _FAILED. An exception cannot go on from here."""
+        thread, place = threading.get_ident(), ctypes.c_int64.from_address(answer)
+        try:
+            region = parallel_region(elements) if _pool_serves_this_thread() else nullcontext(False)
+            granted = region.__enter__()
+            found = address_of(compiled(*variant[:3], granted, *variant[4:]))
+            # Nothing can come between these two. A region that never gets here is left when it is forgotten.
+            _regions[thread] = region
+            place.value = found
+        except KeyboardInterrupt:
+            return  # to be asked again
+        except Exception:
+            place.value = _FAILED
+
+    def leave(answer: int) -> None:
+        """Write _NOTHING once all is done; asked again until then."""
+        with contextlib.suppress(KeyboardInterrupt):
+            _leave_region()
+            ctypes.c_int64.from_address(answer).value = _NOTHING
+
+    callbacks = (
+        ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(enter),
+        ctypes.CFUNCTYPE(None, ctypes.c_int64)(leave),
+    )
+    _kept.extend(callbacks)
+    for what, callback in zip(("enter", "leave"), callbacks, strict=True):
+        binding.add_symbol(f"{name}_{what}", _pointer(callback))
+
+
+def _leave_region() -> None:
+    region = _regions.get(threading.get_ident())
+    if region is not None:
+        region.__exit__(None, None, None)
+        del _regions[threading.get_ident()]
+
+
+def _pool_serves_this_thread() -> bool:
+    """Whether a program may use the pool from here. workqueue aborts the process where two threads enter it, and one of
+    XLA's runs beside Python's, which may be in a kernel of somebody else's."""
+    return start_pool() != "workqueue" or threading.get_ident() == threading.main_thread().ident
+
+
+# -- when it is asked --------------------------------------------------------------------------------------------------
+
+
+def _close() -> None:
+    """Wait for what somebody may still want, let no step ask any more, and wait for those that have."""
+    if not _kept:  # no step is parallel, and maybe JAX has not even been started
+        return
+    for array in jax.live_arrays():
+        with contextlib.suppress(Exception):  # of a program that failed
+            array.block_until_ready()
+    _gate[_CLOSED] = 1
+    while _gate[_ASKING]:
+        sleep(0.001)
+
+
+def _forget_others() -> None:
+    """In a forked child, which has no other threads: what they were about to do never ends there."""
+    _gate[_ASKING] = 0
+    if _kept:
+        atexit.unregister(_close)
+
+
+atexit.register(_close)  # before JAX's own, which has been registered earlier
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_others)
+
+
+def emit_choice(
+    builder: Any, name: str, elements: Any, call: Callable[[Any], None], fail: Callable[[str], None]
+) -> None:
+    """Code that calls the kernel that Python chooses.
+
+    Args:
+        elements: how many the step goes over.
+        call: emits the call of a kernel, of which it gets the address. fail: emits that the step fails, and why.
+    """
+    answer, late = cgutils.alloca_once_value(builder, INT64(_NOTHING)), cgutils.alloca_once_value(builder, INT32(0))
+    place = builder.ptrtoint(answer, INT64)
+    gate = cgutils.add_global_variable(builder.module, ir.ArrayType(INT64, 2), _GATE)
+    asking, closed = (builder.gep(gate, [INT64(0), INT64(i)]) for i in (_ASKING, _CLOSED))
+
+    def ask(what: str, *arguments: Any, until: Any) -> None:
+        """until: whether it has been done. A signal that comes just then may end it early, but hardly three times."""
+        with builder.if_then(builder.not_(until())):
+            _emit_uninterrupted(builder, f"{name}_{what}", (*arguments, place), late)
+            for _ in range(2):
+                with builder.if_then(builder.not_(until())):
+                    builder.store(INT32(1), late)
+                    _call(builder, f"{name}_{what}", ir.VoidType(), *arguments, place)
+
+    def is_answer(code: int) -> Any:
+        return builder.icmp_signed("==", builder.load(answer), INT64(code))
+
+    builder.atomic_rmw("add", asking, INT64(1), "seq_cst")
+    is_closed = builder.icmp_signed("!=", builder.load_atomic(closed, "seq_cst", 8), INT64(0))
+    with builder.if_else(is_closed) as (then, otherwise):
+        with then:
+            fail(ENDS)
+        with otherwise:
+            ask("enter", elements, until=lambda: builder.not_(is_answer(_NOTHING)))
+            with builder.if_else(builder.or_(is_answer(_FAILED), is_answer(_NOTHING))) as (none, some):
+                with none:
+                    fail(NO_KERNEL)
+                with some:
+                    call(builder.load(answer))
+                    ask("leave", until=lambda: is_answer(_NOTHING))
+    builder.atomic_rmw("sub", asking, INT64(1), "seq_cst")
+    with builder.if_then(builder.icmp_signed("!=", builder.load(late), INT32(0))):
+        _call(builder, _GIVE_INTERRUPT, ir.VoidType())
+
+
+def _emit_uninterrupted(builder: Any, symbol: str, arguments: tuple[Any, ...], late: Any) -> None:
+    """A call of a Python function, before which an interrupt that has come is taken away. late: where this is noted."""
+    lock = _call(builder, _LOCKED, INT32)
+    builder.store(builder.or_(builder.load(late), _call(builder, _TAKE_INTERRUPT, INT32)), late)
+    _call(builder, symbol, ir.VoidType(), *arguments)
+    _call(builder, _UNLOCK, ir.VoidType(), lock)
+
+
+def _call(builder: Any, symbol: str, result: Any, *arguments: Any) -> Any:
+    kind = ir.FunctionType(result, [a.type for a in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, symbol), arguments)

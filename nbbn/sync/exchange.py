@@ -1,0 +1,122 @@
+"""The messages of one layer: what is gathered for a training call, and for its pullback."""
+
+import itertools
+from typing import Any, NoReturn
+
+import numpy as np
+
+from nbbn.engine.cpu.moments import add_sums, merge_moments
+from nbbn.kernels.channel import MOMENT_ROWS
+from nbbn.runtime import StateLock
+from nbbn.sync.group import Group, SyncError
+from nbbn.sync.header import Header, check
+
+# How many numbers go with the header. So every first message is as long as any other, whatever call of whatever layer
+# it is of; what does not fit follows when the headers have been compared. 8 KB take no longer than the header alone.
+FIRST = 1024
+
+
+class Turns:
+    """What the layers of a group have in common: a number for each, and a lock for those that share its messages."""
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.numbers, self.lock = group, itertools.count(), StateLock()
+
+
+# By the id of the group, which need not be hashable. It is kept, so that no other one ever has its id.
+_turns: dict[int, Turns] = {}
+
+
+class Exchange:
+    """What one layer sends to its group. calls: how many training calls all ranks have finished.
+
+    lock: held from a call's first message to its end. turns: given for what is no layer: it sends by the group itself,
+    and has no number among the layers.
+    """
+
+    def __init__(self, group: Group, turns: Turns | None = None) -> None:
+        self.group, self.calls = group, 0
+        self._channel: Any = group.duplicate() if turns is None and hasattr(group, "duplicate") else group
+        turns = turns or _turns.setdefault(id(group), Turns(group))
+        self._layer, self.lock = next(turns.numbers), turns.lock if self._channel is group else StateLock()
+        self._broken: str | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Lost, ()
+
+    def moments(self, header: Header, own: np.ndarray | None, cause: Exception | None = None) -> np.ndarray:
+        """The moments (4, groups * C) of all ranks, of one's own; None where this rank cannot take part, for a cause.
+
+        Raises: SyncError if one of them cannot, if they do not make the same call, or if the group fails.
+        """
+        return merge_moments(self._gather(header, own, MOMENT_ROWS, cause))
+
+    def sums(self, header: Header, own: np.ndarray | None, cause: Exception | None = None) -> np.ndarray:
+        """The sums (R, groups * C) of the gradient of all ranks. Raises: as moments()."""
+        return add_sums(self._gather(header, own, MOMENT_ROWS if own is None else len(own), cause))
+
+    def _gather(self, header: Header, own: np.ndarray | None, rows: int, cause: Exception | None) -> np.ndarray:
+        """(size, rows, S)."""
+        fields = np.array(header._replace(layer=self._layer, status=float(own is None)), np.float64)
+        numbers = np.zeros(0) if own is None else own.ravel()
+        try:
+            if self._broken is not None:
+                raise SyncError(f"an earlier call of this layer has lost the other ranks: {self._broken}")
+            first = self._all_gather(np.concatenate([fields, _padded(numbers[:FIRST], FIRST)]))
+            statistics = check(first[:, : fields.size]) * int(header.channels)
+            size = rows * statistics
+            found = first[:, fields.size : fields.size + size]
+            if size > FIRST:
+                rest = self._all_gather(_padded(numbers[FIRST:], size - FIRST))
+                found = np.concatenate([found, rest], axis=1)
+        except SyncError as error:
+            if cause is None:
+                raise  # it may have a cause of its own
+            raise error from cause
+        except BaseException as error:  # nobody knows what the others have got of this message
+            self._broken = repr(error)
+            raise
+        return found.reshape(len(found), rows, statistics)
+
+    def _all_gather(self, values: np.ndarray) -> np.ndarray:
+        """Raises: SyncError if the group fails, or returns something else than it must."""
+        rank, size = self.group.rank, self.group.size
+        try:
+            found = np.asarray(self._channel.all_gather(values))
+            if found.dtype != np.float64 or found.shape != (size, values.size):
+                raise SyncError(
+                    f"all_gather() must return shape {(size, values.size)} and dtype float64; received "
+                    f"{found.shape} and {found.dtype.name}"
+                )
+            if found[rank].tobytes() != values.tobytes():
+                raise SyncError(f"all_gather() must return what rank {rank} sent in row {rank}, which has other values")
+        except SyncError as error:
+            self._broken = str(error)
+            raise
+        except Exception as error:
+            self._broken = f"all_gather() has failed: {error!r}"
+            raise SyncError(self._broken) from error
+        return found
+
+
+class Lost:
+    """The exchange of a copied layer: a group does not travel, and a layer without one would be another one."""
+
+    lock = StateLock()
+    group, calls = None, 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Lost, ()
+
+    def moments(self, header: Header, own: np.ndarray | None, cause: Exception | None = None) -> NoReturn:
+        message = "a copy of a layer has no group: set its attribute `group`, to None for a layer by itself"
+        raise SyncError(message) from cause
+
+    sums = moments
+
+
+def _padded(numbers: np.ndarray, size: int) -> np.ndarray:
+    """With zeros at their end: an empty virtual batch does not know how many the others have."""
+    found = np.zeros(size)
+    found[: numbers.size] = numbers
+    return found

@@ -1,0 +1,167 @@
+"""The layer whose batch is those of all ranks of a group together."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from nbbn.call.gradients import Gradients, Pullback, Record
+from nbbn.call.step import TrainingStep
+from nbbn.engine.dispatcher import Dispatcher
+from nbbn.layer.layer import BatchNormalization
+from nbbn.sync.exchange import Exchange, Lost
+from nbbn.sync.group import Group, check_group
+from nbbn.sync.header import BACKWARD, LATER, NEVER, NOW, NUMBERS, Header, checksum, dtype_number
+
+Half = TypeVar("Half")
+
+
+class SyncBatchNormalization(BatchNormalization):
+    """BatchNormalization with the statistics of all ranks of a group: of processes, or of threads.
+
+    A training call is one of all ranks, and so is each pullback: every rank makes as many calls of a layer, in the same
+    order. All get the same moving statistics, to the bit, if they had the same before. Every value counts the same, on
+    whatever rank it is. A rank without data takes part with an empty batch, `layer(x[:0], training=True)`. Inference,
+    and a layer that is not trainable, do without the others.
+
+    The gradient of the input is that of the sum of all ranks' losses; the gradients of gamma and beta are of this
+    rank's own batch, to be added up over the ranks, as optimizers do with those of all other weights.
+
+    In a virtual batch, group g of all ranks is one group: all have as many groups, which makes it one layer of
+    `virtual_batch_size` times the number of ranks. An adjustment is called on each rank for its own input.
+
+    Args:
+        group: what nbbn.sync.mpi(), .torch() or .threads() returns, or any object like it, see nbbn.sync.Group. Layers
+            of a group are made in the same order on all ranks. None: this process alone. May be set as an attribute. A
+            copy of a layer, by pickle or deepcopy, has lost its group: a training call raises SyncError until it is
+            set. Configs and files have none: from_config() and load() take it as an argument, or make a plain layer.
+        fused: False or None, as in Keras: the moving variance is the biased one unless bessel_correction is True.
+        synchronized: Keras's, of which this is the layer: True or None.
+        All other arguments are those of BatchNormalization.
+
+    Raises: ValueError for fused=True, synchronized=False; in a training call or a pullback SyncError, on all ranks, if
+        one of them gets bad input, if they do not make the same call (another number of channels, dtype, epsilon,
+        momentum, …), or if one does not come. The layers are then as they were, and, unless ranks are lost, the next
+        call works.
+    """
+
+    _AUTO_NAME = "sync_batch_normalization"
+    _SYNCHRONIZED = True
+
+    def __init__(self, *args: Any, group: Group | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.options.fused:
+            raise ValueError("fused must be False or None: no fused kernel synchronizes; received True")
+        self._dispatcher = Dispatcher(replace(self.options, fused=False))
+        self._exchange: Exchange | Lost | None = None
+        self.group = group
+
+    @property
+    def _in_halves(self) -> bool:
+        return self._exchange is not None
+
+    @property
+    def _left_out(self) -> list[str]:
+        return [*super()._left_out, *(["group"] if self._exchange is not None else [])]
+
+    @property
+    def group(self) -> Group | None:
+        """Whose statistics are shared; None: nobody's."""
+        return None if self._exchange is None else self._exchange.group
+
+    @group.setter
+    def group(self, group: Group | None) -> None:
+        if group is None:
+            self._exchange = None
+            return
+        check_group(group)
+        self._exchange = Exchange(group)
+
+    def _forward(
+        self, inputs: Any, training: bool | None, mask: Any, update: bool, out: Any, residual: Any, keep: bool
+    ) -> tuple[Any, Record | None]:
+        exchange = self._exchange
+        if exchange is None or not self._uses_batch(training):
+            return super()._forward(inputs, training, mask, update, out, residual, keep)
+        with exchange.lock:
+            before = self._variables
+            step, cause = _first_half(lambda: TrainingStep(self, inputs, mask, update, out, residual, keep))
+            try:
+                moments = self._all_moments(exchange, step, None if step is None else step.moments, cause)
+            except BaseException:
+                if before is None:  # it has built the layer for an input that need not be like those of the next call
+                    self._variables = None
+                raise
+            assert step is not None  # or the line above has raised
+            y = step.complete(moments)
+            exchange.calls = step.call  # a rank that cannot complete is left behind, and all will be told so
+            return y, step.record
+
+    def _gradients(self, record: Record, dy: Any, out: Any) -> Gradients:
+        exchange = self._exchange
+        if exchange is None or not record.training:
+            return super()._gradients(record, dy, out)
+        pullback, cause = _first_half(lambda: Pullback(self._dispatcher, record, dy, out))
+        sums = self._all_sums(exchange, record, None if pullback is None else pullback.sums, cause)
+        assert pullback is not None  # as above
+        return pullback.finish(sums, self.scale, self.center)
+
+    def _shared_moments(self, step: TrainingStep, own: np.ndarray) -> np.ndarray:
+        exchange = self._exchange
+        if exchange is None:
+            return own
+        with exchange.lock:
+            moments = self._all_moments(exchange, step, own)
+            exchange.calls = step.call
+            return moments
+
+    def _shared_sums(self, record: Record, own: np.ndarray) -> np.ndarray:
+        return own if self._exchange is None else self._all_sums(self._exchange, record, own)
+
+    def _all_moments(
+        self,
+        exchange: Exchange | Lost,
+        step: TrainingStep | None,
+        own: np.ndarray | None,
+        cause: Exception | None = None,
+    ) -> np.ndarray:
+        """Those of all ranks. own: None where this one cannot take part, because of `cause`. The lock is held."""
+        call, header = exchange.calls + 1, Header()
+        if step is not None:
+            step.call, header = call, self._header(step, exchange)
+        return exchange.moments(header._replace(call=call), own, cause)
+
+    def _all_sums(
+        self, exchange: Exchange | Lost, record: Record, own: np.ndarray | None, cause: Exception | None = None
+    ) -> np.ndarray:
+        """The sums of the gradient, likewise."""
+        with exchange.lock:
+            return exchange.sums(self._header_of(record.x)._replace(stage=BACKWARD, call=record.call), own, cause)
+
+    def _header_of(self, x: Any) -> Header:
+        lay = self._dispatcher.layout(x.shape, training=True)
+        return Header(dtype=dtype_number(x.dtype), groups=lay.groups, channels=lay.channels)
+
+    def _header(self, step: TrainingStep, exchange: Exchange | Lost) -> Header:
+        o, (x, _, operands, _, numbers, variables) = self.options, step.prepared
+        hyper = self._dispatcher.hyper(x.ndim, x.dtype, numbers)[: len(NUMBERS)]
+        state = variables.on_host().state.tobytes() if exchange.calls == 0 else b""
+        return self._header_of(x)._replace(
+            update=NEVER if not step.updates else NOW if self._collector is None else LATER,
+            **dict(zip(NUMBERS, hyper, strict=True)),
+            options=checksum(
+                *(o.axis, x.ndim, o.renorm, o.activation, operands.adjusted),
+                *(o.virtual_batch_size, o.ragged, o.virtual_batch_order),
+                *(o.momentum is None, o.debias, o.skip_nonfinite),
+            ),
+            state=checksum(state),
+        )
+
+
+def _first_half(start: Callable[[], Half]) -> tuple[Half | None, Exception | None]:
+    """What a rank does by itself, or why it cannot: the others wait for a message either way."""
+    try:
+        return start(), None
+    except Exception as cause:
+        return None, cause

@@ -1,0 +1,1 @@
+"""nbbn against the frameworks that models are trained in, live."""

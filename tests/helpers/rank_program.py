@@ -1,0 +1,117 @@
+"""One rank of a test over MPI or torch.distributed: python -m tests.helpers.rank_program TRANSPORT WHAT."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+
+import nbbn
+from nbbn.sync import SyncError
+from tests.helpers.ranks import (
+    X,
+    a_rank_that_does_not_come,
+    check_every_case,
+    check_every_failure,
+    make,
+    refused,
+    works,
+)
+
+LIMIT = 60  # seconds that ranks wait for each other in calls that are to succeed
+
+
+class Mpi:
+    def __init__(self):
+        from mpi4py import MPI
+
+        self.world = MPI.COMM_WORLD
+        self.rank, self.size = self.world.rank, self.world.size
+
+    def group(self, n, timeout):
+        """Of the first n ranks; None for the others."""
+        comm = self.world.Split(int(self.rank < n), self.rank)
+        return nbbn.sync.mpi(None if n == self.size else comm, timeout) if self.rank < n else None
+
+    def end(self):
+        pass  # mpi4py does
+
+
+class Gloo:
+    def __init__(self):
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        self._dist = dist
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def group(self, n, timeout):
+        made = self._dist.new_group(list(range(n)))
+        return nbbn.sync.torch(None if n == self.size else made, timeout) if self.rank < n else None
+
+    def end(self):
+        self._dist.destroy_process_group()
+
+
+def everything(transport):
+    """All options and all failures, on all ranks, and on ever fewer of them. Returns: the digests of the states."""
+    found = {}
+    sizes = range(transport.size, 1, -1)
+    groups = {n: [transport.group(n, timeout) for timeout in (LIMIT, 1.0, 1.0)] for n in sizes}
+    for n, (group, *impatient) in groups.items():
+        if group is not None:
+            found |= {f"{n}, {name}, {kind}": digest for (name, kind), digest in check_every_case(group).items()}
+            check_every_failure(group)
+            a_rank_that_does_not_come(group, impatient)
+    return found
+
+
+def late(transport):
+    """One rank comes when the others have given up: it may find what they had sent. Then a new layer works, and the
+    processes end."""
+    group, *impatient = (transport.group(transport.size, timeout) for timeout in (LIMIT, 1.0, 1.0))
+    for later in (False, True):
+        layer = make(impatient[later])
+        if later:
+            works(group, layer)
+        if group.rank == 0:
+            time.sleep(2.5)
+        outcomes = []
+        for _ in range(2):
+            try:
+                layer(X[group.rank], training=True)
+                outcomes.append("done")
+            except SyncError:
+                outcomes.append("SyncError")
+        assert outcomes[1] == "SyncError"
+        assert group.rank == 0 or outcomes[0] == "SyncError"
+        group.all_gather(np.zeros(1))
+    works(group, make(group))
+    return outcomes
+
+
+def killed(transport):
+    """The last rank dies in the middle."""
+    group = transport.group(transport.size, 10.0)
+    layer = make(group)
+    works(group, layer)
+    if group.rank == group.size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    error = refused(layer, lambda: layer(X[group.rank], training=True), "did not come together")
+    assert error.__cause__ is not None
+    assert time.monotonic() - start < 30
+    layer.group = None
+    layer(X[group.rank], training=True)
+    print("survived", flush=True)
+    os._exit(0)  # without goodbyes to those that are gone
+
+
+if __name__ == "__main__":
+    transport = {"mpi": Mpi, "gloo": Gloo}[sys.argv[1]]()
+    result = {"everything": everything, "late": late, "killed": killed}[sys.argv[2]](transport)
+    if transport.rank == 0:
+        print(json.dumps(result), flush=True)
+    transport.end()

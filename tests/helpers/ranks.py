@@ -1,0 +1,500 @@
+"""What every transport must get right: calls of all ranks against one layer on the whole batch, and every failure.
+
+All functions here are those of one rank, `group` is its view of the group. They run in threads and in processes alike:
+what ranks tell each other about a test goes by the group, too.
+"""
+
+import contextlib
+import hashlib
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import nbbn
+from nbbn.sync import SyncError
+from tests.helpers.concurrency import in_threads
+from tests.oracle.reference import Reference
+
+# -- ranks that are threads -------------------------------------------------------------------------------------------
+
+
+PATIENCE = 20  # seconds: more than any of these takes, less than the 60 after which a thread counts as hanging
+
+
+def threads(n):
+    return nbbn.sync.threads(n, timeout=PATIENCE)
+
+
+class Silent:
+    """A group that nobody may ask for anything."""
+
+    rank, size = 0, 2
+
+    def all_gather(self, values):
+        raise AssertionError("a message")
+
+
+def on_ranks(groups, function, *arguments):
+    """What function(group, *arguments) returned on each rank. An error of one rank leaves the others waiting, which
+    then raise SyncError: so the first other error is raised."""
+    found, errors = [None] * len(groups), [None] * len(groups)
+
+    def run(rank):
+        try:
+            found[rank] = function(groups[rank], *arguments)
+        except BaseException as error:
+            errors[rank] = error
+
+    in_threads([lambda rank=rank: run(rank) for rank in range(len(groups))])
+    raised = [error for error in errors if error is not None]
+    for error in [*(e for e in raised if not isinstance(e, SyncError)), *raised]:
+        raise error
+    return found
+
+
+class Plain:
+    """A group with nothing but what it must have."""
+
+    def __init__(self, group):
+        self.rank, self.size, self._group = group.rank, group.size, group
+
+    def all_gather(self, values):
+        return self._group.all_gather(values)
+
+
+# -- against one layer ------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """options: of the layer. sample: the shape of one. mask: "bool", "weights" or None."""
+
+    options: dict[str, Any]
+    sample: tuple[int, ...] = (5,)
+    mask: str | None = None
+    residual: bool = False
+    adjusted: bool = False
+
+    @property
+    def virtual(self):
+        return self.options.get("virtual_batch_size")
+
+
+CLIPS = {"rmin": 0.5, "rmax": lambda: 1.5, "dmax": 0.4}
+CASES = {
+    "plain": Case({}),
+    "bessel": Case({"bessel_correction": True}),
+    "renorm": Case({"renorm": True, "renorm_clipping": CLIPS, "renorm_momentum": 0.6}),
+    "cumulative": Case({"momentum": None}),
+    "mask": Case({}, mask="bool"),
+    "weights": Case({"bessel_correction": True}, mask="weights"),
+    "adjustment": Case({}, adjusted=True),
+    "adjustment, renorm and weights": Case({"renorm": True}, mask="weights", adjusted=True),
+    "residual and relu": Case({"activation": "relu"}, residual=True),
+    "virtual batch": Case({"virtual_batch_size": 2, "bessel_correction": True}),
+    "virtual batch, renorm and mask": Case({"virtual_batch_size": 2, "renorm": True}, mask="bool"),
+    "no parameters": Case({"scale": False, "center": False}),
+    "axis 1": Case({"axis": 1}, (3, 2, 2)),
+    "axis 1, mask": Case({"axis": 1}, (3, 2, 2), mask="bool"),
+    "several axes": Case({"axis": [1, 3]}, (3, 2, 2)),
+}
+LENGTHS = {
+    "even": {2: [6, 6], 3: [4, 4, 4], 4: [3, 3, 3, 3]},
+    "uneven": {2: [9, 3], 3: [7, 1, 4], 4: [1, 5, 2, 4]},
+    "empty": {2: [0, 12], 3: [5, 0, 7], 4: [0, 6, 0, 6]},
+}
+# All ranks with data have as many virtual batches.
+GHOSTS = {
+    "even": {2: [4, 4], 3: [4, 4, 4], 4: [4, 4, 4, 4]},
+    "uneven": {2: [4, 4], 3: [0, 0, 4], 4: [4, 0, 0, 0]},
+    "empty": {2: [0, 4], 3: [4, 0, 4], 4: [0, 4, 0, 4]},
+}
+
+
+class Batch:
+    """The arrays of one call on the whole batch."""
+
+    def __init__(self, case, count, seed, scale=3.0, mean=2.0):
+        rng = np.random.default_rng(seed)
+        shape = (count, *case.sample)
+        self.x, self.dy = rng.normal(mean, scale, shape), rng.normal(size=shape)
+        self.residual = rng.normal(size=shape) if case.residual else None
+        self.mask = {None: None, "bool": rng.random(count) > 0.3, "weights": rng.random(shape)}[case.mask]
+        self.a, self.b = rng.normal(size=(count, *(1,) * len(case.sample))), rng.normal(size=case.sample)
+
+    def part(self, name, part):
+        value = getattr(self, name)
+        return None if value is None else value[part]
+
+
+def same(found, expected, bound=1e-12):
+    np.testing.assert_allclose(found, expected, rtol=bound, atol=bound)
+
+
+def gathered(group, values):
+    """(size, n) float64: those of all ranks."""
+    return group.all_gather(np.ascontiguousarray(values, np.float64).ravel())
+
+
+def bits(layer):
+    return None if layer._variables is None else layer._variables.state.tobytes()
+
+
+def check_same_bits(group, layer):
+    """Fail unless all ranks have the same state. Returns: a digest of it."""
+    digest = hashlib.sha256(bits(layer)).digest()
+    found = group.all_gather(np.frombuffer(digest, np.uint32).astype(np.float64))
+    assert (found == found[0]).all()
+    return digest.hex()[:16]
+
+
+def start_values(case):
+    """gamma and beta (C,), with every kind of sign."""
+    count = case.sample[-1] if "axis" not in case.options else 3 if case.options["axis"] == 1 else 6
+    return np.linspace(-1.5, 2, count), np.linspace(1, -2, count)
+
+
+def check_case(group, case, lengths, bound=1e-12):
+    """Several steps of a layer whose ranks have `lengths` samples. Returns: a digest of the state."""
+    first = sum(lengths[: group.rank])
+    part, step = slice(first, first + lengths[group.rank]), {}
+    options = {"momentum": 0.7, **case.options}
+    whole_options = dict(options)
+    if case.virtual:
+        whole_options["virtual_batch_size"] = case.virtual * sum(n > 0 for n in lengths)
+    if case.adjusted:
+        options["adjustment"] = lambda shape: (step["batch"].a[part], step["batch"].b)
+        whole_options["adjustment"] = lambda shape: (step["batch"].a, step["batch"].b)
+    layer = nbbn.SyncBatchNormalization(**options, group=group)
+    layer.build((None, *case.sample), "float64")
+    whole = Reference(**whole_options, dtype="float64").build((sum(lengths), *case.sample))
+    for name, value in zip(("gamma", "beta"), start_values(case), strict=True):
+        setattr(whole, name, value.reshape(whole.parameter_shape))
+        if getattr(layer, name) is not None:
+            setattr(layer, name, value.reshape(whole.parameter_shape))
+    for seed, update in enumerate([True, False, True]):
+        batch = step["batch"] = Batch(case, sum(lengths), seed)
+        x, mask, residual = (batch.part(n, part) for n in ("x", "mask", "residual"))
+        y, pullback = layer.vjp(x, True, mask, update, residual=residual)
+        found = pullback(batch.dy[part])
+        result = whole(batch.x, True, batch.mask, update, batch.residual)
+        expected = result.gradients(batch.dy)
+        same(y, result.y[part], bound)
+        same(found.inputs, expected.inputs[part], bound)
+        for name in ("gamma", "beta"):
+            one, other = getattr(found, name), getattr(expected, name)
+            assert (one is None) == (other is None)
+            if one is not None:
+                same(gathered(group, one).sum(axis=0), other.ravel(), bound)
+        if case.residual:
+            same(found.residual, expected.residual[part], bound)
+        if case.adjusted:
+            same(found.adjustment[0], expected.adjustment[0][part], bound)
+            same(gathered(group, found.adjustment[1]).sum(axis=0), expected.adjustment[1].ravel(), bound)
+        for name in whole.weight_names:
+            same(getattr(layer, name), getattr(whole, name), bound)
+        digest = check_same_bits(group, layer)
+    y = layer(x)  # inference, by each rank alone
+    same(y, whole(batch.x).y[part], bound)
+    return digest
+
+
+def check_every_case(group):
+    """All options, of even, uneven and empty ranks. Returns: what the states are, for a comparison of transports."""
+    found = {}
+    for name, case in CASES.items():
+        for kind in LENGTHS:
+            lengths = (GHOSTS if case.virtual else LENGTHS)[kind][group.size]
+            found[name, kind] = check_case(group, case, lengths)
+    return found
+
+
+def everyone_is_empty(group, options, shape):
+    """At the first call, and later."""
+    full = np.random.default_rng(0).normal(size=(4, *[max(n, 2) for n in shape[1:]]))
+    layer = make(group, **options)
+    for _ in range(2):
+        y, pullback = layer.vjp(np.empty(shape), True)
+        found = pullback(np.empty(shape))
+        assert y.shape == found.inputs.shape == shape
+        np.testing.assert_array_equal(found.gamma, np.zeros_like(layer.gamma))
+    made = nbbn.BatchNormalization(**options)
+    made.build(shape, "float64")
+    assert bits(layer) == bits(made)
+    for _ in range(2):
+        y, pullback = layer.vjp(full, True)
+        assert np.isfinite(pullback(y).inputs).all()
+        before = bits(layer)
+        _, pullback = layer.vjp(np.empty(shape), True)
+        pullback(np.empty(shape))
+        assert bits(layer) == before != bits(made)
+        check_same_bits(group, layer)
+
+
+# -- failures: each of these runs on all ranks, and checks that its own rank gets the error ----------------------------
+
+X = np.random.default_rng(1).normal(2, 3, (4, 12, 5))  # of each rank
+DY = np.random.default_rng(2).normal(size=X.shape)
+
+
+def make(group, **options):
+    return nbbn.SyncBatchNormalization(**{"momentum": 0.5, "dtype": None, **options}, group=group)
+
+
+def refused(layer, call, message):
+    """The SyncError of call(), which has changed nothing."""
+    before = bits(layer)
+    with pytest.raises(SyncError, match=message) as found:
+        call()
+    assert bits(layer) == before
+    return found.value
+
+
+def works(group, layer):
+    """Fail unless the next call, and its pullback, are right, and all ranks have the same state then."""
+    x, dy = (a[: group.size].reshape(-1, 5) for a in (X, DY))
+    y, pullback = layer.vjp(X[group.rank], True)
+    whole = Reference(epsilon=layer.epsilon).build(x.shape)(x, True, update_statistics=False)
+    part = slice(12 * group.rank, 12 * group.rank + 12)
+    same(y, whole.y[part])
+    same(pullback(DY[group.rank]).inputs, whole.gradients(dy).inputs[part])
+    check_same_bits(group, layer)
+
+
+def each_rank(group, values):
+    """The i-th value on rank i, the last one on all that follow."""
+    return values[min(group.rank, len(values) - 1)]
+
+
+# What the layers are made with, or called with, on rank 0 and on all others; and what the error says.
+UNLIKE_LAYERS = {
+    "epsilon": ([{"epsilon": 1e-3}, {"epsilon": 1e-5}], r"epsilon \(rank 0: 0.001, rank 1: 1e-05"),
+    "nearly epsilon": (
+        [{"epsilon": 0.1}, {"epsilon": 0.1 + 1e-16}],
+        r"epsilon \(rank 0: 0.1, rank 1: 0.1000000000000001",
+    ),
+    "momentum": ([{"momentum": 0.9}, {"momentum": 0.5}], r"momentum \(rank 0: 0.9, rank 1: 0.5"),
+    "cumulative": ([{"momentum": None}, {"momentum": 0.5}], "momentum .*checksum"),
+    "bessel": ([{"bessel_correction": True}, {}], r"bessel_correction \(rank 0: 1, rank 1: 0"),
+    "renorm": ([{"renorm": True}, {}], "renorm"),
+    "renorm_momentum": (
+        [{"renorm": True}, {"renorm": True, "renorm_momentum": 0.5}],
+        r"renorm_momentum \(rank 0: 0.99",
+    ),
+    "clips": (
+        [{"renorm": True, "renorm_clipping": {"rmax": 2.0}}, {"renorm": True, "renorm_clipping": {"rmax": 3.0}}],
+        r"rmax \(rank 0: 2, rank 1: 3",
+    ),
+    "a clip": (
+        [{"renorm": True, "renorm_clipping": {"dmax": 2.0}}, {"renorm": True}],
+        r"dmax \(rank 0: 2, rank 1: inf",
+    ),
+    "virtual_batch_size": ([{"virtual_batch_size": 2}, {"virtual_batch_size": 3}], "virtual batches .*: 6, rank 1: 4"),
+    "activation": ([{"activation": "relu"}, {}], "activation"),
+    "initial state": ([{"moving_mean_initializer": "ones"}, {}], "moving statistics before the first call"),
+}
+UNLIKE_CALLS = {
+    "channels": ({}, [lambda x: x, lambda x: x[:, :4]], r"channels \(rank 0: 5, rank 1: 4"),
+    "dtype": ({}, [lambda x: x, lambda x: x.astype(np.float32)], r"dtype \(rank 0: float64, rank 1: float32"),
+    "ghost groups": (
+        {"virtual_batch_size": 2},
+        [lambda x: x, lambda x: x[:8]],
+        r"virtual batches .*rank 0: 6, rank 1: 4",
+    ),
+}
+
+
+def unlike_layers(group, values, message):
+    layer = make(group, **each_rank(group, values))
+    for _ in range(2):  # it is not lost, but stays what it is
+        error = refused(layer, lambda: layer(X[group.rank], training=True), message)
+        assert "the ranks do not make the same call" in str(error)
+        assert not layer.built
+    works(group, make(group))
+
+
+def unlike_calls(group, options, changes, message):
+    """At the first call and at a later one, of one layer."""
+    layer = make(group, **options)
+    refused(layer, lambda: layer(each_rank(group, changes)(X[group.rank]), training=True), message)
+    for _ in range(2):
+        y = layer(X[group.rank], training=True)  # as it was: not built for anything else
+        assert y.shape == (12, 5)
+        check_same_bits(group, layer)
+    if "channels" not in message:  # which a built layer knows
+        refused(layer, lambda: layer(each_rank(group, changes)(X[group.rank]), training=True), message)
+        layer(X[group.rank], training=True)
+    check_same_bits(group, layer)
+
+
+def other_axis(group):
+    layer = make(group, axis=each_rank(group, [1, 2]))
+    x = X[group.rank].reshape(4, 3, 5)[:, :, :3]
+    refused(layer, lambda: layer(x, training=True), "axis, rank")
+    works(group, make(group))
+
+
+def other_update(group):
+    layer = make(group)
+    update = each_rank(group, [True, False])
+    call = lambda: layer(X[group.rank], training=True, update_statistics=update)  # noqa: E731
+    refused(layer, call, r"update_statistics \(rank 0: True, rank 1: False")
+    works(group, layer)
+    refused(layer, call, r"update_statistics \(rank 0: True, rank 1: False")
+    works(group, layer)
+
+
+def accumulating(group):
+    """One rank updates at once, the others at the end."""
+    layer = make(group)
+    works(group, layer)
+    call = lambda: layer(X[group.rank], training=True)  # noqa: E731
+    context = nbbn.accumulate(layer) if group.rank else contextlib.nullcontext()
+    with context:
+        refused(layer, call, r"update_statistics \(rank 0: True, rank 1: after accumulate\(\)")
+    works(group, layer)
+
+
+def forward_meets_pullback(group):
+    layer = make(group)
+    _, pullback = layer.vjp(X[group.rank], True)
+    call = each_rank(group, [lambda: layer(X[group.rank], training=True), lambda: pullback(DY[group.rank])])
+    refused(layer, call, r"stage \(rank 0: a training call, rank 1: a pullback")
+    works(group, layer)
+    pullback(DY[group.rank])  # it is still there, for all
+
+
+def pullbacks_in_another_order(group):
+    layer = make(group)
+    pullbacks = [layer.vjp(X[group.rank] + i, True)[1] for i in range(2)]
+    one, other = each_rank(group, [pullbacks, pullbacks[::-1]])
+    for pullback, numbers in ((one, "0: 1, rank 1: 2"), (other, "0: 2, rank 1: 1")):
+        refused(layer, lambda p=pullback: p(DY[group.rank]), rf"which call of the layer it is \(rank {numbers}")
+    for pullback in pullbacks:
+        pullback(DY[group.rank])
+    works(group, layer)
+
+
+def raising(shape):
+    raise RuntimeError("an adjustment that fails")
+
+
+# What the last rank does wrong: its call, and the error that it gets as the cause.
+BAD_CALLS = {
+    "rank": (lambda layer, x: layer(x[0, 0], training=True), ValueError),
+    "dtype": (lambda layer, x: layer(x.astype(np.complex128), training=True), TypeError),
+    "no array": (lambda layer, x: layer("x", training=True), TypeError),
+    "mask": (lambda layer, x: layer(x, training=True, mask=np.ones(7, bool)), ValueError),
+    "negative weights": (lambda layer, x: layer(x, training=True, mask=-np.ones(12)), ValueError),
+    "update_statistics": (lambda layer, x: layer(x, training=True, update_statistics="no"), TypeError),
+    "residual": (lambda layer, x: layer(x, training=True, residual=x[:3]), ValueError),
+    "out": (lambda layer, x: layer(x, training=True, out=x[:3]), ValueError),
+    "out of vjp": (lambda layer, x: layer.vjp(x, training=True, out=x), ValueError),
+}
+LATER_BAD_CALLS = {
+    "shape": (lambda layer, x: layer(x[:, :4], training=True), ValueError),
+    "dimensions": (lambda layer, x: layer(x[None], training=True), ValueError),
+}
+
+
+def bad_call(group, call, kind, later):
+    """One rank gets bad input, at the first call or at a later one."""
+    layer, bad = make(group), group.size - 1
+    if later:
+        works(group, layer)
+    own = call if group.rank == bad else lambda layer, x: layer(x, training=True)
+    for _ in range(2):
+        error = refused(layer, lambda: own(layer, X[group.rank].copy()), f"rank {bad} could not take part")
+        assert layer.built == later
+        assert (isinstance(error.__cause__, kind)) if group.rank == bad else error.__cause__ is None
+    works(group, layer)
+
+
+def two_bad_calls(group):
+    layer = make(group)
+    x = X[group.rank] if group.rank == 0 else "x"
+    who = "rank 1" if group.size == 2 else f"the ranks {', '.join(map(str, range(1, group.size)))}"
+    refused(layer, lambda: layer(x, training=True), f"{who} could not take part")
+    works(group, layer)
+
+
+def bad_adjustment(group):
+    state = {"fails": True}
+
+    def adjustment(shape):
+        if state["fails"] and group.rank == 0:
+            raise RuntimeError("an adjustment that fails")
+        return np.ones(5), np.zeros(5)
+
+    layer = make(group, adjustment=adjustment)
+    for _ in range(2):
+        state["fails"] = True
+        error = refused(layer, lambda: layer(X[group.rank], training=True), "rank 0 could not take part")
+        assert (str(error.__cause__) == "an adjustment that fails") == (group.rank == 0)
+        state["fails"] = False
+        works(group, layer)
+
+
+def bad_virtual_batch(group):
+    layer = make(group, virtual_batch_size=4)
+    x = X[group.rank][: 5 if group.rank == 1 else 8]
+    for _ in range(2):
+        error = refused(layer, lambda: layer(x, training=True), "rank 1 could not take part")
+        assert ("virtual_batch_size=4 must divide" in str(error.__cause__)) == (group.rank == 1)
+        layer(X[group.rank], training=True)
+        check_same_bits(group, layer)
+
+
+def bad_gradient(group):
+    layer, bad = make(group), group.size - 1
+    for _ in range(2):
+        _, pullback = layer.vjp(X[group.rank], True)
+        for dy, kind in ((DY[group.rank][:3], ValueError), ("dy", TypeError), (None, TypeError)):
+            own = dy if group.rank == bad else DY[group.rank]
+            error = refused(layer, lambda p=pullback, dy=own: p(dy), f"rank {bad} could not take part")
+            assert (isinstance(error.__cause__, kind)) if group.rank == bad else error.__cause__ is None
+        pullback(DY[group.rank])
+        works(group, layer)
+
+
+FAILURES = {f"unlike {n}": (unlike_layers, *v) for n, v in UNLIKE_LAYERS.items()}
+FAILURES |= {f"unlike {n} in a call": (unlike_calls, *v) for n, v in UNLIKE_CALLS.items()}
+FAILURES |= {f"bad {n}": (bad_call, *v, False) for n, v in BAD_CALLS.items()}
+FAILURES |= {f"bad {n} later": (bad_call, *v, True) for n, v in (BAD_CALLS | LATER_BAD_CALLS).items()}
+FAILURES |= {
+    f.__name__.replace("_", " "): (f,)
+    for f in (
+        *(other_axis, other_update, accumulating, forward_meets_pullback, pullbacks_in_another_order),
+        *(two_bad_calls, bad_adjustment, bad_virtual_batch, bad_gradient),
+    )
+}
+
+
+def check_every_failure(group):
+    for function, *arguments in FAILURES.values():
+        function(group, *arguments)
+    for options in ({}, {"virtual_batch_size": 2}):
+        everyone_is_empty(group, options, (0, 5))
+
+
+def a_rank_that_does_not_come(group, impatient, message="."):
+    """impatient: two groups of the same ranks, with a short timeout. Rank 0 leaves out a first call, and a later one.
+
+    By then a new layer works, which `group` must still be able to serve.
+    """
+    for later in (False, True):
+        layer = make(impatient[later])
+        if later:
+            works(group, layer)
+        if group.rank:
+            start = time.monotonic()
+            refused(layer, lambda layer=layer: layer(X[group.rank], training=True), message)
+            assert time.monotonic() - start < 20
+            assert layer.built == later
+            again = "an earlier call of this layer has lost the other ranks"
+            refused(layer, lambda layer=layer: layer(X[group.rank], training=True), again)
+            layer.group = None
+            layer(X[group.rank], training=True)  # by itself
+        group.all_gather(np.zeros(1))  # rank 0 waits for the others here
+    works(group, make(group))
