@@ -31,7 +31,7 @@ def compile_add(amount, signature=SIGNATURE, name="add"):
         for i in range(x.size):
             x[i] += amount
 
-    kernel = cache.compile_kernel(add, f"{name}_{amount}", signature, parallel=False)
+    kernel = cache.compile_kernel(add, f"{name}_{amount}", signature)
     x = np.zeros(3)
     kernel(x.astype(kernel.signatures[0][0].dtype.name))
     kernel(x) if signature is SIGNATURE else None

@@ -350,7 +350,7 @@ for schedule, shape in (("planes", (4, 3, 64, 1)), ("rows", (1, 1, 64, 70))):
     run.backward(x, x, run.train(x, state, state)[2])
     run.infer(x, state, state)
     for plan in run.engine.plans.values():
-        (text,) = plan.kernel(False).inspect_asm().values()
+        (text,) = plan.kernel().inspect_asm().values()
         found = set(re.findall(r"\\bv(mul|add|sub|fmadd)\\d*(p[sd])\\b.*%[yz]mm", text))
         fenced = "fenced" if "vmovnt" in text and re.search(r"\\bmfence|\\block\\s+or", text) else "torn"
         print(schedule, plan.step, fenced, *sorted({f"{name}{kind}" for name, kind in found}))

@@ -91,7 +91,7 @@ def test_a_line_for_each_kernel_that_is_compiled(tmp_path, monkeypatch, caplog):
     signature = numba.void(*[numba.types.Array(t, 1, "C") for t in arrays.values()], numba.types.none)
     with caplog.at_level(logging.INFO, logger="nbbn"):
         for _ in range(2):
-            cache.compile_kernel(lambda x, y, mean, scale, relu: None, "nothing", signature, parallel=False)
+            cache.compile_kernel(lambda x, y, mean, scale, relu: None, "nothing", signature)
     cache.cache_folder.cache_clear()
     (line,) = [r.getMessage() for r in caplog.records if r.name == "nbbn"]
     kept = re.escape(f"kept in {tmp_path}")

@@ -81,7 +81,7 @@ def test_what_is_compiled_ahead_is_what_runs(options, samples, monkeypatch):
         launch, middle = engine._launch, engine._run_middle
 
         def noted(plan, step, launch=launch):
-            asked.add(plan.variant(False))
+            asked.add(plan.variant())
             launch(plan, step)
 
         def noted_middle(name, numbers, adjusted, middle=middle, engine=engine):

@@ -15,13 +15,10 @@ from nbbn.compat import v1
 from nbbn.deploy import warming
 from nbbn.deploy.needed import kernels
 from nbbn.engine.cpu import engine, plan
+from nbbn.kernels.cpu.steps import LAUNCH
 from tests.helpers.processes import check, run
 
 SMALL, LARGE = (6, 4, 5, 8), (4, 8, 128, 64)  # one thread; several, where there are several
-
-
-def without_thread_mode(variants):
-    return {(*v[:3], *v[4:]) for v in variants}
 
 
 @pytest.fixture
@@ -40,6 +37,7 @@ def asked_for(monkeypatch):
 
     for module in (plan, engine):
         monkeypatch.setattr(module, "compiled", compiled)
+    monkeypatch.setattr(plan, "pool", lambda: found.append(LAUNCH))
     return found
 
 
@@ -83,7 +81,7 @@ def test_what_is_planned_is_what_calls_ask_for(options, shape, training, gradien
                 layer.vjp(x, **operands)[1](x)
             else:
                 layer(x, **operands)
-            assert without_thread_mode(planned) == without_thread_mode(asked_for)
+            assert set(planned) == set(asked_for)
             asked_for.clear()
 
 
@@ -100,24 +98,20 @@ def test_planned_for_inputs_that_must_be_copied(asked_for):
     shape, layer = (3, 4, 3, 4, 3, 4), BatchNormalization(axis=[1, 3, 5])
     planned = kernels(layer, shape, training=True, gradients=True)
     layer.vjp(np.zeros(shape, np.float32), training=True)[1](np.zeros(shape, np.float32))
-    assert without_thread_mode(planned) == without_thread_mode(asked_for)
+    assert set(planned) == set(asked_for)
 
 
-def test_parallel_kernels_come_with_their_serial_twins():
+def test_threads_need_the_launcher():
+    """Once for all steps, which are the same for one thread and for several."""
     layer = BatchNormalization()
     nbbn.force(layer, parallel=True)
     if not nbbn.explain(layer, np.zeros(SMALL, np.float32)).schedule.parallel:
         pytest.skip("this machine has one core for nbbn, and no call is parallel")
     planned = kernels(layer, SMALL, training=True, gradients=True)
-    assert [(k[0], parallel) for k, parallel in planned.items()] == [
-        ("train", False),
-        ("train", True),
-        ("backward", False),
-        ("backward", True),
-    ]
-    assert all(k[3] is parallel for k, parallel in planned.items())
+    assert [k[0] for k in planned] == ["train", "launch", "backward"]
     nbbn.force(layer, parallel=False)
-    assert not any(kernels(layer, SMALL, training=True, gradients=True).values())
+    alone = kernels(layer, SMALL, training=True, gradients=True)
+    assert [k[0] for k in alone] == ["train", "backward"]
 
 
 # --- nothing else happens -------------------------------------------------------------------
@@ -127,7 +121,7 @@ def test_parallel_kernels_come_with_their_serial_twins():
 def compiles_nothing(monkeypatch):
     """warmup() without its compilations, and with a cache."""
     monkeypatch.setattr(warming, "compiled", lambda *variant: None)
-    monkeypatch.setattr(warming, "_compile_elsewhere", lambda parallel: None)
+    monkeypatch.setattr(warming, "_compile_launcher", lambda: None)
     monkeypatch.setattr(warming, "cache_folder", lambda: "a folder")
 
 
@@ -240,7 +234,7 @@ def test_errors_of_calls_are_those_of_warmup():
 
 # --- the cache ------------------------------------------------------------------------------
 
-SHAPE = (300, 1024)  # a parallel kernel, and its serial twin
+SHAPE = (300, 1024)  # enough for two threads
 CALLS = f"""
 import numba, numpy as np, nbbn
 from nbbn.runtime import parallel_region
@@ -252,7 +246,7 @@ layer = nbbn.BatchNormalization(activation="relu")
 def call(training):
     x = np.ones({SHAPE}, np.float32)
     layer(x, training=training)
-    with parallel_region():  # whoever is inside runs the serial twin
+    with parallel_region():  # whoever is inside runs alone
         layer(x, training=training)
 """
 
@@ -343,8 +337,8 @@ def test_a_frozen_program_is_not_started_again(monkeypatch):
     monkeypatch.setattr(warming, "compiled", lambda *kernel: compiled.append(kernel))
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     monkeypatch.setattr("subprocess.run", None)
-    warming._compile_elsewhere([("train", "rows"), ("infer", "rows")])
-    assert compiled == [("train", "rows"), ("infer", "rows")]
+    warming._compile_launcher()
+    assert compiled == [LAUNCH]
 
 
 def test_a_full_disk(tmp_path):
@@ -383,10 +377,10 @@ def compiled_by_command(monkeypatch, tmp_path):
 def test_the_default(compiled_by_command):
     """Three modes of three kinds of inputs, small and large."""
     assert main(["warmup"]) == 0
-    assert {k[0] for k in compiled_by_command} == {"infer", "train", "backward"}
+    launched = {"launch"} if nbbn.runtime.thread_limit() > 1 else set()
+    assert {k[0] for k in compiled_by_command} == {"infer", "train", "backward"} | launched
     assert {k[1] for k in compiled_by_command} == {"planes", "rows"}
-    assert {k[3] for k in compiled_by_command} == {False, nbbn.runtime.thread_limit() > 1}
-    assert len(set(compiled_by_command)) == len(compiled_by_command) <= 16
+    assert len(set(compiled_by_command)) == len(compiled_by_command) <= 10
 
 
 def test_options_of_the_command(compiled_by_command):
@@ -422,7 +416,7 @@ def test_options_of_the_command(compiled_by_command):
 def test_without_tqdm_there_are_plain_lines(compiled_by_command, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert main(["warmup", "--shape", "4,3", "--modes", "inference,training"]) == 0
-    assert capsys.readouterr().err == "1/2: infer, rows, serial\n2/2: train, rows, serial\n"
+    assert capsys.readouterr().err == "1/2: infer, rows\n2/2: train, rows\n"
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ from nbbn.engine.cpu.engine import CpuEngine
 from nbbn.engine.cpu.moments import MERGE
 from nbbn.engine.cpu.plan import Plan
 from nbbn.engine.dispatcher import Dispatcher
+from nbbn.kernels.cpu.steps import LAUNCH
 from nbbn.layer.layer import BatchNormalization
 from nbbn.state.shapes import derive_shapes
 from nbbn.state.variables import Variables, state_names
 
 Kernel = tuple[Any, ...]  # the arguments of steps.compiled()
-Kernels = dict[Kernel, bool]  # in the order in which calls need them; whether they are parallel
+Kernels = dict[Kernel, None]  # in the order in which calls need them
 
 
 def kernels(
@@ -60,7 +61,7 @@ def kernels(
         operands = {"mask": mask, "lengths": lengths, "residual": beside, "update_statistics": False}
         if twin._in_halves and twin._uses_batch(training):
             step = twin.start(x, **operands)
-            notes.kernels[MERGE] = False
+            notes.kernels[MERGE] = None
             step.complete(step.moments)
             if gradients:
                 notes.last = ("apply_gradient",)
@@ -96,11 +97,10 @@ class _Notes(CpuEngine):
         return found
 
     def _launch(self, plan: Plan, step: Step) -> None:
-        twins = (False, True) if plan.schedule.parallel else (False,)  # the serial one runs where the pool is taken
-        self.kernels |= {plan.variant(parallel): parallel for parallel in twins}
+        self.kernels |= dict.fromkeys((plan.variant(), LAUNCH) if plan.schedule.parallel else (plan.variant(),))
         if step.name in self.last and step.name != "apply_gradient":
             raise _Known
 
     def _run_middle(self, name: str, numbers: dict[str, Any], adjusted: bool) -> None:
         variant, _ = self.middle(name, numbers, adjusted)
-        self.kernels[variant] = False
+        self.kernels[variant] = None

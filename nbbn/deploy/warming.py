@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pickle
 import sys
 from collections.abc import Iterator, Sequence
 from time import perf_counter
@@ -10,7 +9,7 @@ from typing import Any
 
 from nbbn.core.layout import Sizes
 from nbbn.deploy.needed import Kernel, Kernels, kernels
-from nbbn.kernels.cpu.steps import compiled
+from nbbn.kernels.cpu.steps import LAUNCH, compiled
 from nbbn.layer.layer import BatchNormalization, as_layers
 from nbbn.runtime import LOGGER, cache_folder, find_cache
 
@@ -45,8 +44,8 @@ def warmup(
     """Compile into the kernel cache what `layer(x, training=...)` needs for contiguous inputs of these shapes.
 
     Nothing is computed, no layer is built or changed, and Numba's thread pool is not started: children that the process
-    forks afterwards can use one of their own. Kernels for several threads are therefore compiled in another process, by
-    the Python that multiprocessing.set_executable() names, sys.executable by default.
+    forks afterwards can use one of their own. What lets threads share a call is therefore compiled in another process,
+    by the Python that multiprocessing.set_executable() names, sys.executable by default.
 
     Args:
         layers: one layer or several. shapes: one shape or several. One layer gets every shape, one shape is for every
@@ -72,9 +71,11 @@ def warmup(
             residual=residual,
             lengths=lengths,
         )
-    for kernel in (k for k, parallel in found.items() if not parallel):
-        compiled(*kernel)
-    _compile_elsewhere([k for k, parallel in found.items() if parallel])
+    for kernel in found:
+        if kernel != LAUNCH:
+            compiled(*kernel)
+    if LAUNCH in found:
+        _compile_launcher()
 
 
 def _pairs(layers: Any, shapes: Any) -> list[tuple[BatchNormalization, Sequence[int]]]:
@@ -89,29 +90,17 @@ def _pairs(layers: Any, shapes: Any) -> list[tuple[BatchNormalization, Sequence[
     return list(zip(layers, shapes, strict=True))
 
 
-_COMPILE = """
-import pickle, sys
-from nbbn.kernels.cpu.steps import compiled
-for kernel in pickle.load(sys.stdin.buffer):
-    compiled(*kernel)
-"""
-
-
-def _compile_elsewhere(parallel: list[Kernel]) -> None:
-    """Compile kernels in another process. To compile a parallel one, or just to load it, Numba starts its thread pool,
-    and a child that inherits one cannot use it."""
-    if not parallel:
-        return
+def _compile_launcher() -> None:
+    """In another process: to compile it, or just to load it, Numba starts its thread pool, and a child that inherits
+    one cannot use it."""
     if getattr(sys, "frozen", False):  # that executable is this very program, and would do all it does once more
-        for kernel in parallel:
-            compiled(*kernel)
+        compiled(*LAUNCH)
         return
     import subprocess
     from multiprocessing import spawn
 
     done = subprocess.run(
-        [spawn.get_executable(), "-P", "-c", _COMPILE],
-        input=pickle.dumps(parallel),
+        [spawn.get_executable(), "-P", "-c", "from nbbn.kernels.cpu.steps import LAUNCH, compiled; compiled(*LAUNCH)"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         check=False,
@@ -168,8 +157,7 @@ def _with_progress(found: list[Kernel]) -> Iterator[Kernel]:
         from tqdm import tqdm
     except ImportError:
         for i, kernel in enumerate(found, 1):
-            step, loops, _, parallel = kernel[:4]
-            print(f"{i}/{len(found)}: {step}, {loops}, {'parallel' if parallel else 'serial'}", file=sys.stderr)
+            print(f"{i}/{len(found)}: {kernel[0]}, {kernel[1]}", file=sys.stderr)
             yield kernel
     else:
         yield from tqdm(found, unit=" kernels", leave=False, disable=None)

@@ -26,15 +26,17 @@ def call(
     given: Arrays,
     made: Arrays,
     attributes: dict[str, np.ndarray],
+    parallel: bool = False,
     common: frozenset[Any] = frozenset(),
 ) -> dict[str, Any]:
     """What a compiled kernel writes, called by the program itself.
 
-    variant: what compiled() is asked for. given: what it reads. made: the shapes of what it writes. common: the axes of
-    a shard_map over which the new state is the same although the moments that it is made of are taken to vary.
+    variant: what compiled() is asked for. given: what it reads. made: the shapes of what it writes. parallel: whether
+    threads are to share its tasks. common: the axes of a shard_map over which the new state is the same although the
+    moments that it is made of are taken to vary.
     """
     apart = frozenset(n for n, a in {**given, **made}.items() if isinstance(a, tuple) and len(a) == 2)
-    found = target(variant, apart)
+    found = target(variant, parallel, apart)
     operands = varying_alike([buffer for name in found.inputs for buffer in _buffers(given[name])])
     results = [
         _varying(buffer, operands, common if name == "new_state" else frozenset())

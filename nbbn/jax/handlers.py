@@ -7,7 +7,7 @@ no address is in a program, nor in the cache of kernels.
 
 import ctypes
 import hashlib
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
 from nbbn.jax.frame import INT64, Buffer, Frame
-from nbbn.jax.policy import FAILED, add_policy, emit_choice
+from nbbn.jax.policy import FAILED, emit_choice, prepare
 from nbbn.kernels.cpu.steps import ARGUMENTS, WRITES, compiled, names_of
 from nbbn.kernels.cpu.tasks import Grid
 from nbbn.kernels.cpu.views import Data
@@ -40,46 +40,41 @@ class Target(NamedTuple):
     outputs: tuple[str, ...]
 
 
-def target(variant: tuple[Any, ...], apart: frozenset[str]) -> Target:
+def target(variant: tuple[Any, ...], parallel: bool, apart: frozenset[str]) -> Target:
     """The target for a kernel, compiled and registered.
 
     Args:
-        variant: what compiled() is asked for.
+        variant: what compiled() is asked for. parallel: whether threads are to share its tasks.
         apart: the arrays of two rows of which each is a buffer of its own.
     """
     with _registering:
-        return _registered(variant, apart)
+        return _registered(variant, parallel, apart)
 
 
 @cache  # a name can be registered once
-def _registered(variant: tuple[Any, ...], apart: frozenset[str]) -> Target:
-    step, parallel = variant[0], variant[3]
+def _registered(variant: tuple[Any, ...], parallel: bool, apart: frozenset[str]) -> Target:
+    step = variant[0]
     kernel: Any = compiled(*variant)
     (overload,) = kernel.overloads.values()
     arguments = dict(zip(names_of(step), overload.signature.args, strict=True))
-    there = [name for name in arguments if ARGUMENTS[name] not in ("flag", "grid") and arguments[name] != types.none]
+    arrays = (name for name in arguments if ARGUMENTS[name] not in ("flag", "grid", "int"))
+    there = [name for name in arrays if arguments[name] != types.none]
     inputs = tuple(name for name in there if name not in WRITES[step])
     outputs = tuple(name for name in there if name in WRITES[step])
     code = code_hash(), code_hash(("nbbn.jax.frame", "nbbn.jax.handlers", "nbbn.jax.policy"))
-    facts = variant[:8], sorted(variant[8]), sorted(apart), str(overload.signature), code
+    facts = variant[:-1], sorted(variant[-1]), parallel, sorted(apart), str(overload.signature), code
     name = f"nbbn_{step}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}"
     if parallel:
-        add_policy(name, variant, _address)
-    else:
-        binding.add_symbol(f"{name}_kernel", _address(kernel))
+        prepare()
+    # Where the native function begins, without the part that talks to Python.
+    start = overload.library.get_pointer_to_function(overload.fndesc.llvm_func_name)
+    binding.add_symbol(f"{name}_kernel", start)
     handler = _compile(name, arguments, inputs, outputs, apart, parallel)
     _kept.append((kernel, handler))
     entry = handler.overloads[types.intp,]
     address = entry.library.get_pointer_to_function(entry.fndesc.llvm_cfunc_wrapper_name)
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(ctypes.c_void_p(address)), platform="cpu")
     return Target(name, inputs, outputs)
-
-
-def _address(kernel: Any) -> int:
-    """Where the native function of a kernel begins, without the part that talks to Python."""
-    (overload,) = kernel.overloads.values()
-    found: int = overload.library.get_pointer_to_function(overload.fndesc.llvm_func_name)
-    return found
 
 
 # -- the compiled handler ----------------------------------------------------------------------------------------------
@@ -107,25 +102,28 @@ def _compile(
         error = cgutils.alloca_once_value(builder, INT64(0))
         with builder.if_then(builder.not_(frame.answer_query())):
             values = _values(context, builder, frame, arguments, inputs, outputs, apart)
-            kernel = context.call_conv.get_function_type(types.none, kinds)
-            call = partial(_call, context, builder, kinds, values, frame, error)
+            kernel = cgutils.get_or_insert_function(
+                builder.module, context.call_conv.get_function_type(types.none, kinds), f"{name}_kernel"
+            )
+
+            def call(pool: Any) -> None:
+                given = [pool if name == "pool" else value for name, value in values.items()]
+                status, _ = context.call_conv.call_function(builder, kernel, types.none, kinds, given)
+                with builder.if_then(status.is_error):
+                    builder.store(frame.error(NO_MEMORY), error)
+
             if parallel:
-
-                def fail(why: str) -> None:
-                    builder.store(frame.error(why), error)
-
-                def call_at(address: Any) -> None:
-                    call(builder.inttoptr(address, kernel.as_pointer()))
-
-                emit_choice(builder, name, _elements(builder, frame), call_at, fail)
+                emit_choice(
+                    builder, _elements(builder, frame), call, lambda why: builder.store(frame.error(why), error)
+                )
             else:
-                call(cgutils.get_or_insert_function(builder.module, kernel, f"{name}_kernel"))
+                call(INT64(0))
         return builder.load(error)
 
     def handler(frame):  # type: ignore[no-untyped-def]
         return run(frame)
 
-    return compile_kernel(handler, f"{name}_handler", types.intp(types.intp), False)
+    return compile_kernel(handler, f"{name}_handler", types.intp(types.intp))
 
 
 def _elements(builder: Any, frame: Frame) -> Any:
@@ -136,12 +134,6 @@ def _elements(builder: Any, frame: Frame) -> Any:
     return elements
 
 
-def _call(context: Any, builder: Any, kinds: Any, values: Any, frame: Frame, error: Any, kernel: Any) -> None:
-    status, _ = context.call_conv.call_function(builder, kernel, types.none, kinds, values)
-    with builder.if_then(status.is_error):
-        builder.store(frame.error(NO_MEMORY), error)
-
-
 def _values(
     context: Any,
     builder: Any,
@@ -150,8 +142,8 @@ def _values(
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
     apart: frozenset[str],
-) -> list[Any]:
-    """The arguments of the kernel."""
+) -> dict[str, Any]:
+    """The arguments of the kernel, but for the pool, which is None."""
     buffers: dict[str, list[Buffer]] = {}
     for names, entry in ((inputs, frame.argument), (outputs, frame.result)):
         i = 0
@@ -163,6 +155,8 @@ def _values(
     strides = frame.attribute(_STRIDES, 4 * len(STRIDED)) if any(n in buffers for n in STRIDED) else []
 
     def value(name: str, kind: types.Type) -> Any:
+        if name == "pool":
+            return None
         if kind == types.none:
             return context.get_dummy_value()
         if kind == types.boolean:
@@ -176,7 +170,7 @@ def _values(
             return _array(context, builder, kind, buffers[name][0], sizes, strides[first : first + kind.ndim])
         return _small_array(context, builder, kind, buffers[name])
 
-    return [value(name, kind) for name, kind in arguments.items()]
+    return {name: value(name, kind) for name, kind in arguments.items()}
 
 
 def _small_array(context: Any, builder: Any, kind: types.Array, buffers: list[Buffer]) -> Any:

@@ -1,4 +1,4 @@
-"""Which kernel a parallel step of a program calls: who may use the thread pool is decided in Python.
+"""Whether threads share the tasks of a program's step: who may use the thread pool is decided in Python.
 
 Two things can come between. A signal's exception ends the function that is asked wherever it stands; so a
 KeyboardInterrupt is put off until the step is done. And Python answers no more once the process ends, while JAX waits
@@ -21,16 +21,16 @@ from llvmlite import binding, ir
 from numba.core import cgutils
 
 from nbbn.jax.frame import INT32, INT64
-from nbbn.kernels.cpu.steps import compiled
+from nbbn.kernels.cpu.steps import is_ready, pool
 from nbbn.runtime import parallel_region, start_pool
 
 FAILED = "nbbn: a step of batch normalization could not be run: "
-NO_KERNEL, ENDS = FAILED + "its kernel could not be compiled", FAILED + "the process ends"
+NO_POOL, ENDS = FAILED + "what its threads need could not be compiled", FAILED + "the process ends"
 _regions: dict[int, AbstractContextManager[bool]] = {}  # of the parallel steps that run now, by thread
-_kept: list[Any] = []  # what compiled code calls, as long as the process lives
+_has_steps = False  # that ask
 _ASKING, _CLOSED = range(2)
 _gate = (ctypes.c_int64 * 2)()  # how many steps may be asking Python now, or about to; whether none may begin to
-_NOTHING, _FAILED = 0, -1  # answers in the place of a kernel's address
+_NOTHING, _FAILED, _ALONE = 0, -1, 1  # answers in the place of the launcher's address
 _GATE = "nbbn_jax_gate"
 _PYTHON = ("PyGILState_Ensure", "PyGILState_Release", "PyOS_InterruptOccurred", "PyErr_SetInterrupt")
 _LOCKED, _UNLOCK, _TAKE_INTERRUPT, _GIVE_INTERRUPT = (f"nbbn_{name}" for name in _PYTHON)
@@ -50,42 +50,40 @@ for _name in _PYTHON:
 # -- what Python answers -----------------------------------------------------------------------------------------------
 
 
-def add_policy(name: str, variant: tuple[Any, ...], address_of: Callable[[Any], int]) -> None:
-    """Let the handler `name` ask, and say when it is done.
+def prepare() -> None:
+    """To be called before there is a step that asks."""
+    global _has_steps
+    _has_steps = True
 
-    Args:
-        variant: what compiled() is asked for.
-        address_of: where the native function of a kernel begins.
-    """
 
-    def enter(elements: int, answer: int) -> None:
-        """Write the address of the kernel to be called, or _FAILED. An exception cannot go on from here."""
-        thread, place = threading.get_ident(), ctypes.c_int64.from_address(answer)
-        try:
-            region = parallel_region(elements) if _pool_serves_this_thread() else nullcontext(False)
-            granted = region.__enter__()
-            found = address_of(compiled(*variant[:3], granted, *variant[4:]))
-            # Nothing can come between these two. A region that never gets here is left when it is forgotten.
-            _regions[thread] = region
-            place.value = found
-        except KeyboardInterrupt:
-            return  # to be asked again
-        except Exception:
-            place.value = _FAILED
+@ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)  # type: ignore[untyped-decorator]
+def _enter(elements: int, answer: int) -> None:
+    """Write the pool that a step is given, or one of the answers. An exception cannot go on from here."""
+    thread, place = threading.get_ident(), ctypes.c_int64.from_address(answer)
+    try:
+        known = elements if is_ready() else None
+        region = parallel_region(known) if _pool_serves_this_thread() else nullcontext(False)
+        found = pool() if region.__enter__() else _ALONE
+        # Nothing can come between these two. A region that never gets here is left when it is forgotten.
+        _regions[thread] = region
+        place.value = found
+    except KeyboardInterrupt:
+        return  # to be asked again
+    except Exception:
+        place.value = _FAILED
 
-    def leave(answer: int) -> None:
-        """Write _NOTHING once all is done; asked again until then."""
-        with contextlib.suppress(KeyboardInterrupt):
-            _leave_region()
-            ctypes.c_int64.from_address(answer).value = _NOTHING
 
-    callbacks = (
-        ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(enter),
-        ctypes.CFUNCTYPE(None, ctypes.c_int64)(leave),
-    )
-    _kept.extend(callbacks)
-    for what, callback in zip(("enter", "leave"), callbacks, strict=True):
-        binding.add_symbol(f"{name}_{what}", _pointer(callback))
+@ctypes.CFUNCTYPE(None, ctypes.c_int64)  # type: ignore[untyped-decorator]
+def _leave(answer: int) -> None:
+    """Write _NOTHING once all is done; asked again until then."""
+    with contextlib.suppress(KeyboardInterrupt):
+        _leave_region()
+        ctypes.c_int64.from_address(answer).value = _NOTHING
+
+
+_ENTER, _LEAVE = "nbbn_jax_enter", "nbbn_jax_leave"
+binding.add_symbol(_ENTER, _pointer(_enter))
+binding.add_symbol(_LEAVE, _pointer(_leave))
 
 
 def _leave_region() -> None:
@@ -106,7 +104,7 @@ def _pool_serves_this_thread() -> bool:
 
 def _close() -> None:
     """Wait for what somebody may still want, let no step ask any more, and wait for those that have."""
-    if not _kept:  # no step is parallel, and maybe JAX has not even been started
+    if not _has_steps:  # maybe JAX has not even been started
         return
     for array in jax.live_arrays():
         with contextlib.suppress(Exception):  # of a program that failed
@@ -119,7 +117,7 @@ def _close() -> None:
 def _forget_others() -> None:
     """In a forked child, which has no other threads: what they were about to do never ends there."""
     _gate[_ASKING] = 0
-    if _kept:
+    if _has_steps:
         atexit.unregister(_close)
 
 
@@ -128,14 +126,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_others)
 
 
-def emit_choice(
-    builder: Any, name: str, elements: Any, call: Callable[[Any], None], fail: Callable[[str], None]
-) -> None:
-    """Code that calls the kernel that Python chooses.
+def emit_choice(builder: Any, elements: Any, call: Callable[[Any], None], fail: Callable[[str], None]) -> None:
+    """Code that calls a kernel with the pool that Python chooses.
 
     Args:
         elements: how many the step goes over.
-        call: emits the call of a kernel, of which it gets the address. fail: emits that the step fails, and why.
+        call: emits the call, given the pool. fail: emits that the step fails, and why.
     """
     answer, late = cgutils.alloca_once_value(builder, INT64(_NOTHING)), cgutils.alloca_once_value(builder, INT32(0))
     place = builder.ptrtoint(answer, INT64)
@@ -145,11 +141,11 @@ def emit_choice(
     def ask(what: str, *arguments: Any, until: Any) -> None:
         """until: whether it has been done. A signal that comes just then may end it early, but hardly three times."""
         with builder.if_then(builder.not_(until())):
-            _emit_uninterrupted(builder, f"{name}_{what}", (*arguments, place), late)
+            _emit_uninterrupted(builder, what, (*arguments, place), late)
             for _ in range(2):
                 with builder.if_then(builder.not_(until())):
                     builder.store(INT32(1), late)
-                    _call(builder, f"{name}_{what}", ir.VoidType(), *arguments, place)
+                    _call(builder, what, ir.VoidType(), *arguments, place)
 
     def is_answer(code: int) -> Any:
         return builder.icmp_signed("==", builder.load(answer), INT64(code))
@@ -160,13 +156,13 @@ def emit_choice(
         with then:
             fail(ENDS)
         with otherwise:
-            ask("enter", elements, until=lambda: builder.not_(is_answer(_NOTHING)))
+            ask(_ENTER, elements, until=lambda: builder.not_(is_answer(_NOTHING)))
             with builder.if_else(builder.or_(is_answer(_FAILED), is_answer(_NOTHING))) as (none, some):
                 with none:
-                    fail(NO_KERNEL)
+                    fail(NO_POOL)
                 with some:
-                    call(builder.load(answer))
-                    ask("leave", until=lambda: is_answer(_NOTHING))
+                    call(builder.select(is_answer(_ALONE), INT64(0), builder.load(answer)))
+                    ask(_LEAVE, until=lambda: is_answer(_NOTHING))
     builder.atomic_rmw("sub", asking, INT64(1), "seq_cst")
     with builder.if_then(builder.icmp_signed("!=", builder.load(late), INT32(0))):
         _call(builder, _GIVE_INTERRUPT, ir.VoidType())

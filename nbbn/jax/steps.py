@@ -46,7 +46,7 @@ class Steps:
             numbers = {"state": np.empty(0, given["state"][0].dtype)} if "state" in given else {}
             plan: Plan = self._engine.plan(Step(name, lay, {n: fakes.get(n) for n in views}, numbers))
             if plan.copied is None and plan.contiguous:
-                return call(plan.variant(plan.schedule.parallel), given, made, _attributes(plan, fakes))
+                return call(plan.variant(), given, made, _attributes(plan, fakes), plan.schedule.parallel)
 
         def on_host(read: dict[str, Any], written: dict[str, Any]) -> None:
             both = read | written
@@ -66,7 +66,7 @@ class Steps:
         if self._ffi:
             there = dict.fromkeys((*arrays, *made), True) | {"params": gamma, "state": state[0]}
             variant, _ = self._engine.middle("finish", there, adjusted)
-            return call(variant, arrays, made, {}, common)
+            return call(variant, arrays, made, {}, common=common)
 
         def on_host(read: dict[str, Any], written: dict[str, Any]) -> None:
             self._engine._run_middle("finish", read | written, adjusted)

@@ -16,6 +16,7 @@ from nbbn.numba.kernels import call, step_key, step_signature
 from nbbn.numba.planning import PLAN, PLANNERS, ROW_OF
 
 _INT = ir.IntType(64)
+_ALONE = _INT(0)  # the pool of a caller's own thread
 _SIZES = [Grid._fields.index(name) for name in ("r0", "k0", "r1", "k1")]
 
 
@@ -38,7 +39,7 @@ def planner(name: str) -> Any:
 def step(name: str, one_pass: bool) -> Any:
     """The function for compiled functions that runs a step: of a plan, the strides of the arrays, or None where all
     are dense, and the step's arguments behind the grid."""
-    names = names_of(name)[1:]
+    names = names_of(name)[2:]
 
     @intrinsic
     def run(typingctx, plan, placed, given):
@@ -86,8 +87,8 @@ def step(name: str, one_pass: bool) -> Any:
             def run(schedule, contiguous):
                 key = step_key(name, schedule, one_pass, dtype, state, contiguous, absent)
                 kind = step_signature(key)
-                arguments = [argument(n, target) for n, target in zip(names, kind.args[1:], strict=True)]
-                call(context, builder, key, kind, [grid, *arguments])
+                arguments = [argument(n, target) for n, target in zip(names, kind.args[2:], strict=True)]
+                call(context, builder, key, kind, [_ALONE, grid, *arguments])
 
             for contiguous in choices:
                 fits = is_dense if contiguous else builder.not_(is_dense)

@@ -27,7 +27,7 @@ _found: dict[str, Any] = {}  # what has an address must stay
 
 
 def step_key(step: str, schedule: str, one_pass: bool, dtype: str, state: str, contiguous: bool, absent: Any) -> str:
-    """The text for a serial kernel of a step."""
+    """The text for the kernel of a step."""
     return f"{step} {schedule} {one_pass:d} {dtype} {state} {contiguous:d} {','.join(sorted(absent))}"
 
 
@@ -45,9 +45,9 @@ def _parsed(key: str) -> tuple[Any, ...]:
 def _kernel(key: str) -> Any:
     if key in PLANNERS:
         function, kind = PLANNERS[key]
-        return compile_kernel(function, f"{key}_{_PLANS[:16]}", kind, parallel=False)
+        return compile_kernel(function, f"{key}_{_PLANS[:16]}", kind)
     step, schedule, one_pass, *kinds = _parsed(key)
-    return compiled(step, schedule, one_pass, False, *kinds)
+    return compiled(step, schedule, one_pass, *kinds)
 
 
 def _address(text: str) -> int:

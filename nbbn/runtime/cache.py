@@ -229,7 +229,9 @@ def _unique_symbols() -> Iterator[None]:
             FunctionIdentity._unique_ids = counted
 
 
-def compile_kernel(function: Callable[..., Any], name: str, signature: Any, parallel: bool) -> Callable[..., Any]:
+def compile_kernel(
+    function: Callable[..., Any], name: str, signature: Any, parallel: bool = False
+) -> Callable[..., Any]:
     """`function` compiled for exactly `signature`, or taken from the cache. `name` tells it from every other kernel."""
     if parallel:
         start_pool()  # or Numba does, without a look for TBB

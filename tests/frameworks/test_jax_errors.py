@@ -164,11 +164,11 @@ def test_a_handler_that_fails_is_an_error_of_the_program(monkeypatch):
     run = jax.jit(partial(batch_norm, training=True))
     first, _ = jax.block_until_ready(run(x, None, None, state))
 
-    def fail(*variant):
+    def fail():
         raise MemoryError("there is none")
 
     with monkeypatch.context() as patch:
-        patch.setattr(policy, "compiled", fail)
+        patch.setattr(policy, "pool", fail)
         # JAX raises the one where it waits for a program, the other where it runs it at once.
         with pytest.raises(
             (jax.errors.JaxRuntimeError, ValueError), match="a step of batch normalization could not be run"

@@ -106,7 +106,7 @@ class CpuEngine(Engine):
         names, dtype = names_of(name), numbers["params"].dtype
         state = numbers["state"].dtype
         absent = frozenset(n for n in names if arguments[n] is None)
-        return (name, "planes", False, False, dtype, dtype, state, True, absent), [arguments[n] for n in names]
+        return (name, "planes", False, dtype, dtype, state, True, absent), [arguments[n] for n in names]
 
     def _run_middle(self, name: str, numbers: dict[str, Any], adjusted: bool) -> None:
         variant, arguments = self.middle(name, numbers, adjusted)

@@ -10,7 +10,7 @@ from nbbn.kernels.cpu.steps import compiled
 
 Array = np.ndarray
 # What compiled() is to be asked for; no dtype but float64 is among its arguments.
-MERGE: tuple[Any, ...] = ("merge", "planes", False, False, *[np.dtype(np.float64)] * 3, True, frozenset())
+MERGE: tuple[Any, ...] = ("merge", "planes", False, *[np.dtype(np.float64)] * 3, True, frozenset())
 
 
 @lru_cache(maxsize=1)

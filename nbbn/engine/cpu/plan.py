@@ -13,7 +13,7 @@ from nbbn.core import dtypes
 from nbbn.core.layout import Sizes
 from nbbn.engine.base import Copied
 from nbbn.engine.cpu.schedule import Schedule
-from nbbn.kernels.cpu.steps import ARGUMENTS, WRITES, Step, compiled, names_of
+from nbbn.kernels.cpu.steps import ARGUMENTS, WRITES, Step, compiled, is_ready, names_of, pool
 from nbbn.runtime import PLAIN, entry_point, parallel_region, thread_limit
 
 Array = np.ndarray
@@ -39,31 +39,29 @@ class Plan:
     carrier: np.dtype | None = field(init=False)  # what the arrays of `dtype` are viewed as
     names: tuple[str, ...] = field(init=False)
     elements: int = field(init=False)
-    _kernels: dict[bool, Step] = field(init=False, default_factory=dict, repr=False)
-    _entries: dict[bool, Step] = field(init=False, default_factory=dict, repr=False)
+    _compiled: Step | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
         carrier = dtypes.carrier(self.dtype)
         self.carrier = None if PLAIN or carrier is self.dtype else carrier  # plain Python needs no stand-in
         self.names, self.elements = names_of(self.step), math.prod(self.view)
 
-    def variant(self, parallel: bool) -> tuple[Any, ...]:
+    def variant(self) -> tuple[Any, ...]:
         """What compiled() is to be asked for."""
         types = dtypes.carrier(self.dtype), dtypes.statistic(self.dtype), self.state
         s, absent = self.schedule, frozenset(name for name, value in self.constants.items() if value is None)
-        return self.step, s.loops, s.one_pass, parallel, *types, self.contiguous, absent
+        return self.step, s.loops, s.one_pass, *types, self.contiguous, absent
 
-    def kernel(self, parallel: bool) -> Step:
-        if parallel not in self._kernels:
-            self._kernels[parallel] = compiled(*self.variant(parallel))
-        return self._kernels[parallel]
+    def kernel(self) -> Step:
+        return compiled(*self.variant())
 
     def run(self, views: Mapping[str, Array | None], numbers: Mapping[str, Any]) -> None:
         """Run the step. views: arrays of the input's shape; numbers: the small arrays. Raises: see _check()."""
         there = {name: array for name, array in views.items() if array is not None}
         self._check({**numbers, **there})
         arguments = {**self.constants, **numbers, **{n: self._view(n, a) for n, a in there.items()}}
-        self._call(*[arguments[name] for name in self.names])
+        constants = [arguments[name] for name in self.names[1:]]  # all but the pool
+        self._shared(*constants) if self.schedule.parallel else self._entry()(0, *constants)
 
     def _check(self, arrays: Mapping[str, Array]) -> None:
         """Raises: TypeError for a dtype, and ValueError for an order in memory, that the kernel would misread."""
@@ -91,24 +89,19 @@ class Plan:
         if self.names[first:] != given:
             raise TypeError(f"{self.step} ends with the arguments {self.names[first:]}; received {given}")
         known = {**self.constants, **constants}
-        run = self._in_pool if self.schedule.parallel else self._entry(False)
-        return partial(run, *[known[name] for name in self.names[:first]])
+        bound = [known[name] for name in self.names[1:first]]
+        return partial(self._shared, *bound) if self.schedule.parallel else partial(self._entry(), 0, *bound)
 
-    def _entry(self, parallel: bool) -> Callable[..., None]:
-        if parallel not in self._entries:
-            self._entries[parallel] = entry_point(self.kernel(parallel))
-        return self._entries[parallel]
+    def _entry(self) -> Step:
+        if self._compiled is None:
+            self._compiled = entry_point(self.kernel())
+        return self._compiled
 
-    def _call(self, *arguments: Any) -> None:
-        if self.schedule.parallel:
-            self._in_pool(*arguments)
-        else:
-            self._entry(False)(*arguments)
-
-    def _in_pool(self, *arguments: Any) -> None:
-        elements = self.elements if True in self._kernels else None  # that call compiles
-        with parallel_region(elements) as granted:
-            self._entry(granted)(*arguments)
+    def _shared(self, *arguments: Any) -> None:
+        """Run the step with the threads of the pool, if that is free."""
+        run = self._entry()
+        with parallel_region(self.elements if is_ready() else None) as granted:
+            run(pool() if granted else 0, *arguments)
 
     def _view(self, name: str, array: Array) -> Array:
         """The array in the shape and carrier dtype of the kernels."""

@@ -63,17 +63,17 @@ def moments(first, last, chunks, partial, shift, count, weights, saved):
     return None if weights is None else is_any(number(flag, 0) > 0)
 
 
-def train(first, last, params, state, hyper, count, a, options, new_state, saved, coefficients):
+def train(first, last, params, state, hyper, count, weights, a, options, new_state, saved, coefficients):
     """From moments to the new state, what the gradient needs, and the coefficients of the output, of some channels in
     all groups.
 
-    count: values of each statistic; None where weights give it, see `saved`. options: renorm, debias and skip, each
-    True or None.
+    count: values of each statistic; with weights, and where it is None, `saved` has it. options: renorm, debias and
+    skip, each True or None.
     """
     channels, statistics = params.shape[1], saved.shape[1]
 
     def counts(s):
-        if count is None:
+        if weights is not None or count is None:
             return saved[channel.COUNT, s], saved[channel.SQUARES, s]
         return splat(count), splat(count)
 

@@ -36,17 +36,43 @@ splat, whole, wide = _made.splat, _made.whole, _made.wide
 def traced(function: Callable[..., None]) -> Any:
     """A function without a result that kernels may call."""
 
+    def emit(context: Any, builder: Any, kinds: Any, values: Any) -> None:
+        with llvm.tracing(context, builder):
+            function(*map(llvm.symbol, kinds, values))
+
+    return _for_kernels(function, list(inspect.signature(function).parameters), emit)
+
+
+def per_task(function: Callable[..., None]) -> Any:
+    """A traced function of a task's number and more, for all tasks of a step.
+
+    Kernels call it with `pool` and `tasks` in the place of that number: so many are run one after the other, or where
+    `pool` is not 0, by the threads that it stands for (pool.py).
+    """
+
+    def plain(pool: Any, tasks: Any, *given: Any) -> None:
+        for task in range(tasks):
+            function(task, *given)
+
+    def emit(context: Any, builder: Any, kinds: Any, values: Any) -> None:
+        llvm.emit_tasks(context, builder, function, kinds[2:], values)
+
+    return _for_kernels(plain, ["pool", "tasks", *list(inspect.signature(function).parameters)[1:]], emit)
+
+
+def _for_kernels(plain: Callable[..., None], names: list[str], emit: Callable[..., None]) -> Any:
+    """What kernels may call: `plain` without a compiler, and else the code that `emit` makes of the arguments."""
+
     def answer(typingctx: Any, *kinds: Any) -> Any:
-        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            with llvm.tracing(context, builder):
-                function(*(llvm.symbol(k, v) for k, v in zip(signature.args, values, strict=True)))
+        def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            emit(context, builder, signature.args, values)
             return context.get_dummy_value()
 
-        return types.void(*(types.int64 if isinstance(k, types.Integer) else k for k in kinds)), emit
+        return types.void(*(types.int64 if isinstance(k, types.Integer) else k for k in kinds)), code
 
-    given = list(inspect.signature(function).parameters.values())
-    answer.__signature__ = inspect.Signature([given[0].replace(name="typingctx"), *given])  # type: ignore[attr-defined]
-    return intrinsic(plain=function)(answer)
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("typingctx", *names)]
+    answer.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return intrinsic(plain=plain)(answer)
 
 
 def _for_vectors() -> SimpleNamespace:

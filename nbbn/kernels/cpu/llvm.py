@@ -537,3 +537,40 @@ def symbol(kind, value):
     if isinstance(kind, types.BaseTuple):
         return tuple(symbol(k, v) for k, v in zip(kind, cgutils.unpack_tuple(_builder(), value), strict=True))
     return Memory.of(kind, value) if isinstance(kind, types.Array) else Value(value)
+
+
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+def emit_tasks(context, builder, function, kinds, values):
+    """Code that runs function(task, *given) for all tasks. values: pool, how many tasks there are, and what is given,
+    of these kinds; see lanes.per_task().
+
+    The function becomes one of LLVM's, of a task's number and of the place where the rest lies: whoever launches it
+    (pool.py) need not know what that is, so that there is one launcher, which is compiled once.
+    """
+    pool, tasks, *given = values
+    frame = cgutils.alloca_once(builder, ir.LiteralStructType([v.type for v in given]))
+    for i, value in enumerate(given):
+        builder.store(value, cgutils.gep_inbounds(builder, frame, 0, i))
+    run = _task(context, builder.module, function, kinds, frame.type)
+    with builder.if_else(builder.icmp_signed("==", pool, _I64(0))) as (alone, together):
+        with alone, cgutils.for_range(builder, tasks) as loop:
+            builder.call(run, [loop.index, frame])
+        with together:
+            launch = builder.inttoptr(pool, ir.FunctionType(ir.VoidType(), [_I64] * 3).as_pointer())
+            builder.call(launch, [builder.ptrtoint(run, _I64), builder.ptrtoint(frame, _I64), tasks])
+
+
+def _task(context, module, function, kinds, frame):
+    """LLVM's function of a task's number and the place of a frame."""
+    kind = ir.FunctionType(ir.VoidType(), [_I64, frame])
+    found = ir.Function(module, kind, module.get_unique_name(function.__name__))
+    found.linkage = "internal"
+    builder = ir.IRBuilder(found.append_basic_block("entry"))
+    task, place = found.args
+    with tracing(context, builder):
+        given = [builder.load(cgutils.gep_inbounds(builder, place, 0, i)) for i in range(len(kinds))]
+        function(Value(task), *map(symbol, kinds, given))
+    builder.ret_void()
+    return found

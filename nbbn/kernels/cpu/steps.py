@@ -1,9 +1,9 @@
 """Whole steps, each one compiled call: reduce, channel, apply; and the five stages by themselves.
 
-Every step exists twice, parallel and serial, from one text; only here is there a prange. The chunks and the order in
-which their sums are added depend on the shape alone. So both give the same bits for any number of threads, and so do
-two passes over the whole array and one, in which each tile of statistics is reduced and applied while a core's cache
-still has it.
+A step's first argument is the pool whose threads share its tasks, see pool(), or 0. The chunks and the order in which
+their sums are added depend on the shape alone. So the bits are the same for any number of threads, and so they are for
+two passes over the whole array and for one, in which each tile of statistics is reduced and applied while a core's
+cache still has it.
 """
 
 import inspect
@@ -13,12 +13,27 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import prange, types
+from numba import types
 
 from nbbn.core import rules
 from nbbn.kernels.channel import BATCH_MEAN, COUNT, DX_MEAN, M2, MOMENT_ROWS, PLAIN_SUMS, SQUARES, WEIGHTED_SUMS
 from nbbn.kernels.cpu import channel, planes, rows
-from nbbn.kernels.cpu.lanes import again, each, fence, load, over, part, splat, store, traced, vector_rules, when, wide
+from nbbn.kernels.cpu.lanes import (
+    again,
+    each,
+    fence,
+    load,
+    over,
+    part,
+    per_task,
+    splat,
+    store,
+    traced,
+    vector_rules,
+    when,
+    wide,
+)
+from nbbn.kernels.cpu.pool import launch
 from nbbn.kernels.cpu.tasks import Grid, bounds_of, chunk_and_tile, statistics
 from nbbn.kernels.cpu.views import Data, as_view
 from nbbn.runtime import PLAIN, code_hash, compile_kernel, run_by_python
@@ -46,6 +61,7 @@ ARGUMENTS = {
     "parts": "d3",
     "hyper": "d1",
     "ends": "i1",
+    **dict.fromkeys(("pool", "function", "frame", "tasks"), "int"),
     **dict.fromkeys(("relu", "renorm", "debias", "skip", "adjusted"), "flag"),
     "grid": "grid",
 }
@@ -63,11 +79,12 @@ WRITES = {
     "infer": {"y"},
     "backward": {"dx", "dz", "dparams"},
     "frozen_backward": {"dx", "dparams"},
+    "launch": set(),
 }
 
 
 @lru_cache(maxsize=8)
-def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
+def steps(schedule: str, one_pass: bool) -> dict[str, Step]:
     """The steps of one schedule as functions yet to be compiled, by name."""
     loops = SCHEDULES[schedule]
     view = as_view(RANKS[schedule])
@@ -105,7 +122,7 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
         grid, view = Grid(*grid), loops.extent(x)
         each(0, grid.tiles, 1, lambda t, _: write_shifts(x, weights, bounds_of(0, t, view, grid), grid, shift))
 
-    @traced
+    @per_task
     def sum_moments(task, x, weights, ends, grid, shift, partial):
         grid = Grid(*grid)
         loops.moments(x, weights, shift, bounds(task, x, grid), grid, partial, ends)
@@ -118,13 +135,13 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
         if far is not None:
             when(far, lambda: store(again, 0, splat(1.0), 1))
 
-    @traced
+    @per_task
     def normalize(task, inputs, relu, grid, coefficients, y):
         grid = Grid(*grid)
         loops.normalize(inputs, coefficients, relu, bounds(task, y, grid), grid, y)
         settle(grid)
 
-    @traced
+    @per_task
     def sum_gradient(task, dy, inputs, weights, relu, grid, saved, forward, partial):
         grid = Grid(*grid)
         mean, where = part(saved, (BATCH_MEAN,), 0, saved.shape[1]), bounds(task, dy, grid)
@@ -136,7 +153,7 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
         channel.add_chunks(0, statistics, chunks, partial)
         channel.parameter_gradients(0, channels, partial[0], saved, adjusted, dparams)
 
-    @traced
+    @per_task
     def input_gradient(task, dy, inputs, weights, relu, grid, forward, coefficients, dx, dz):
         grid = Grid(*grid)
         loops.input_gradient(dy, inputs, weights, forward, relu, coefficients, bounds(task, dy, grid), grid, dx, dz)
@@ -152,10 +169,11 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
         """body(bounds) for the tasks of a tile."""
         each(0, grid.chunks, 1, lambda chunk, _: body(bounds_of(chunk, tile, loops.extent(x), grid)))
 
-    @traced
-    def train_tile(tile, inputs, weights, grid, flags, y, params, state, new_state, saved, count, memory):
-        (hyper, relu, *options), (coefficients, shift, partial) = flags, memory
-        grid, x, a = Grid(*grid), inputs[0], inputs[2]
+    @per_task
+    def train_tile(
+        tile, inputs, weights, relu, grid, y, params, state, hyper, options, new_state, saved, count, memory
+    ):
+        (coefficients, shift, partial), grid, x, a = memory, Grid(*grid), inputs[0], inputs[2]
 
         def reduce(t):
             first_task = bounds_of(0, t, loops.extent(x), grid)
@@ -173,12 +191,11 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
 
         over_tiles(tile, grid, reduce)
         first, last = statistics(bounds_of(0, tile, loops.extent(x), grid), grid)
-        same = count if weights is None else None
-        channel.train(first, last, params, state, hyper, same, a, options, new_state, saved, coefficients)
+        channel.train(first, last, params, state, hyper, count, weights, a, options, new_state, saved, coefficients)
         over_tiles(tile, grid, apply)
         settle(grid)
 
-    @traced
+    @per_task
     def backward_tile(tile, dy, inputs, weights, relu, grid, dx, dz, saved, dparams, memory):
         forward, coefficients, partial = memory
         grid, channels, mean = Grid(*grid), dparams.shape[1], part(saved, (BATCH_MEAN,), 0, saved.shape[1])
@@ -203,118 +220,123 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
 
     # -- the stages by themselves --------------------------------------------------------------------------------------
 
-    stage = numba.njit(**INTERNAL, parallel=parallel, inline="always")
+    stage = numba.njit(**INTERNAL, inline="always")
 
     @stage
-    def reduce_all(x, firsts, weights, ends, count, grid, saved):
+    def reduce_all(pool, x, firsts, weights, ends, count, grid, saved):
         statistics = saved.shape[1]
         shift, again = np.empty(statistics), np.ones(1)
         partial = np.empty((grid[CHUNKS], PLAIN_SUMS if weights is None else WEIGHTED_SUMS, statistics))
         take_shifts(firsts, weights, grid, shift)
         while again[0] > 0:
-            for task in prange(grid[CHUNKS] * grid[TILES]):
-                sum_moments(task, x, weights, ends, grid, shift, partial)
+            sum_moments(pool, grid[CHUNKS] * grid[TILES], x, weights, ends, grid, shift, partial)
             finish_moments(x, weights, grid, shift, partial, count, saved, again)
 
     @stage
-    def apply_all(x, residual, a, b, coefficients, relu, grid, y):
-        for task in prange(grid[CHUNKS] * grid[TILES]):
-            normalize(task, (x, residual, a, b), relu, grid, coefficients, y)
-
-    @stage
-    def reduce_gradient_all(dy, x, residual, weights, a, b, saved, forward, relu, grid, dparams):
+    def reduce_gradient_all(pool, dy, inputs, weights, saved, forward, relu, grid, dparams):
+        a = inputs[2]
         partial = np.empty((grid[CHUNKS], 2 if a is None else 4, saved.shape[1]))
-        for task in prange(grid[CHUNKS] * grid[TILES]):
-            sum_gradient(task, dy, (x, residual, a, b), weights, relu, grid, saved, forward, partial)
+        sum_gradient(pool, grid[CHUNKS] * grid[TILES], dy, inputs, weights, relu, grid, saved, forward, partial)
         finish_gradient(grid, a, saved, partial, dparams)
         return partial
 
-    @stage
-    def apply_gradient_all(dy, x, residual, weights, a, b, forward, relu, coefficients, grid, dx, dz):
-        for task in prange(grid[CHUNKS] * grid[TILES]):
-            input_gradient(task, dy, (x, residual, a, b), weights, relu, grid, forward, coefficients, dx, dz)
-
-    def reduce(grid, weights, x, moments):
+    def reduce(pool, grid, weights, x, moments):
         x = view(x, grid)
-        reduce_all(x, x, weights, None, x.size / moments.shape[1], grid, moments)
+        reduce_all(pool, x, x, weights, None, x.size / moments.shape[1], grid, moments)
 
-    def reduce_sequences(grid, x, ends, moments):
+    def reduce_sequences(pool, grid, x, ends, moments):
         x = view(x, grid)
         first, count = 0, 0.0
         while ends[first] == 0:  # what shifts are taken from must count; something does
             first += 1
         for end in ends:
             count += end
-        reduce_all(x, x[first:], None, ends, count, grid, moments)
+        reduce_all(pool, x, x[first:], None, ends, count, grid, moments)
 
-    def apply(grid, relu, a, b, residual, x, y, coefficients):
+    def apply(pool, grid, relu, a, b, residual, x, y, coefficients):
         residual, x, y = view(residual, grid), view(x, grid), view(y, grid)
-        apply_all(x, residual, a, b, coefficients, relu, grid, y)
+        normalize(pool, grid[CHUNKS] * grid[TILES], (x, residual, a, b), relu, grid, coefficients, y)
 
-    def reduce_gradient(grid, relu, weights, a, b, residual, x, dy, saved, sums, dparams):
+    def reduce_gradient(pool, grid, relu, weights, a, b, residual, x, dy, saved, sums, dparams):
         residual, x, dy = view(residual, grid), view(x, grid), view(dy, grid)
         forward = np.empty((5, saved.shape[1]), dparams.dtype)
         output_coefficients(saved, a, forward)
-        sums[:] = reduce_gradient_all(dy, x, residual, weights, a, b, saved, forward, relu, grid, dparams)[0]
+        inputs = x, residual, a, b
+        sums[:] = reduce_gradient_all(pool, dy, inputs, weights, saved, forward, relu, grid, dparams)[0]
 
-    def apply_gradient(grid, relu, weights, a, b, dz, residual, x, dy, dx, saved, sums, dparams):
+    def apply_gradient(pool, grid, relu, weights, a, b, dz, residual, x, dy, dx, saved, sums, dparams):
         dz, residual, x, dy, dx = view(dz, grid), view(residual, grid), view(x, grid), view(dy, grid), view(dx, grid)
         forward = np.empty((5, saved.shape[1]), dparams.dtype)
         coefficients = np.empty((4, saved.shape[1]), dparams.dtype)
         output_coefficients(saved, a, forward)
         input_coefficients(dparams, sums, saved, coefficients)
-        apply_gradient_all(dy, x, residual, weights, a, b, forward, relu, coefficients, grid, dx, dz)
+        tasks, inputs = grid[CHUNKS] * grid[TILES], (x, residual, a, b)
+        input_gradient(pool, tasks, dy, inputs, weights, relu, grid, forward, coefficients, dx, dz)
 
     # -- whole steps ---------------------------------------------------------------------------------------------------
 
-    def train(grid, relu, renorm, debias, skip, hyper, weights, a, b, residual, x, y, params, state, new_state, saved):
+    def train(
+        pool, grid, relu, renorm, debias, skip, hyper, weights, a, b, residual, x, y, params, state, new_state, saved
+    ):
         residual, x, y = view(residual, grid), view(x, grid), view(y, grid)
-        statistics = saved.shape[1]
-        coefficients = np.empty((5, statistics), params.dtype)
+        statistics, inputs, options = saved.shape[1], (x, residual, a, b), (renorm, debias, skip)
+        coefficients, count = np.empty((5, statistics), params.dtype), x.size / statistics
         if one_pass:
             shift = np.empty(statistics)
             partial = np.empty((grid[CHUNKS], PLAIN_SUMS if weights is None else WEIGHTED_SUMS, statistics))
-            inputs, memory, count = (x, residual, a, b), (coefficients, shift, partial), x.size / statistics
-            flags = hyper, relu, renorm, debias, skip  # a region takes no tuple of nothing but None
-            for tile in prange(grid[FAMILIES]):
-                train_tile(tile, inputs, weights, grid, flags, y, params, state, new_state, saved, count, memory)
-        else:
-            count = x.size / statistics
-            reduce_all(x, x, weights, None, count, grid, saved)
-            train_channels(
-                params, state, hyper, count, weights, a, (renorm, debias, skip), new_state, saved, coefficients
+            memory, families = (coefficients, shift, partial), grid[FAMILIES]
+            train_tile(
+                pool,
+                families,
+                inputs,
+                weights,
+                relu,
+                grid,
+                y,
+                params,
+                state,
+                hyper,
+                options,
+                new_state,
+                saved,
+                count,
+                memory,
             )
-            apply_all(x, residual, a, b, coefficients, relu, grid, y)
+        else:
+            reduce_all(pool, x, x, weights, None, count, grid, saved)
+            train_channels(params, state, hyper, count, weights, a, options, new_state, saved, coefficients)
+            normalize(pool, grid[CHUNKS] * grid[TILES], inputs, relu, grid, coefficients, y)
 
-    def infer(grid, relu, hyper, residual, x, y, params, state):
+    def infer(pool, grid, relu, hyper, residual, x, y, params, state):
         residual, x, y = view(residual, grid), view(x, grid), view(y, grid)
         coefficients = np.empty((3, params.shape[1]), params.dtype)
         infer_channels(params, state, hyper, coefficients)
-        apply_all(x, residual, None, None, coefficients, relu, grid, y)
+        normalize(pool, grid[CHUNKS] * grid[TILES], (x, residual, None, None), relu, grid, coefficients, y)
 
-    def backward(grid, relu, weights, a, b, dz, residual, x, dy, dx, saved, dparams):
+    def backward(pool, grid, relu, weights, a, b, dz, residual, x, dy, dx, saved, dparams):
         dz, residual, x, dy, dx = view(dz, grid), view(residual, grid), view(x, grid), view(dy, grid), view(dx, grid)
-        forward = np.empty((5, saved.shape[1]), dparams.dtype)
+        forward, inputs = np.empty((5, saved.shape[1]), dparams.dtype), (x, residual, a, b)
         coefficients = np.empty((4, saved.shape[1]), dparams.dtype)
         if relu is not None:
             output_coefficients(saved, a, forward)
         if one_pass:
             partial = np.empty((grid[CHUNKS], 2 if a is None else 4, saved.shape[1]))
-            inputs, memory = (x, residual, a, b), (forward, coefficients, partial)
-            for tile in prange(grid[FAMILIES]):
-                backward_tile(tile, dy, inputs, weights, relu, grid, dx, dz, saved, dparams, memory)
+            memory, families = (forward, coefficients, partial), grid[FAMILIES]
+            backward_tile(pool, families, dy, inputs, weights, relu, grid, dx, dz, saved, dparams, memory)
         else:
-            sums = reduce_gradient_all(dy, x, residual, weights, a, b, saved, forward, relu, grid, dparams)
+            sums = reduce_gradient_all(pool, dy, inputs, weights, saved, forward, relu, grid, dparams)
             input_coefficients(dparams, sums, saved, coefficients)
-            apply_gradient_all(dy, x, residual, weights, a, b, forward, relu, coefficients, grid, dx, dz)
+            tasks = grid[CHUNKS] * grid[TILES]
+            input_gradient(pool, tasks, dy, inputs, weights, relu, grid, forward, coefficients, dx, dz)
 
-    def frozen_backward(grid, x, dy, dx, saved, dparams):
+    def frozen_backward(pool, grid, x, dy, dx, saved, dparams):
         x, dy, dx = view(x, grid), view(dy, grid), view(dx, grid)
         coefficients = np.empty((4, saved.shape[1]), dparams.dtype)
-        sums = reduce_gradient_all(dy, x, None, None, None, None, saved, coefficients, None, grid, dparams)
+        inputs = x, None, None, None
+        sums = reduce_gradient_all(pool, dy, inputs, None, saved, coefficients, None, grid, dparams)
         input_coefficients(dparams, sums, saved, coefficients)
         coefficients[DX_MEAN] = 0  # dx = (dy - 0) * scale + 0: the forward pass's apply, on dy
-        apply_all(dy, None, None, None, coefficients, None, grid, dx)
+        normalize(pool, grid[CHUNKS] * grid[TILES], (dy, None, None, None), None, grid, coefficients, dx)
 
     found = (reduce, reduce_sequences, apply, reduce_gradient, apply_gradient, train, infer, backward, frozen_backward)
     return {f.__name__: f for f in found}
@@ -325,8 +347,8 @@ def steps(schedule: str, one_pass: bool, parallel: bool) -> dict[str, Step]:
 
 @traced
 def train_channels(params, state, hyper, count, weights, a, options, new_state, saved, coefficients):
-    same = count if weights is None else None
-    channel.train(0, params.shape[1], params, state, hyper, same, a, options, new_state, saved, coefficients)
+    channels = params.shape[1]
+    channel.train(0, channels, params, state, hyper, count, weights, a, options, new_state, saved, coefficients)
 
 
 @traced
@@ -355,7 +377,8 @@ def finish(renorm, debias, skip, hyper, adjusted, moments, params, state, new_st
     """The middle stage by itself."""
     for row in range(MOMENT_ROWS):
         saved[row] = moments[row]
-    train_channels(params, state, hyper, None, None, adjusted, (renorm, debias, skip), new_state, saved, coefficients)
+    options = renorm, debias, skip
+    train_channels(params, state, hyper, None, None, adjusted, options, new_state, saved, coefficients)
 
 
 def freeze(hyper, params, state, saved):
@@ -378,13 +401,16 @@ def merge(parts, moments):
         moments[SQUARES, s] = squares
 
 
-MIDDLE_STAGES: dict[str, Step] = {"finish": finish, "freeze": freeze, "merge": merge}
+# What there is once for both schedules.
+COMMON: dict[str, Step] = {"finish": finish, "freeze": freeze, "merge": merge, "launch": launch}
+# What compiled() is to be asked for where threads share the tasks of a step; no dtype is among its arguments.
+LAUNCH: tuple[Any, ...] = ("launch", "planes", False, *[np.dtype(np.float64)] * 3, True, frozenset())
 
 
 @lru_cache(maxsize=16)
 def names_of(step: str) -> tuple[str, ...]:
     """The arguments of a step, in their order."""
-    function = MIDDLE_STAGES.get(step) or steps("planes", False, False)[step]
+    function = COMMON.get(step) or steps("planes", False)[step]
     return tuple(inspect.signature(function).parameters)
 
 
@@ -393,7 +419,6 @@ def compiled(
     step: str,
     schedule: str,
     one_pass: bool,
-    parallel: bool,
     dtype: Any,
     statistic: Any,
     state: Any,
@@ -401,16 +426,15 @@ def compiled(
     absent: frozenset[str],
 ) -> Step:
     """A step compiled for one combination of types. `absent`: the names of the arguments that are None."""
-    if step in MIDDLE_STAGES:
-        function, name = MIDDLE_STAGES[step], step
+    if step in COMMON:
+        function, name = COMMON[step], step
     else:
-        function, passes = steps(schedule, one_pass, parallel)[step], "one_pass" if one_pass else "two_passes"
-        name = f"{schedule}_{step}_{passes}_{'parallel' if parallel else 'serial'}"
+        function, passes = steps(schedule, one_pass)[step], "one_pass" if one_pass else "two_passes"
+        name = f"{schedule}_{step}_{passes}"
     if PLAIN:
         return run_by_python(function)
-    return compile_kernel(
-        function, name, signature(step, schedule, dtype, statistic, state, contiguous, absent), parallel
-    )
+    kinds = signature(step, schedule, dtype, statistic, state, contiguous, absent)
+    return compile_kernel(function, name, kinds, parallel=step == "launch")
 
 
 def signature(
@@ -427,6 +451,8 @@ def signature(
             return types.none
         if kind == "flag":
             return types.boolean
+        if kind == "int":
+            return types.int64
         if kind == "grid":
             return types.UniTuple(types.int64, len(Grid._fields))
         if kind == "X" and contiguous:
@@ -436,3 +462,20 @@ def signature(
         return types.Array(scalar[kind[0]], rank if view else int(kind[1]), layout, readonly=name not in WRITES[step])
 
     return types.void(*[argument(name) for name in names_of(step)])
+
+
+_launcher: list[int] = []
+
+
+def is_ready() -> bool:
+    """Whether pool() compiles nothing."""
+    return bool(_launcher)
+
+
+def pool() -> int:
+    """The first argument of a step whose tasks the threads of Numba's pool are to share: the launcher's address, as C
+    calls it. Numba starts its pool, if it must, to compile the launcher or just to load it."""
+    if not _launcher:
+        (overload,) = compiled(*LAUNCH).overloads.values()  # type: ignore[attr-defined]
+        _launcher.append(overload.library.get_pointer_to_function(overload.fndesc.llvm_cfunc_wrapper_name))
+    return _launcher[0]
