@@ -299,8 +299,8 @@ def test_runs_that_take_too_long_are_followed_by_serial_ones(monkeypatch):
 
     assert granted(10, None)  # compiles
     assert granted(10, 10**10)  # 1 ns per element
-    assert granted(0.4)
-    assert granted()  # not yet worth the twin
+    assert granted(0.08)
+    assert granted()  # it may be chance
     assert granted(0.2)
     assert not granted()
     assert not granted(0.01)
@@ -321,7 +321,7 @@ def test_runs_that_take_too_long_are_followed_by_serial_ones(monkeypatch):
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_a_signal_handler_inside_a_region_gets_the_serial_twin_and_can_fork():
+def test_a_signal_handler_inside_a_region_goes_on_alone_and_can_fork():
     with runtime.parallel_region():
         threads._before_fork()
         assert not is_granted()

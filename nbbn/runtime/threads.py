@@ -1,8 +1,8 @@
 """When a kernel may use Numba's thread pool.
 
 Numba's pools abort or hang when two threads enter them at once (workqueue) or when a forked child uses its parent's
-(omp). So every kernel has a serial twin that gives the same bits, and one lock decides: whoever gets it without
-waiting runs in parallel, everybody else runs the twin at once.
+(omp). So no kernel needs one, and one lock decides: whoever gets it without waiting has the pool's threads, everybody
+else goes on alone, with the same bits.
 """
 
 import _thread
@@ -95,8 +95,8 @@ def _note_run(seconds: float, elements: int) -> None:
     """Run serially for a while after a parallel run that other processes have held up.
 
     A thread that finds no free core lets all others wait, libgomp's 4 to 40 ms, for a share that takes 0.05 ms; on
-    virtual machines also after every pause. The twin may have to be compiled, so this begins when as much time has been
-    lost as that takes. Each parallel run that is late once more makes the time twice as long.
+    virtual machines also after every pause. Once may be chance, so this begins when a tenth of a second has been lost.
+    Each parallel run that is late once more makes the time twice as long.
     """
     global _lost, _serial_until, _serial_for
     late = seconds - (1e-3 + 4e-9 * elements)  # a slow core needs less than 2 ns for an element
@@ -104,7 +104,7 @@ def _note_run(seconds: float, elements: int) -> None:
         _serial_for = _SHORTEST
         return
     _lost += late
-    if _lost > 0.5:
+    if _lost > 0.1:
         _serial_until = perf_counter() + _serial_for
         _serial_for = min(2 * _serial_for, _LONGEST)
 

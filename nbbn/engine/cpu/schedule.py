@@ -15,7 +15,7 @@ from nbbn.kernels.cpu.lanes import BLOCK, LANES, LINE
 from nbbn.kernels.cpu.tasks import Grid, chunks_and_tiles, quotient
 from nbbn.runtime import last_level_cache, likely_layer, thread_limit
 
-# By threading layer: a region costs 6 to 10 us of a call, workqueue's sleeping threads 150 to 200.
+# By threading layer: a region costs 4 to 5 us of a call, workqueue's sleeping threads 150 to 200.
 PARALLEL = {"omp": 1 << 18, "tbb": 1 << 18, "workqueue": 1 << 22}
 # What an element costs, in that of an output: 0.1, 0.25 and 0.35 ns.
 WORK = {"infer": 1, "apply": 1, "reduce": 2, "reduce_sequences": 2, "apply_gradient": 2, "train": 3}
