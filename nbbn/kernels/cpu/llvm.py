@@ -1,5 +1,6 @@
 """What traced functions are made of (lanes.py), as LLVM's code: vectors and numbers, memory, loops."""
 
+from contextlib import contextmanager
 from copy import copy
 
 from llvmlite import ir
@@ -16,8 +17,7 @@ BLOCK = 1024  # elements of a local array: a few of them fit into a core's L1
 # lets the load wait until it knows more: arrays that follow each other, of a power of 2 bytes, would all have that.
 APART = 1024 + LINE
 
-_I1, _I32, _I64, _DOUBLE = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.DoubleType()
-_BYTE = ir.IntType(8).as_pointer()
+_I1, _I8, _I32, _I64, _DOUBLE = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.DoubleType()
 _SUM = ("contract", "nsz")  # what may be done to the arithmetic of sums; nothing to that of results
 _POSITIONS = ir.Constant(ir.VectorType(_I64, LANES), list(range(LANES)))
 _building: list = []  # the contexts and builders of the functions that are traced now
@@ -177,8 +177,18 @@ def first(vector, n):
     return vector if n is None else choose(_mask(n), vector, 0)
 
 
+class First(Value):
+    """A number of elements, and which ones they are of sixteen."""
+
+    def __init__(self, value):
+        super().__init__(value)
+        self.mask = Value(_POSITIONS) < Value(_splat(value))
+
+
 def _mask(n):
     """Of the first n."""
+    if isinstance(n, First):
+        return n.mask
     if n is None:
         return Value(ir.Constant(ir.VectorType(_I1, LANES), [1] * LANES))
     return Value(_POSITIONS) < Value(_splat(_int(n)))
@@ -227,11 +237,17 @@ class Memory:
         return self.strides[-1] is None
 
     def place(self, *index):
-        builder, offset = _builder(), _I64(0)
+        builder, found = _builder(), self.data
         for i, size, stride in zip(index, self.shape, self.strides, strict=False):
-            i = size + i if isinstance(i, int) and i < 0 else i
-            offset = builder.add(offset, builder.mul(_int(i), _I64(self.itemsize) if stride is None else stride))
-        return cgutils.pointer_add(builder, self.data, offset)
+            if isinstance(i, int) and i <= 0:
+                if i == 0:
+                    continue
+                i = size + i
+            if stride is None:
+                found = builder.gep(found, [_int(i)])
+            else:
+                found = builder.gep(found, [builder.mul(_int(i), stride)], source_etype=_I8)
+        return found
 
     def from_(self, *index):
         """What is left of the array from an index of its first dimensions on."""
@@ -261,15 +277,14 @@ class Memory:
     def access(self, i, near, far):
         """near(the place of the i-th element) where the elements follow each other, else far(the places of all)."""
         builder, start = _builder(), self.place(i)
-        place = builder.bitcast(start, self.vector.as_pointer())
         if self.is_contiguous:
-            return near(place)
+            return near(start)
         stride, found = self.strides[-1], []
         with builder.if_else(builder.icmp_signed("==", stride, _I64(self.itemsize))) as branches:
             for branch, is_near in zip(branches, (True, False), strict=True):
                 with branch:
                     if is_near:
-                        result = near(place)
+                        result = near(start)
                     else:
                         places = builder.add(
                             _splat(builder.ptrtoint(start, _I64)), builder.mul(_POSITIONS, _splat(stride))
@@ -300,14 +315,17 @@ def load(array, i, n=None):
     def near(place):
         if n is not None:
             return array.masked("load", array.vector, place, align, _mask(n).value, zeros)
-        found = builder.load(place)
-        found.align = array.itemsize
-        return found
+        return builder.load(place, align=array.itemsize, typ=array.vector)
 
     def far(places):
         return array.masked("gather", array.vector, places, align, _mask(n).value, zeros)
 
     return Value(floats.decode(builder, array.dtype, array.access(i, near, far)))
+
+
+def _write(value, place, align):
+    builder = _builder()
+    return builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=align)
 
 
 def store(array, i, vector, n=None):
@@ -319,7 +337,7 @@ def store(array, i, vector, n=None):
 
     def near(place):
         if n is None:
-            builder.store(value, place).align = array.itemsize
+            _write(value, place, array.itemsize)
         else:
             array.masked("store", nothing, value, place, align, _mask(n).value)
 
@@ -339,8 +357,7 @@ def _stream(array, i, vector):
         return
     builder = _builder()
     value = floats.encode(builder, array.dtype, vector.value)
-    stored = builder.store(value, builder.bitcast(array.place(i), array.vector.as_pointer()))
-    stored.align = _border(array)
+    stored = _write(value, array.place(i), _border(array))
     stored.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
 
 
@@ -356,9 +373,7 @@ def whole(array, i):
 
 def load_half(array, i):
     """HALF numbers of float64 from the i-th on."""
-    found = _builder().load(_builder().bitcast(array.place(i), ir.VectorType(_DOUBLE, HALF).as_pointer()))
-    found.align = array.itemsize
-    return Value(found)
+    return Value(_builder().load(array.place(i), align=array.itemsize, typ=ir.VectorType(_DOUBLE, HALF)))
 
 
 def add_halves(array, i, vector, is_first):
@@ -366,8 +381,7 @@ def add_halves(array, i, vector, is_first):
     low, high = (Value(half, _SUM) for half in _halves(vector.value))
     before = load_half(array, i)
     found = drop(is_first, before) + (low + high)
-    place = _builder().bitcast(array.place(i), before.value.type.as_pointer())
-    _builder().store(found.value, place).align = array.itemsize
+    _write(found.value, array.place(i), array.itemsize)
 
 
 def write_total(array, index, vector):
@@ -397,15 +411,20 @@ def either(condition, a, b):
     return found
 
 
+def _reserve(kind):
+    """A place on the stack, not initialized: Numba's function writes zeros, for which LLVM makes a store of each."""
+    with _builder().goto_entry_block():
+        return _builder().alloca(kind)
+
+
 def local(like, beside):
     """An array of BLOCK elements with the dtype of `like` on the stack, not initialized; None where there is nothing
     beside."""
     if beside is None:
         return None
-    builder = _builder()
-    memory = cgutils.alloca_once(builder, ir.ArrayType(like.element, BLOCK + APART // like.itemsize))
+    memory = _reserve(ir.ArrayType(like.element, BLOCK + APART // like.itemsize))
     memory.align = LINE
-    return Memory(like.dtype, builder.bitcast(memory, like.element.as_pointer()), [Value(_I64(BLOCK))], [None])
+    return Memory(like.dtype, _builder().bitcast(memory, like.element.as_pointer()), [Value(_I64(BLOCK))], [None])
 
 
 def fence():
@@ -420,8 +439,9 @@ class _Kept:
     """Vectors that a loop hands on: in memory, which LLVM makes registers of."""
 
     def __init__(self, sums):
-        self.places = [None if s is None else cgutils.alloca_once_value(_builder(), s.value) for s in sums]
+        self.places = [None if s is None else _reserve(s.value.type) for s in sums]
         self.flags = [None if s is None else s.flags for s in sums]
+        self.put(sums)
 
     def get(self):
         return [p and Value(_builder().load(p), f) for p, f in zip(self.places, self.flags, strict=True)]
@@ -432,6 +452,23 @@ class _Kept:
                 _builder().store(found.value, place)
 
 
+@contextmanager
+def _loop(begin, end, step):
+    """What is entered is run for whole numbers from one to another."""
+    builder = _builder()
+    before, (head, body, after) = builder.block, (builder.append_basic_block() for _ in range(3))
+    builder.branch(head)
+    builder.position_at_end(head)
+    i = builder.phi(_I64)
+    i.add_incoming(begin, before)
+    builder.cbranch(builder.icmp_signed("<", i, end), body, after)
+    builder.position_at_end(body)
+    yield Value(i)
+    i.add_incoming(builder.add(i, step), builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+
+
 def over(begin, end, body, sums=()):
     """Run body(i, n, sums) for all elements from one to another, sixteen at a time and then those that are left.
 
@@ -440,10 +477,10 @@ def over(begin, end, body, sums=()):
     builder, kept, begin, end = _builder(), _Kept(sums), _int(begin), _int(end)
     left = builder.and_(builder.sub(end, begin), _I64(LANES - 1))
     whole = builder.sub(end, left)
-    with cgutils.for_range_slice(builder, begin, whole, _I64(LANES), _I64) as (i, _):
-        kept.put(body(Value(i), None, kept.get()))
+    with _loop(begin, whole, _I64(LANES)) as i:
+        kept.put(body(i, None, kept.get()))
     with builder.if_then(builder.icmp_signed(">", left, _I64(0))):
-        kept.put(body(Value(whole), Value(left), kept.get()))
+        kept.put(body(Value(whole), First(left), kept.get()))
     return kept.get()
 
 
@@ -454,9 +491,9 @@ def over_columns(begin, end, body, sums=()):
 
 def each(begin, end, step, body, sums=()):
     """Run body(i, sums) for whole numbers; sums: see over()."""
-    builder, kept = _builder(), _Kept(sums)
-    with cgutils.for_range_slice(builder, _int(begin), _int(end), _int(step), _I64) as (i, _):
-        kept.put(body(Value(i), kept.get()))
+    kept = _Kept(sums)
+    with _loop(_int(begin), _int(end), _int(step)) as i:
+        kept.put(body(i, kept.get()))
     return kept.get()
 
 
@@ -511,7 +548,7 @@ def _write_past(targets, results, write, head):
     size = there[0].size
     for target in there:
         for place in (target.data, target.place(size - 1)):
-            _call("prefetch.p0", ir.VoidType(), _builder().bitcast(place, _BYTE), _I32(1), _I32(3), _I32(1))
+            _call("prefetch.p0", ir.VoidType(), place, _I32(1), _I32(3), _I32(1))
 
     def write_past(i, n, _):
         if n is not None:
@@ -520,7 +557,7 @@ def _write_past(targets, results, write, head):
             _stream(target, i, vector)
 
     head = minimum(head, size)
-    when(head > 0, lambda: write(Value(_I64(0)), head, ()))
+    when(head > 0, lambda: write(Value(_I64(0)), First(head.value), ()))
     over(head, size, write_past)
 
 
@@ -549,28 +586,54 @@ def emit_tasks(context, builder, function, kinds, values):
     The function becomes one of LLVM's, of a task's number and of the place where the rest lies: whoever launches it
     (pool.py) need not know what that is, so that there is one launcher, which is compiled once.
     """
-    pool, tasks, *given = values
-    frame = cgutils.alloca_once(builder, ir.LiteralStructType([v.type for v in given]))
-    for i, value in enumerate(given):
+    pool, tasks, *values = values
+    with tracing(context, builder):
+        given = [symbol(k, v) for k, v in zip(kinds, values, strict=True)]
+        parts = _parts(given)
+        frame = _reserve(ir.LiteralStructType([v.type for v in parts]))
+    for i, value in enumerate(parts):
         builder.store(value, cgutils.gep_inbounds(builder, frame, 0, i))
-    run = _task(context, builder.module, function, kinds, frame.type)
+    run = _task(context, builder.module, function, given, frame.type)
     with builder.if_else(builder.icmp_signed("==", pool, _I64(0))) as (alone, together):
-        with alone, cgutils.for_range(builder, tasks) as loop:
-            builder.call(run, [loop.index, frame])
+        with alone, tracing(context, builder), _loop(_I64(0), tasks, _I64(1)) as task:
+            builder.call(run, [task.value, frame])
         with together:
             launch = builder.inttoptr(pool, ir.FunctionType(ir.VoidType(), [_I64] * 3).as_pointer())
             builder.call(launch, [builder.ptrtoint(run, _I64), builder.ptrtoint(frame, _I64), tasks])
 
 
-def _task(context, module, function, kinds, frame):
-    """LLVM's function of a task's number and the place of a frame."""
+def _task(context, module, function, given, frame):
+    """LLVM's function of a task's number and the place of a frame, which has the parts of what is given."""
     kind = ir.FunctionType(ir.VoidType(), [_I64, frame])
     found = ir.Function(module, kind, module.get_unique_name(function.__name__))
     found.linkage = "internal"
     builder = ir.IRBuilder(found.append_basic_block("entry"))
     task, place = found.args
+    parts = (builder.load(cgutils.gep_inbounds(builder, place, 0, i)) for i in range(len(frame.pointee.elements)))
     with tracing(context, builder):
-        given = [builder.load(cgutils.gep_inbounds(builder, place, 0, i)) for i in range(len(kinds))]
-        function(Value(task), *map(symbol, kinds, given))
+        function(Value(task), *_of_parts(given, parts))
     builder.ret_void()
     return found
+
+
+def _parts(given):
+    """LLVM's values of which a symbol, or a list of them, is made."""
+    if given is None:
+        return []
+    if isinstance(given, Value):
+        return [given.value]
+    if isinstance(given, Memory):
+        return [given.data, *_parts(given.shape), *(s for s in given.strides if s is not None)]
+    return [part for one in given for part in _parts(one)]
+
+
+def _of_parts(like, parts):
+    """Symbols like these of other values, which an iterator gives in the same order."""
+    if like is None:
+        return None
+    if isinstance(like, Value):
+        return Value(next(parts))
+    if isinstance(like, Memory):
+        data, shape = next(parts), _of_parts(like.shape, parts)
+        return Memory(like.dtype, data, shape, [None if s is None else next(parts) for s in like.strides])
+    return [_of_parts(one, parts) for one in like]
