@@ -16,7 +16,7 @@ from nbbn.kernels.cpu.tasks import Grid, chunks_and_tiles, quotient
 from nbbn.runtime import last_level_cache, likely_layer, thread_limit
 
 # By threading layer: a region costs 4 to 5 us of a call, workqueue's sleeping threads 150 to 200.
-PARALLEL = {"omp": 1 << 18, "tbb": 1 << 18, "workqueue": 1 << 22}
+PARALLEL = {"omp": 1 << 17, "tbb": 1 << 17, "workqueue": 1 << 22}
 # What an element costs, in that of an output: 0.1, 0.25 and 0.35 ns.
 WORK = {"infer": 1, "apply": 1, "reduce": 2, "reduce_sequences": 2, "apply_gradient": 2, "train": 3}
 WORK_OF_GRADIENT = 4
@@ -53,10 +53,10 @@ class Thresholds(NamedTuple):
     max_tasks: int = 32
     chunk_rows: int = 64
     tile_elements: int = 1 << 16
-    tile_columns: int = 4 * BLOCK
+    tile_columns: int = 8 * BLOCK
     repeated_columns: int = 512
     written_columns: int = BLOCK
-    expanded_rows: int = 16
+    expanded_rows: int = 32
     parallel_elements: int | None = None
     short_plane: int = 63
     short_batch: float = 0.6
