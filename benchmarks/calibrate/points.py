@@ -99,7 +99,7 @@ SUBJECTS: Mapping[str, Subject] = {
         shapes=20,
     ),
     "tile_elements": Subject(_powers(14, 15, 17, 18), (Inputs(_sizes(19, 22), batch=(1, 32), run=(17, 2048)),), _SUMS),
-    "tile_columns": Subject(_powers(10, 11, 12, 14), (Inputs(_sizes(20, 23), channels=(1500, 32768)),)),
+    "tile_columns": Subject(_powers(11, 12, 13, 15), (Inputs(_sizes(20, 23), channels=(1500, 32768)),)),
     "repeated_columns": Subject(_powers(7, 8, 10), (Inputs(_sizes(17, 22), channels=(3, 256)),)),
     "written_columns": Subject(_powers(7, 8, 9), (Inputs(_sizes(17, 22), channels=(3, 256)),)),
     "expanded_rows": Subject((8, 16, 64, 128), (Inputs(_sizes(9, 15), channels=(3, 128)),)),

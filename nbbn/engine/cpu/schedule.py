@@ -53,7 +53,7 @@ class Thresholds(NamedTuple):
     max_tasks: int = 32
     chunk_rows: int = 64
     tile_elements: int = 1 << 16
-    tile_columns: int = 8 * BLOCK
+    tile_columns: int = 16 * BLOCK
     repeated_columns: int = 512
     written_columns: int = BLOCK
     expanded_rows: int = 32
