@@ -485,7 +485,7 @@ def start_warm():
     assert compile_add(1)[1] and compile_add(2)[1]
 
 compile_add(3)
-for _ in range(12):
+for _ in range(6):
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NBBN_CACHE_DIR"] = folder
         cache_folder.cache_clear()
@@ -496,5 +496,5 @@ for _ in range(12):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
-def test_eight_processes_twelve_times():
+def test_eight_processes_six_times():
     assert check(ROUNDS, timeout=120, NBBN_CACHE_DIR="") == ""
