@@ -47,6 +47,7 @@ def train(norm, clips, images, labels):
     torch.manual_seed(0)
     net = network(norm)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)  # or the last few pairs decide
     of_digit = [torch.where(labels == digit)[0] for digit in range(10)]
     for step in range(STEPS):
         clips.progress = step / STEPS
@@ -55,6 +56,7 @@ def train(norm, clips, images, labels):
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(images[batch]), labels[batch]).backward()
         optimizer.step()
+        decay.step()
     return net.eval()
 
 

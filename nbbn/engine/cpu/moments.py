@@ -7,6 +7,7 @@ import numpy as np
 
 from nbbn.kernels.channel import MOMENT_ROWS
 from nbbn.kernels.cpu.steps import compiled
+from nbbn.runtime import entry_point
 
 Array = np.ndarray
 # What compiled() is to be asked for; no dtype but float64 is among its arguments.
@@ -15,7 +16,7 @@ MERGE: tuple[Any, ...] = ("merge", "planes", False, *[np.dtype(np.float64)] * 3,
 
 @lru_cache(maxsize=1)
 def _merge() -> Any:
-    return compiled(*MERGE)
+    return entry_point(compiled(*MERGE))
 
 
 def merge_moments(parts: Array) -> Array:

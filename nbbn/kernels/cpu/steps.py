@@ -35,7 +35,7 @@ from nbbn.kernels.cpu.lanes import (
 )
 from nbbn.kernels.cpu.pool import launch
 from nbbn.kernels.cpu.tasks import Grid, bounds_of, chunk_and_tile, statistics
-from nbbn.kernels.cpu.views import Data, as_view
+from nbbn.kernels.cpu.views import Borrowed, Data, as_view
 from nbbn.runtime import PLAIN, code_hash, compile_kernel, run_by_python
 
 SCHEDULES: dict[str, Any] = {"planes": planes, "rows": rows}
@@ -459,7 +459,7 @@ def signature(
             return Data(scalar["X"])
         view = kind in ("X", "S")
         layout = "A" if view else "C"
-        return types.Array(scalar[kind[0]], rank if view else int(kind[1]), layout, readonly=name not in WRITES[step])
+        return Borrowed(scalar[kind[0]], rank if view else int(kind[1]), layout, readonly=name not in WRITES[step])
 
     return types.void(*[argument(name) for name in names_of(step)])
 
