@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
+import nbbn
 from nbbn.arrays import place_of
 from nbbn.core import rules
 from nbbn.kernels import channel
@@ -483,3 +484,16 @@ def test_an_exchange_of_numpy_arrays_may_return_any(order, name):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
         else:
             assert bits(one) == bits(other)
+
+
+class Foreign:
+    """An array of some other library, as far as its shape goes."""
+
+    shape = (4, 3)
+
+
+def test_the_middle_stage_takes_arrays_of_numpy():
+    """Kernels read their memory as it is: what is no such array would end the process."""
+    params, state = np.ones((2, 3)), np.ones((2, 3))
+    with pytest.raises(TypeError, match="moments must be a NumPy array; received Foreign"):
+        nbbn.Dispatcher(nbbn.Options()).finish(Foreign(), params, state, rank=2, dtype=np.dtype(np.float64))

@@ -66,5 +66,5 @@ def one_thread() -> Iterator[None]:
     import threadpoolctl
 
     limits = threadpoolctl.threadpool_limits(1, user_api="blas")
-    with limits, parallel_region():  # who holds the pool leaves the serial kernels to all others, here to the layers
+    with limits, parallel_region():  # who holds the pool leaves one thread to all others, here to the layers
         yield

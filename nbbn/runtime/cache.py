@@ -257,7 +257,7 @@ def _place() -> str:
 def entry_point(kernel: Any) -> Callable[..., Any]:
     """The compiled function behind a kernel: quicker, as it does not look at the types of its arguments.
 
-    Only for arguments of the very types that the kernel has been called with.
+    Only for arguments of the very types that the kernel is compiled for: others are misread, or end the process.
     """
     if PLAIN:
         return kernel  # type: ignore[no-any-return]

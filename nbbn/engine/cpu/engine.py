@@ -9,7 +9,7 @@ from nbbn.core.layout import Sizes, contiguous_strides, sequences_view, steps_di
 from nbbn.core.options import Options
 from nbbn.engine.base import Batch, Copied, Engine, Force, Step, canonical_view
 from nbbn.engine.cpu.bound import LAST_ARGUMENTS, BoundStep
-from nbbn.engine.cpu.plan import Plan
+from nbbn.engine.cpu.plan import Plan, check_arrays
 from nbbn.engine.cpu.schedule import Thresholds, choose, of_whole_samples
 from nbbn.kernels.channel import MOMENT_ROWS
 from nbbn.kernels.cpu.steps import compiled, names_of
@@ -109,6 +109,7 @@ class CpuEngine(Engine):
         return (name, "planes", False, dtype, dtype, state, True, absent), [arguments[n] for n in names]
 
     def _run_middle(self, name: str, numbers: dict[str, Any], adjusted: bool) -> None:
+        check_arrays(numbers, numbers["params"].dtype, numbers["state"].dtype)
         variant, arguments = self.middle(name, numbers, adjusted)
         entry_point(compiled(*variant))(*arguments)
 

@@ -20,6 +20,28 @@ Array = np.ndarray
 _FLOAT64, _INT64 = np.dtype(np.float64), np.dtype(np.int64)
 
 
+def check_arrays(arrays: Mapping[str, Any], dtype: np.dtype, state: np.dtype) -> None:
+    """Kernels take the memory of their arrays as it is, by the names of their arguments.
+
+    Raises: TypeError for what is no NumPy array, and for a dtype, ValueError for an order in memory, that a kernel for
+        inputs of `dtype` would misread.
+    """
+    known = {"X": dtype, "S": dtypes.statistic(dtype), "t": state, "d": _FLOAT64, "i": _INT64}
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"{name} must be a NumPy array; received {type(array).__name__}")
+        kind = ARGUMENTS[name]
+        expected = known[kind] if kind in known else known["S" if kind[0] == "s" else kind[0]]
+        if array.dtype != expected:
+            raise TypeError(f"{name} must have dtype {expected.name}; received {array.dtype.name}")
+        if kind in ("X", "S"):
+            continue
+        # Kernels find a row of parameters or of the state by its stride: rows may lie apart.
+        followed = array[0] if kind in ("s2", "t2") else array
+        if not (followed.flags.c_contiguous and array.flags.aligned):
+            raise ValueError(f"{name} must be C-contiguous and aligned; received strides {array.strides}")
+
+
 @dataclass
 class Plan:
     """state: the dtype of the state. strides: by name, of each array's canonical view; None where that is a reshape.
@@ -56,27 +78,12 @@ class Plan:
         return compiled(*self.variant())
 
     def run(self, views: Mapping[str, Array | None], numbers: Mapping[str, Any]) -> None:
-        """Run the step. views: arrays of the input's shape; numbers: the small arrays. Raises: see _check()."""
+        """Run the step. views: arrays of the input's shape; numbers: the small arrays. Raises: see check_arrays()."""
         there = {name: array for name, array in views.items() if array is not None}
-        self._check({**numbers, **there})
+        check_arrays({**numbers, **there}, self.dtype, self.state)
         arguments = {**self.constants, **numbers, **{n: self._view(n, a) for n, a in there.items()}}
-        constants = [arguments[name] for name in self.names[1:]]  # all but the pool
-        self._shared(*constants) if self.schedule.parallel else self._entry()(0, *constants)
-
-    def _check(self, arrays: Mapping[str, Array]) -> None:
-        """Raises: TypeError for a dtype, and ValueError for an order in memory, that the kernel would misread."""
-        known = {"X": self.dtype, "S": dtypes.statistic(self.dtype), "t": self.state, "d": _FLOAT64, "i": _INT64}
-        for name, array in arrays.items():
-            kind = ARGUMENTS[name]
-            dtype = known[kind] if kind in known else known["S" if kind[0] == "s" else kind[0]]
-            if array.dtype != dtype:
-                raise TypeError(f"{name} must have dtype {dtype.name}; received {array.dtype.name}")
-            if kind in ("X", "S"):
-                continue
-            # Kernels find a row of parameters or of the state by its stride: rows may lie apart.
-            followed = array[0] if kind in ("s2", "t2") else array
-            if not (followed.flags.c_contiguous and array.flags.aligned):
-                raise ValueError(f"{name} must be C-contiguous and aligned; received strides {array.strides}")
+        given = [arguments[name] for name in self.names[1:]]  # all but the pool
+        self._shared(*given) if self.schedule.parallel else self._entry()(0, *given)
 
     def bind(self, constants: Mapping[str, Any], given: tuple[str, ...]) -> Callable[..., None]:
         """The step as a function of the arguments `given`, in that order; the others are the constants.

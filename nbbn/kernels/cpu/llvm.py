@@ -607,6 +607,7 @@ def _task(context, module, function, given, frame):
     kind = ir.FunctionType(ir.VoidType(), [_I64, frame])
     found = ir.Function(module, kind, module.get_unique_name(function.__name__))
     found.linkage = "internal"
+    found.attributes.add("noinline")  # one machine code for one thread and for several: the same bits
     builder = ir.IRBuilder(found.append_basic_block("entry"))
     task, place = found.args
     parts = (builder.load(cgutils.gep_inbounds(builder, place, 0, i)) for i in range(len(frame.pointee.elements)))

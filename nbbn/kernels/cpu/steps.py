@@ -50,8 +50,8 @@ code_hash()  # all that it covers is imported now
 # What an argument of a step is, by its name. X is an array of the input's dtype, S one of the statistics' dtype, both
 # canonical views of the schedule's rank, or X the memory of a dense one (views.py); s is an array of the statistics'
 # dtype, t one of the state's own, d one of float64, i one of int64, with their rank. A flag is True or None. Views may
-# be None, too. In each step the order of the arguments is that of its Python function: what is the same in every call
-# like it comes first, so that a plan can bind it (engine/cpu/plan.py).
+# be None, too. An int is a number of int64. In each step the order of the arguments is that of its Python function:
+# the pool, then what is the same in every call like it, so that a plan can bind it (engine/cpu/plan.py).
 ARGUMENTS = {
     **dict.fromkeys(("x", "dy", "residual", "y", "dx", "dz"), "X"),
     **dict.fromkeys(("weights", "a", "b"), "S"),
@@ -464,7 +464,7 @@ def signature(
     return types.void(*[argument(name) for name in names_of(step)])
 
 
-_launcher: list[int] = []
+_launcher: list[Any] = []  # its address, and the kernel, which must stay
 
 
 def is_ready() -> bool:
@@ -476,6 +476,9 @@ def pool() -> int:
     """The first argument of a step whose tasks the threads of Numba's pool are to share: the launcher's address, as C
     calls it. Numba starts its pool, if it must, to compile the launcher or just to load it."""
     if not _launcher:
-        (overload,) = compiled(*LAUNCH).overloads.values()  # type: ignore[attr-defined]
-        _launcher.append(overload.library.get_pointer_to_function(overload.fndesc.llvm_cfunc_wrapper_name))
-    return _launcher[0]
+        kernel: Any = compiled(*LAUNCH)
+        (overload,) = kernel.overloads.values()
+        address = overload.library.get_pointer_to_function(overload.fndesc.llvm_cfunc_wrapper_name)
+        _launcher.extend((address, kernel))
+    found: int = _launcher[0]
+    return found

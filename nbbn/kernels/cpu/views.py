@@ -71,10 +71,10 @@ register_model(Borrowed)(models.ArrayModel)
 def _unbox_borrowed(kind: Borrowed, given: Any, c: Any) -> Any:
     array, integer = c.context.make_array(kind)(c.context, c.builder), ir.IntType(64)
     size = ir.Constant(integer, c.context.get_abi_sizeof(array.data.type.pointee))
+    sizes = ir.ArrayType(integer, kind.ndim).as_pointer()
     shape, strides = (
-        cgutils.unpack_tuple(c.builder, c.builder.load(_field(c.builder, given, offset, sizes.as_pointer())))
+        cgutils.unpack_tuple(c.builder, c.builder.load(_field(c.builder, given, offset, sizes)))
         for offset in (_SHAPE, _STRIDES)
-        for sizes in [ir.ArrayType(integer, kind.ndim)]
     )
     data = c.builder.bitcast(_field(c.builder, given, _ADDRESS, _POINTER), array.data.type)
     populate_array(array, data=data, shape=shape, strides=strides, itemsize=size, meminfo=None)
