@@ -65,11 +65,11 @@ def dense_backward(dy, x, saved, axis):
     return bn.batch_norm_backward(dy, x, saved, axis)
 
 
-def sizes(rng, rank):
-    """A shape of up to 100,000 elements: of each kind of schedule, of one and of several chunks."""
+def sizes(rng, rank, most=100_000):
+    """A shape of up to so many elements: of each kind of schedule, of one and of several chunks."""
     while True:
         shape = rng.choice([1, 2, 3, 5, 8, 16, 17, 33, 49, 64, 65, 100, 300, 1000, 5000], size=rank)
-        if shape.prod() <= 100_000:
+        if shape.prod() <= most:
             return tuple(int(n) for n in shape)
 
 
@@ -182,8 +182,9 @@ def test_renorm_virtual_batches_and_weights_have_the_dispatchers_bits():
     # One pass and two have the same bits; these are the kernels that are called here, which saves compiling others.
     run = nbbn.Dispatcher(options, nbbn.Force(parallel=False, one_pass=False))
     for _ in range(60):
-        batch, *inner = sizes(rng, 3)
-        shape, axis = (2 * batch, *inner, int(rng.choice([2, 3, 17, 64]))), -1
+        channels = int(rng.choice([2, 3, 17, 64]))
+        batch, *inner = sizes(rng, 3, most=50_000 // channels)
+        shape, axis = (2 * batch, *inner, channels), -1
         x, dy = rng.normal(3, 2, (2, *shape))
         full = np.where(rng.integers(4, size=shape) > 0, rng.random(shape), 0.0)
         weights = np.broadcast_to(full[:, :1, :1, :1], shape) if rng.integers(2) else with_strides(rng, full)
