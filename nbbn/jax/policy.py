@@ -2,8 +2,7 @@
 
 Two things can come between. A signal's exception ends the function that is asked wherever it stands; so a
 KeyboardInterrupt is put off until the step is done. And Python answers no more once the process ends, while JAX waits
-for its programs then, with Python's lock in its hands; so from then on nobody is asked, and parallel steps fail. Not
-even the kernel could be called, as it takes that lock, too.
+for its programs then, with Python's lock in its hands; so from then on nobody is asked, and steps that would ask fail.
 """
 
 import atexit

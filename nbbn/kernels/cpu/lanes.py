@@ -1,7 +1,7 @@
 """Sixteen elements at a time: what the loops over elements are made of.
 
 A `traced` function is Python that runs while a kernel is compiled, on vectors, arrays and numbers that stand for
-LLVM's (llvm.py): what it does with them is the code. So the source says in which order a sum is made and how a run
+LLVM's (llvm/): what it does with them is the code. So the source says in which order a sum is made and how a run
 ends, whatever the vectorizer makes of loops; the rules of one element are those of sixteen; and Numba has nothing to
 infer, which is most of the time that it takes to compile. LLVM splits the vectors where registers are narrower. Without
 a compiler the same functions run as they are, on NumPy's arrays (plain.py).
@@ -50,18 +50,18 @@ def per_task(function: Callable[..., None]) -> Any:
     `pool` is not 0, by the threads that it stands for (pool.py).
     """
 
-    def plain(pool: Any, tasks: Any, *given: Any) -> None:
+    def in_python(pool: Any, tasks: Any, *given: Any) -> None:
         for task in range(tasks):
             function(task, *given)
 
     def emit(context: Any, builder: Any, kinds: Any, values: Any) -> None:
         llvm.emit_tasks(context, builder, function, kinds[2:], values)
 
-    return _for_kernels(plain, ["pool", "tasks", *list(inspect.signature(function).parameters)[1:]], emit)
+    return _for_kernels(in_python, ["pool", "tasks", *list(inspect.signature(function).parameters)[1:]], emit)
 
 
-def _for_kernels(plain: Callable[..., None], names: list[str], emit: Callable[..., None]) -> Any:
-    """What kernels may call: `plain` without a compiler, and else the code that `emit` makes of the arguments."""
+def _for_kernels(in_python: Callable[..., None], names: list[str], emit: Callable[..., None]) -> Any:
+    """What kernels may call: `in_python` without a compiler, and else the code that `emit` makes of the arguments."""
 
     def answer(typingctx: Any, *kinds: Any) -> Any:
         def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -72,7 +72,7 @@ def _for_kernels(plain: Callable[..., None], names: list[str], emit: Callable[..
 
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("typingctx", *names)]
     answer.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return intrinsic(plain=plain)(answer)
+    return intrinsic(plain=in_python)(answer)
 
 
 def _for_vectors() -> SimpleNamespace:

@@ -1,4 +1,4 @@
-"""What traced functions are made of (lanes.py), on NumPy's arrays: llvm.py says what each of these does."""
+"""What traced functions are made of (lanes.py), on NumPy's arrays: llvm/ says what each of these does."""
 
 import numpy as np
 

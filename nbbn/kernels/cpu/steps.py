@@ -79,7 +79,6 @@ WRITES = {
     "infer": {"y"},
     "backward": {"dx", "dz", "dparams"},
     "frozen_backward": {"dx", "dparams"},
-    "launch": set(),
 }
 
 
