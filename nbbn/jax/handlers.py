@@ -123,7 +123,7 @@ def _compile(
     def handler(frame):  # type: ignore[no-untyped-def]
         return run(frame)
 
-    return compile_kernel(handler, f"{name}_handler", types.intp(types.intp))
+    return compile_kernel(handler, f"{name}_handler", types.intp(types.intp), caller="c")
 
 
 def _elements(builder: Any, frame: Frame) -> Any:

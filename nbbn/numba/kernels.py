@@ -45,7 +45,7 @@ def _parsed(key: str) -> tuple[Any, ...]:
 def _kernel(key: str) -> Any:
     if key in PLANNERS:
         function, kind = PLANNERS[key]
-        return compile_kernel(function, f"{key}_{_PLANS[:16]}", kind)
+        return compile_kernel(function, f"{key}_{_PLANS[:16]}", kind, caller="numba")
     step, schedule, one_pass, *kinds = _parsed(key)
     return compiled(step, schedule, one_pass, *kinds)
 

@@ -230,13 +230,18 @@ def _unique_symbols() -> Iterator[None]:
 
 
 def compile_kernel(
-    function: Callable[..., Any], name: str, signature: Any, parallel: bool = False
+    function: Callable[..., Any], name: str, signature: Any, parallel: bool = False, caller: str = "python"
 ) -> Callable[..., Any]:
-    """`function` compiled for exactly `signature`, or taken from the cache. `name` tells it from every other kernel."""
+    """`function` compiled for exactly `signature`, or taken from the cache. `name` tells it from every other kernel.
+
+    caller: "python", "c" or, for compiled functions of Numba's, "numba": what leads to a kernel from elsewhere is not
+    compiled, so that nobody else can call it.
+    """
     if parallel:
         start_pool()  # or Numba does, without a look for TBB
     function.__qualname__ = name  # part of the symbol's name: two cached kernels must never share one
-    dispatcher = numba.njit(nogil=True, error_model="numpy", parallel=parallel)(function)
+    apart = {"no_cpython_wrapper": caller != "python", "no_cfunc_wrapper": caller != "c"}
+    dispatcher = numba.njit(nogil=True, error_model="numpy", parallel=parallel, **apart)(function)
     dispatcher._cache = KernelCache(name)
     start, place = perf_counter(), _place()
     with _unique_symbols(), compiling(place):

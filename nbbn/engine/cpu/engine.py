@@ -88,7 +88,7 @@ class CpuEngine(Engine):
             constants={
                 **self._constants(step.name),
                 **{n: None for n in step.views if n not in there},
-                "grid": tuple(schedule.grid),
+                "grid": np.array(schedule.grid, np.int64),
             },
         )
 

@@ -35,7 +35,7 @@ from nbbn.kernels.cpu.lanes import (
 )
 from nbbn.kernels.cpu.pool import launch
 from nbbn.kernels.cpu.tasks import Grid, bounds_of, chunk_and_tile, statistics
-from nbbn.kernels.cpu.views import Borrowed, Data, as_view
+from nbbn.kernels.cpu.views import Borrowed, Data, Numbers, as_view
 from nbbn.runtime import PLAIN, code_hash, compile_kernel, run_by_python
 
 SCHEDULES: dict[str, Any] = {"planes": planes, "rows": rows}
@@ -433,7 +433,9 @@ def compiled(
     if PLAIN:
         return run_by_python(function)
     kinds = signature(step, schedule, dtype, statistic, state, contiguous, absent)
-    return compile_kernel(function, name, kinds, parallel=step == "launch")
+    if step == "launch":
+        return compile_kernel(function, name, kinds, parallel=True, caller="c")
+    return compile_kernel(function, name, kinds)
 
 
 def signature(
@@ -453,7 +455,7 @@ def signature(
         if kind == "int":
             return types.int64
         if kind == "grid":
-            return types.UniTuple(types.int64, len(Grid._fields))
+            return Numbers(types.int64, len(Grid._fields))
         if kind == "X" and contiguous:
             return Data(scalar["X"])
         view = kind in ("X", "S")

@@ -64,7 +64,11 @@ class Borrowed(types.Array):  # type: ignore[misc]
         super().__init__(dtype, ndim, layout, readonly=readonly, name=name)
 
 
-register_model(Borrowed)(models.ArrayModel)
+@register_model(Borrowed)
+class _BorrowedModel(models.ArrayModel):  # type: ignore[misc]
+    def traverse(self, builder: Any) -> list[Any]:
+        """Nothing to count references of: code that does is much of what is compiled."""
+        return []
 
 
 @unbox(Borrowed)
@@ -81,6 +85,20 @@ def _unbox_borrowed(kind: Borrowed, given: Any, c: Any) -> Any:
     return NativeValue(array._getvalue())
 
 
+class Numbers(types.UniTuple):  # type: ignore[misc]
+    """So many whole numbers, a tuple in kernels: for Python, an array of int64. Nothing is checked. To read a tuple of
+    Python's ints, with a look at each, was most of what led from Python to a kernel."""
+
+
+register_model(Numbers)(models.UniTupleModel)
+
+
+@unbox(Numbers)
+def _unbox_numbers(kind: Numbers, given: Any, c: Any) -> Any:
+    place = _field(c.builder, given, _ADDRESS, c.context.get_value_type(kind).as_pointer())
+    return NativeValue(c.builder.load(place, align=8))
+
+
 def as_view(rank: int) -> Any:
     """The function for kernels that makes arrays of the first `rank` sizes that a grid names: R0, K0, R1, K1. What is
     no Data is one already."""
@@ -93,7 +111,7 @@ def as_view(rank: int) -> Any:
     def view_of(typingctx, array, grid):
         if not isinstance(array, Data):
             return array(array, grid), _as_it_is
-        result = types.Array(array.dtype, rank, "C")
+        result = Borrowed(array.dtype, rank, "C")
 
         def emit(context, builder, signature, args):
             view = context.make_array(result)(context, builder)
