@@ -30,6 +30,7 @@ from numba.core.compiler import CompileResult
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.serialize import dumps
 
+from nbbn.runtime.passes import KernelCompiler
 from nbbn.runtime.plain import PLAIN
 from nbbn.runtime.progress import LOGGER, compiling, in_short
 from nbbn.runtime.threadpool import start_pool
@@ -241,7 +242,8 @@ def compile_kernel(
         start_pool()  # or Numba does, without a look for TBB
     function.__qualname__ = name  # part of the symbol's name: two cached kernels must never share one
     apart = {"no_cpython_wrapper": caller != "python", "no_cfunc_wrapper": caller != "c"}
-    dispatcher = numba.njit(nogil=True, error_model="numpy", parallel=parallel, **apart)(function)
+    options = {"nogil": True, "error_model": "numpy", "parallel": parallel, "pipeline_class": KernelCompiler}
+    dispatcher = numba.njit(**options, **apart)(function)
     dispatcher._cache = KernelCache(name)
     start, place = perf_counter(), _place()
     with _unique_symbols(), compiling(place):

@@ -35,7 +35,7 @@ from nbbn.kernels.cpu.lanes import (
 )
 from nbbn.kernels.cpu.pool import launch
 from nbbn.kernels.cpu.tasks import Grid, bounds_of, chunk_and_tile, statistics
-from nbbn.kernels.cpu.views import Borrowed, Data, Numbers, as_view
+from nbbn.kernels.cpu.views import Borrowed, Data, Numbers, as_view, empty
 from nbbn.runtime import PLAIN, code_hash, compile_kernel, run_by_python
 
 SCHEDULES: dict[str, Any] = {"planes": planes, "rows": rows}
@@ -224,9 +224,10 @@ def steps(schedule: str, one_pass: bool) -> dict[str, Step]:
     @stage
     def reduce_all(pool, x, firsts, weights, ends, count, grid, saved):
         statistics = saved.shape[1]
-        shift, again = np.empty(statistics), np.ones(1)
-        partial = np.empty((grid[CHUNKS], PLAIN_SUMS if weights is None else WEIGHTED_SUMS, statistics))
+        shift, again = empty((statistics,), saved), empty((1,), saved)
+        partial = empty((grid[CHUNKS], PLAIN_SUMS if weights is None else WEIGHTED_SUMS, statistics), saved)
         take_shifts(firsts, weights, grid, shift)
+        again[0] = 1
         while again[0] > 0:
             sum_moments(pool, grid[CHUNKS] * grid[TILES], x, weights, ends, grid, shift, partial)
             finish_moments(x, weights, grid, shift, partial, count, saved, again)
@@ -234,7 +235,7 @@ def steps(schedule: str, one_pass: bool) -> dict[str, Step]:
     @stage
     def reduce_gradient_all(pool, dy, inputs, weights, saved, forward, relu, grid, dparams):
         a = inputs[2]
-        partial = np.empty((grid[CHUNKS], 2 if a is None else 4, saved.shape[1]))
+        partial = empty((grid[CHUNKS], 2 if a is None else 4, saved.shape[1]), saved)
         sum_gradient(pool, grid[CHUNKS] * grid[TILES], dy, inputs, weights, relu, grid, saved, forward, partial)
         finish_gradient(grid, a, saved, partial, dparams)
         return partial
@@ -258,15 +259,15 @@ def steps(schedule: str, one_pass: bool) -> dict[str, Step]:
 
     def reduce_gradient(pool, grid, relu, weights, a, b, residual, x, dy, saved, sums, dparams):
         residual, x, dy = view(residual, grid), view(x, grid), view(dy, grid)
-        forward = np.empty((5, saved.shape[1]), dparams.dtype)
+        forward = empty((5, saved.shape[1]), dparams)
         output_coefficients(saved, a, forward)
         inputs = x, residual, a, b
         sums[:] = reduce_gradient_all(pool, dy, inputs, weights, saved, forward, relu, grid, dparams)[0]
 
     def apply_gradient(pool, grid, relu, weights, a, b, dz, residual, x, dy, dx, saved, sums, dparams):
         dz, residual, x, dy, dx = view(dz, grid), view(residual, grid), view(x, grid), view(dy, grid), view(dx, grid)
-        forward = np.empty((5, saved.shape[1]), dparams.dtype)
-        coefficients = np.empty((4, saved.shape[1]), dparams.dtype)
+        forward = empty((5, saved.shape[1]), dparams)
+        coefficients = empty((4, saved.shape[1]), dparams)
         output_coefficients(saved, a, forward)
         input_coefficients(dparams, sums, saved, coefficients)
         tasks, inputs = grid[CHUNKS] * grid[TILES], (x, residual, a, b)
@@ -279,10 +280,10 @@ def steps(schedule: str, one_pass: bool) -> dict[str, Step]:
     ):
         residual, x, y = view(residual, grid), view(x, grid), view(y, grid)
         statistics, inputs, options = saved.shape[1], (x, residual, a, b), (renorm, debias, skip)
-        coefficients, count = np.empty((5, statistics), params.dtype), x.size / statistics
+        coefficients, count = empty((5, statistics), params), x.size / statistics
         if one_pass:
-            shift = np.empty(statistics)
-            partial = np.empty((grid[CHUNKS], PLAIN_SUMS if weights is None else WEIGHTED_SUMS, statistics))
+            shift = empty((statistics,), saved)
+            partial = empty((grid[CHUNKS], PLAIN_SUMS if weights is None else WEIGHTED_SUMS, statistics), saved)
             memory, families = (coefficients, shift, partial), grid[FAMILIES]
             train_tile(
                 pool,
@@ -308,18 +309,18 @@ def steps(schedule: str, one_pass: bool) -> dict[str, Step]:
 
     def infer(pool, grid, relu, hyper, residual, x, y, params, state):
         residual, x, y = view(residual, grid), view(x, grid), view(y, grid)
-        coefficients = np.empty((3, params.shape[1]), params.dtype)
+        coefficients = empty((3, params.shape[1]), params)
         infer_channels(params, state, hyper, coefficients)
         normalize(pool, grid[CHUNKS] * grid[TILES], (x, residual, None, None), relu, grid, coefficients, y)
 
     def backward(pool, grid, relu, weights, a, b, dz, residual, x, dy, dx, saved, dparams):
         dz, residual, x, dy, dx = view(dz, grid), view(residual, grid), view(x, grid), view(dy, grid), view(dx, grid)
-        forward, inputs = np.empty((5, saved.shape[1]), dparams.dtype), (x, residual, a, b)
-        coefficients = np.empty((4, saved.shape[1]), dparams.dtype)
+        forward, inputs = empty((5, saved.shape[1]), dparams), (x, residual, a, b)
+        coefficients = empty((4, saved.shape[1]), dparams)
         if relu is not None:
             output_coefficients(saved, a, forward)
         if one_pass:
-            partial = np.empty((grid[CHUNKS], 2 if a is None else 4, saved.shape[1]))
+            partial = empty((grid[CHUNKS], 2 if a is None else 4, saved.shape[1]), saved)
             memory, families = (forward, coefficients, partial), grid[FAMILIES]
             backward_tile(pool, families, dy, inputs, weights, relu, grid, dx, dz, saved, dparams, memory)
         else:
@@ -330,7 +331,7 @@ def steps(schedule: str, one_pass: bool) -> dict[str, Step]:
 
     def frozen_backward(pool, grid, x, dy, dx, saved, dparams):
         x, dy, dx = view(x, grid), view(dy, grid), view(dx, grid)
-        coefficients = np.empty((4, saved.shape[1]), dparams.dtype)
+        coefficients = empty((4, saved.shape[1]), dparams)
         inputs = x, None, None, None
         sums = reduce_gradient_all(pool, dy, inputs, None, saved, coefficients, None, grid, dparams)
         input_coefficients(dparams, sums, saved, coefficients)
