@@ -12,8 +12,21 @@ import numba
 import pytest
 
 from nbbn import runtime
-from nbbn.runtime import threadpool, threads
+from nbbn.runtime import PLAIN, cache, passes, threadpool, threads
 from tests.helpers.processes import check, run
+
+# --- compiler --------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(PLAIN, reason="NUMBA_DISABLE_JIT is set: nothing is compiled")
+def test_numba_asks_for_the_passes_that_kernels_do_without(monkeypatch):
+    """A Numba that calls them by another name would compile kernels in half as much time again, and say nothing."""
+    asked = []
+    monkeypatch.setattr(passes._Library, "_optimize_final_module", lambda library: asked.append(library))
+    monkeypatch.setattr(cache, "cache_folder", lambda: None)
+    runtime.compile_kernel(lambda x: None, "nothing", numba.void(numba.float64[:]))
+    assert len(asked) == 1
+
 
 # --- import ----------------------------------------------------------------------------------------
 

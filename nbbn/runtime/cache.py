@@ -242,8 +242,10 @@ def compile_kernel(
         start_pool()  # or Numba does, without a look for TBB
     function.__qualname__ = name  # part of the symbol's name: two cached kernels must never share one
     apart = {"no_cpython_wrapper": caller != "python", "no_cfunc_wrapper": caller != "c"}
-    options = {"nogil": True, "error_model": "numpy", "parallel": parallel, "pipeline_class": KernelCompiler}
-    dispatcher = numba.njit(**options, **apart)(function)
+    options = {"nogil": True, "error_model": "numpy", "parallel": parallel, **apart}
+    if caller != "numba":  # what such functions call is plain code in many functions, which Numba has to inline
+        options["pipeline_class"] = KernelCompiler
+    dispatcher = numba.njit(**options)(function)
     dispatcher._cache = KernelCache(name)
     start, place = perf_counter(), _place()
     with _unique_symbols(), compiling(place):
