@@ -3,12 +3,12 @@
 from typing import Any
 
 import numpy as np
-from numba.extending import overload, register_jitable
+from numba.extending import overload
 
 from nbbn.numba import planning
 from nbbn.numba.checks import is_absent
 from nbbn.numba.intrinsics import address, any_order, copy, planner, with_strides, write_geometry
-from nbbn.numba.planning import ARRAYS, CACHE, SHAPE
+from nbbn.numba.planning import ARRAYS, CACHE, NOT_FOR_C, SHAPE, jitable
 
 plan_dense, plan_strided, strides_like = planner("plan_dense"), planner("plan_strided"), planner("strides_like")
 refuse = planner("refuse")
@@ -20,7 +20,7 @@ def helper(decide: Any) -> Any:
     def stub(*args: Any) -> Any:
         raise NotImplementedError
 
-    overload(stub)(decide)
+    overload(stub, jit_options=NOT_FOR_C)(decide)
     return stub
 
 
@@ -69,7 +69,7 @@ def new_dense(array):
     return lambda array: any_order(np.empty(array.shape, array.dtype))
 
 
-@register_jitable
+@jitable
 def reach(array):
     """The first address of an array, and the one after the last."""
     low = high = address(array)
@@ -155,7 +155,7 @@ def arrange(infers, kept, virtual, groups, x, dy, residual, result, dz, weights)
         return dense
     bits, n, grouped = sum(1 << i for i, is_there in enumerate(there) if is_there), x.ndim + 1, not is_absent(virtual)
 
-    @register_jitable
+    @jitable
     def plan_of(infers, kept, groups, arrays, item, placed):
         sizes, strides = np.ones(n, np.int64), np.zeros((ARRAYS, n), np.int64)
         write_geometry(arrays, sizes, strides)

@@ -38,7 +38,7 @@ BACKWARD = {one_pass: step("backward", one_pass) for one_pass in (True, False)}
 INFER = step("infer", False)
 ROWS, RSTD, HYPER = channel.SAVED_ROWS, channel.RSTD, channel.HYPER_SIZE
 
-LITERALS = {"prefer_literal": True}
+LITERALS = {"prefer_literal": True, "jit_options": planning.NOT_FOR_C}
 
 
 @overload(functions.batch_norm_train, **LITERALS)

@@ -20,6 +20,8 @@ ARRAYS, SHAPE = 6, 6
 ROW_OF = {"x": X, "dy": DY, "residual": RESIDUAL, "y": RESULT, "dx": RESULT, "dz": DZ, "weights": WEIGHTS}
 # A plan: whether there is a canonical view, whether all arrays of the input's dtype are dense in it, whether the loops
 # are those of rows, and the Grid.
+NOT_FOR_C = {"no_cfunc_wrapper": True}  # a way in for C is one more function to compile for each
+jitable = register_jitable(**NOT_FOR_C)
 GRID = types.NamedUniTuple(types.int64, len(Grid._fields), Grid)
 PLAN = types.Tuple((types.boolean, types.boolean, types.boolean, GRID))
 LIMITS = Thresholds()
@@ -65,7 +67,7 @@ def plan_strided(infers, groups, itemsize, there, kept, sizes, strides, placed, 
     return True, contiguous, in_rows, grid
 
 
-@register_jitable
+@jitable
 def is_dense(strides, sizes, itemsize):
     """Whether the elements follow each other in this order."""
     for i in range(len(sizes) - 1, -1, -1):
@@ -75,7 +77,7 @@ def is_dense(strides, sizes, itemsize):
     return True
 
 
-@register_jitable
+@jitable
 def collapse(sizes, kept, strides, there, placed):
     """Write the canonical shape and strides to `placed`: core.layout.collapse(). Returns: whether there is a view."""
     placed[:] = 0
@@ -104,7 +106,7 @@ def collapse(sizes, kept, strides, there, placed):
     return True
 
 
-@register_jitable
+@jitable
 def in_memory_order(sizes, strides):
     """The dimensions, those of the longest strides first."""
     order = np.arange(len(sizes))

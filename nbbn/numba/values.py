@@ -2,17 +2,16 @@
 
 import math
 
-from numba.extending import register_jitable
-
 from nbbn.numba import planning
 from nbbn.numba.arrays import helper, refuse
 from nbbn.numba.checks import is_absent
+from nbbn.numba.planning import jitable
 
 GAMMA, BETA, MEAN, VARIANCE, STDDEV, RENORM_MEAN, RENORM_STDDEV, OUT, RESIDUAL, WEIGHTS, DY = range(11)
 EPSILON, MOMENTUM, RENORM_MOMENTUM = range(11, 14)
 
 
-@register_jitable
+@jitable
 def kept_axis(rank, axis):
     """The axis counted from the left."""
     if axis < -rank or axis >= rank:
@@ -44,7 +43,7 @@ def check_operand(name, array, x):
     return check
 
 
-@register_jitable
+@jitable
 def check_rows(gamma, beta, mean, variance, channels):
     check_row(GAMMA, gamma, channels)
     check_row(BETA, beta, channels)
@@ -52,7 +51,7 @@ def check_rows(gamma, beta, mean, variance, channels):
     check_row(VARIANCE, variance, channels)
 
 
-@register_jitable
+@jitable
 def check_operands(dy, out, residual, weights, x):
     check_operand(DY, dy, x)
     check_operand(OUT, out, x)
@@ -60,13 +59,13 @@ def check_operands(dy, out, residual, weights, x):
     check_operand(WEIGHTS, weights, x)
 
 
-@register_jitable
+@jitable
 def check_momentum(name, value):
     if not 0 <= value <= 1:
         refuse((planning.MOMENTUM, name, 0, 0))
 
 
-@register_jitable
+@jitable
 def check_finite(name, value):
     if not 0 <= value < math.inf:
         refuse((planning.FINITE, name, 0, 0))
