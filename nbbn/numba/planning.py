@@ -17,11 +17,11 @@ from nbbn.runtime import last_level_cache
 # the canonical shape. Only weights have another dtype than the input.
 X, DY, RESIDUAL, RESULT, DZ, WEIGHTS = range(6)
 ARRAYS, SHAPE = 6, 6
+NOT_FOR_C = {"no_cfunc_wrapper": True}  # a way in for C is one more function to compile for each
+jitable = register_jitable(**NOT_FOR_C)
 ROW_OF = {"x": X, "dy": DY, "residual": RESIDUAL, "y": RESULT, "dx": RESULT, "dz": DZ, "weights": WEIGHTS}
 # A plan: whether there is a canonical view, whether all arrays of the input's dtype are dense in it, whether the loops
 # are those of rows, and the Grid.
-NOT_FOR_C = {"no_cfunc_wrapper": True}  # a way in for C is one more function to compile for each
-jitable = register_jitable(**NOT_FOR_C)
 GRID = types.NamedUniTuple(types.int64, len(Grid._fields), Grid)
 PLAN = types.Tuple((types.boolean, types.boolean, types.boolean, GRID))
 LIMITS = Thresholds()

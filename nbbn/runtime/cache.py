@@ -235,8 +235,8 @@ def compile_kernel(
 ) -> Callable[..., Any]:
     """`function` compiled for exactly `signature`, or taken from the cache. `name` tells it from every other kernel.
 
-    caller: "python", "c" or, for compiled functions of Numba's, "numba": what leads to a kernel from elsewhere is not
-    compiled, so that nobody else can call it.
+    caller: who can call it: "python" or "c" and compiled functions of Numba's, or "numba", these alone. What leads to
+    it from elsewhere is not compiled.
     """
     if parallel:
         start_pool()  # or Numba does, without a look for TBB

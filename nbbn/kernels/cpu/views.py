@@ -124,14 +124,15 @@ def as_view(rank: int) -> Any:
     return view_of
 
 
-def _dense(context, builder, kind, data, shape, meminfo=None):
-    """An array without gaps."""
+def _dense(context, builder, kind, data, shape):
+    """An array without gaps, in new memory where `data` is None."""
     array = context.make_array(kind)(context, builder)
     size = ir.IntType(64)(context.get_abi_sizeof(array.data.type.pointee))
     strides = [size]
     for n in shape[:0:-1]:
         strides.insert(0, builder.mul(strides[0], n))
-    if meminfo is None and data is None:
+    meminfo = None
+    if data is None:
         meminfo = context.nrt.meminfo_alloc_aligned(builder, builder.mul(strides[0], shape[0]), ir.IntType(32)(LINE))
         data = context.nrt.meminfo_data(builder, meminfo)
     data = builder.bitcast(data, array.data.type)
@@ -141,8 +142,8 @@ def _dense(context, builder, kind, data, shape, meminfo=None):
 
 @intrinsic(plain=lambda shape, like: np.empty(shape, like.dtype))
 def empty(typingctx, shape, like):
-    """numpy.empty with the dtype of another array, less than the address space: without functions of Numba's own, that
-    take a quarter of a second to compile in each process."""
+    """numpy.empty with the dtype of another array, less than the address space: without the functions of Numba's own
+    that it would have to compile in each process."""
     result = types.Array(like.dtype, len(shape), "C")
 
     def emit(context, builder, signature, args):
