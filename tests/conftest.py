@@ -34,9 +34,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if folder in ("parity", "frameworks") and config.getoption("markexpr") != folder else None
 
 
-@pytest.fixture
-def fresh_graph():
-    """A default graph without variables, before and after."""
-    v1.reset_default_graph()
+@pytest.fixture(autouse=True)
+def _fresh_graph():
+    """No test leaves variables in the default graph: the pages' examples share the process with all tests."""
     yield
     v1.reset_default_graph()

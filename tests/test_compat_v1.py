@@ -10,8 +10,6 @@ import nbbn.compat.v1 as tf1
 from nbbn.compat.v1 import AUTO_REUSE, GraphKeys, get_collection, variable_scope
 from tests.helpers.v1_examples import X, bn, names, run_updates, scopes, values
 
-pytestmark = pytest.mark.usefixtures("fresh_graph")
-
 # --- names ------------------------------------------------------------------------------
 
 

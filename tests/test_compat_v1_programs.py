@@ -13,8 +13,6 @@ from nbbn.compat.v1 import AUTO_REUSE, GraphKeys, get_collection, variable_scope
 from tests.helpers.concurrency import in_threads
 from tests.helpers.v1_examples import X2, X, bn, names, run_updates, scopes
 
-pytestmark = pytest.mark.usefixtures("fresh_graph")
-
 
 def two_layers(x, training=False, **options):
     return bn(bn(x, training=training), training=training, **options)

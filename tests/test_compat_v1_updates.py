@@ -15,8 +15,6 @@ from tests.helpers.concurrency import in_threads
 from tests.helpers.processes import check
 from tests.helpers.v1_examples import X2, X, bn, names, scopes, values
 
-pytestmark = pytest.mark.usefixtures("fresh_graph")
-
 # --- updates ------------------------------------------------------------------------------------
 
 

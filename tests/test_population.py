@@ -239,7 +239,7 @@ def test_in_one_pass_later_layers_see_statistics_of_batches():
     assert difference.min() > 0.01
 
 
-def test_sequential_with_layers_of_tensorflow_1(fresh_graph):
+def test_sequential_with_layers_of_tensorflow_1():
     """They normalize with the batch also when they are not trainable, and record updates."""
     layers = [v1.layers.BatchNormalization(), v1.layers.BatchNormalization()]
     nbbn.population_statistics(layers, uneven(X), training(*layers), sequential=True)

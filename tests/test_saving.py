@@ -157,7 +157,6 @@ class Mine(BatchNormalization):
 
 
 @pytest.mark.parametrize("kind", [v1.keras.layers.BatchNormalization, v1.layers.BatchNormalization, Mine])
-@pytest.mark.usefixtures("fresh_graph")
 def test_a_layer_of_another_class(path, kind):
     layer = kind()
     layer.build((None, 3))

@@ -153,7 +153,7 @@ def test_a_layer_that_is_not_built_stays_so():
     assert layer.weights == []
 
 
-@pytest.mark.usefixtures("compiles_nothing", "fresh_graph")
+@pytest.mark.usefixtures("compiles_nothing")
 def test_a_graph_stays_empty():
     layer = v1.layers.BatchNormalization()
     nbbn.warmup(layer, SMALL, **EVERYTHING)
