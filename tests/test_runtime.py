@@ -9,9 +9,11 @@ from importlib import metadata
 from importlib.util import find_spec
 
 import numba
+import numpy as np
 import pytest
 
 from nbbn import runtime
+from nbbn.kernels.cpu import steps
 from nbbn.runtime import PLAIN, cache, passes, threadpool, threads
 from tests.helpers.processes import check, run
 
@@ -26,6 +28,17 @@ def test_numba_asks_for_the_passes_that_kernels_do_without(monkeypatch):
     monkeypatch.setattr(cache, "cache_folder", lambda: None)
     runtime.compile_kernel(lambda x: None, "nothing", numba.void(numba.float64[:]))
     assert len(asked) == 1
+
+
+@pytest.mark.skipif(PLAIN, reason="NUMBA_DISABLE_JIT is set: nothing is compiled")
+@pytest.mark.parametrize("step", [*steps.steps("planes", False), "finish", "freeze", "merge"])
+def test_nothing_of_numbas_own_is_compiled_for_a_kernel(step, monkeypatch):
+    """To assign one row of an array to another makes it compile the text of an error, in four seconds."""
+    monkeypatch.setattr(cache, "cache_folder", lambda: None)  # what is loaded does not say what it was made from
+    absent = frozenset(name for name in steps.names_of(step) if steps.ARGUMENTS[name] in ("flag", "S"))
+    kernel = steps.compiled.__wrapped__(step, "planes", False, *[np.dtype(np.float64)] * 3, True, absent)
+    (overload,) = kernel.overloads.values()
+    assert {library.name for library in overload.library._linking_libraries} <= {"nrt", "combine"}
 
 
 # --- import ----------------------------------------------------------------------------------------

@@ -35,6 +35,16 @@ def add_chunks(first, last, chunks, partial):
     each(0, partial.shape[1], 1, of_row)
 
 
+def copy_rows(source, target):
+    """Copy all rows of an array to the first ones of another."""
+
+    def of_row(row, _):
+        values, place = (part(array, (row,), 0, source.shape[1]) for array in (source, target))
+        over(0, source.shape[1], lambda i, n, _: store(place, i, load(values, i, n), n))
+
+    each(0, source.shape[0], 1, of_row)
+
+
 def moments(first, last, chunks, partial, shift, count, weights, saved):
     """Write the moments of some statistics from their sums about `shift`.
 

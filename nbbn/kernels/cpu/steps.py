@@ -16,7 +16,7 @@ import numpy as np
 from numba import types
 
 from nbbn.core import rules
-from nbbn.kernels.channel import BATCH_MEAN, COUNT, DX_MEAN, M2, MOMENT_ROWS, PLAIN_SUMS, SQUARES, WEIGHTED_SUMS
+from nbbn.kernels.channel import BATCH_MEAN, COUNT, DX_MEAN, M2, PLAIN_SUMS, SQUARES, WEIGHTED_SUMS
 from nbbn.kernels.cpu import channel, planes, rows
 from nbbn.kernels.cpu.lanes import (
     again,
@@ -262,7 +262,7 @@ def steps(schedule: str, one_pass: bool) -> dict[str, Step]:
         forward = empty((5, saved.shape[1]), dparams)
         output_coefficients(saved, a, forward)
         inputs = x, residual, a, b
-        sums[:] = reduce_gradient_all(pool, dy, inputs, weights, saved, forward, relu, grid, dparams)[0]
+        copy_rows(reduce_gradient_all(pool, dy, inputs, weights, saved, forward, relu, grid, dparams), sums)
 
     def apply_gradient(pool, grid, relu, weights, a, b, dz, residual, x, dy, dx, saved, sums, dparams):
         dz, residual, x, dy, dx = view(dz, grid), view(residual, grid), view(x, grid), view(dy, grid), view(dx, grid)
@@ -342,6 +342,11 @@ def steps(schedule: str, one_pass: bool) -> dict[str, Step]:
     return {f.__name__: f for f in found}
 
 
+def _first_chunk(sums):
+    """The sums of the first chunk, which are those of all of them now, or what is no more than that."""
+    return sums[0] if sums.ndim == 3 else sums
+
+
 # -- the middle stage --------------------------------------------------------------------------------------------------
 
 
@@ -368,15 +373,21 @@ def output_coefficients(saved, a, forward):
 
 
 @traced
+def copy_rows(source, target):
+    """Copy the first rows of a target, which are all of the source. To assign rows of arrays is seven times as much to
+    compile: Numba makes the text of an error for other shapes."""
+    channel.copy_rows(_first_chunk(source), target)
+
+
+@traced
 def input_coefficients(dparams, sums, saved, coefficients):
-    sums = sums[0] if sums.ndim == 3 else sums
+    sums = _first_chunk(sums)
     channel.input_coefficients(0, dparams.shape[1], dparams.shape[1], sums, saved, coefficients)
 
 
 def finish(renorm, debias, skip, hyper, adjusted, moments, params, state, new_state, saved, coefficients):
     """The middle stage by itself."""
-    for row in range(MOMENT_ROWS):
-        saved[row] = moments[row]
+    copy_rows(moments, saved)
     options = renorm, debias, skip
     train_channels(params, state, hyper, None, None, adjusted, options, new_state, saved, coefficients)
 
