@@ -280,6 +280,6 @@ def test_a_gradient_gets_the_parameters_of_its_step(training):
     ],
 )
 def test_one_launch_where_no_multiprocessor_waits_long_for_another(families, elements, one):
-    schedule = choose((1, families, elements, 1), 1, 4, [], Thresholds())
+    schedule = choose((1, families, elements, 1), 1, 1, 4, [], Thresholds())
     assert schedule.one_launch == one
-    assert choose((1, families, elements, 1), 1, 4, [], Thresholds(), one_launch=not one).one_launch != one
+    assert choose((1, families, elements, 1), 1, 1, 4, [], Thresholds(), one_launch=not one).one_launch != one

@@ -40,16 +40,18 @@ def statistics_of(values, lay):
     return np.sort(np.moveaxis(split, reduced, range(-len(reduced), 0)).reshape(lay.groups * lay.channels, -1))
 
 
-def statistics_of_view(array, view, strides):
-    """The same, from [R0, K0, R1, K1]."""
-    return np.sort(as_strided(array, view, strides).transpose(1, 3, 0, 2).reshape(view[1] * view[3], -1))
+def statistics_of_view(array, view):
+    """The same, from [slices * R0, K0, R1, K1]."""
+    (r0, k0, r1, k1), (strides,), slices = view
+    found = as_strided(array, (r0, k0, r1, k1), strides).reshape(slices, r0 // slices, k0, r1, k1)
+    return np.sort(found.transpose(0, 2, 4, 1, 3).reshape(slices * k0 * k1, -1))
 
 
 def has_view(kinds_and_axes):
-    """Whether dimensions in this memory order fit reduced, kept, reduced, kept, with the kept ones ascending."""
+    """Whether dimensions in this memory order fit slices, reduced, kept, reduced, kept; the kept ones ascend."""
     kept = [axis for kind, axis in kinds_and_axes if kind]
     runs = [kind for kind, _ in itertools.groupby(kind for kind, _ in kinds_and_axes)]
-    slots = iter((False, True, False, True))
+    slots = iter((True, False, True, False, True))
     return kept == sorted(kept) and all(kind in slots for kind in runs)
 
 
@@ -108,8 +110,7 @@ def test_view_in_every_memory_order(shape):
             dims = sorted((i for i, s in enumerate(lay.sizes) if s != 1), key=lambda i: -strides[i])
             assert (found is not None) == has_view([(lay.kept[i], i) for i in dims]), (axis, virtual, order)
             if found is not None:
-                view, (view_strides,) = found
-                np.testing.assert_array_equal(statistics_of_view(array, view, view_strides), expected)
+                np.testing.assert_array_equal(statistics_of_view(array, found), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES + SHAPES_WITH_ONES, ids=str)
@@ -121,8 +122,8 @@ def test_copy_has_a_view(shape):
         order = layout.copy_order(lay.sizes, lay.kept)
         copy = np.ascontiguousarray(values.reshape(lay.sizes).transpose(order))
         sizes, kept = copy.shape, tuple(lay.kept[i] for i in order)
-        view, (strides,) = layout.collapse(sizes, kept, [layout.contiguous_strides(sizes, copy.itemsize)])
-        np.testing.assert_array_equal(statistics_of_view(copy, view, strides), statistics_of(values, lay))
+        view = layout.collapse(sizes, kept, [layout.contiguous_strides(sizes, copy.itemsize)])
+        np.testing.assert_array_equal(statistics_of_view(copy, view), statistics_of(values, lay))
         if layout.collapse(lay.sizes, lay.kept, [layout.contiguous_strides(lay.sizes)]) is not None:
             assert order == tuple(range(len(lay.sizes)))
 
@@ -144,6 +145,7 @@ CANONICAL = [
     ((8, 3), (1,), 4, (1, 1, 4, 6)),
     ((8, 5, 4, 3), (3,), 4, (4, 2, 20, 3)),
     ((1, 1, 1), (2,), None, (1, 1, 1, 1)),
+    ((8, 3, 5, 4), (0, 2), None, (24, 5, 4, 1)),  # eight slices
 ]
 
 
@@ -151,7 +153,7 @@ CANONICAL = [
 def test_canonical_shapes(shape, axis, virtual, expected):
     lay = layout.layout(shape, axis, virtual)
     strides = lay.split(layout.contiguous_strides(shape))
-    view, _ = layout.collapse(lay.sizes, lay.kept, [strides])
+    view, _, _ = layout.collapse(lay.sizes, lay.kept, [strides])
     assert view == expected
 
 
@@ -160,7 +162,7 @@ def test_channels_last_memory_of_a_channels_first_array_is_read_as_it_lies(shape
     """An NCHW array whose memory is NHWC is all rows: no copy, and no strides between its values."""
     lay = layout.layout(shape, (1,))
     array = np.moveaxis(np.zeros((shape[0], *shape[2:], shape[1])), -1, 1)
-    view, (strides,) = layout.collapse(lay.sizes, lay.kept, [array.strides])
+    view, (strides,), _ = layout.collapse(lay.sizes, lay.kept, [array.strides])
     assert view == (1, 1, math.prod(shape) // 3, 3)
     assert strides[2:] == (24, 8)
 
@@ -198,16 +200,17 @@ def test_arrays_of_one_call_share_a_view(shape):
             first, second = (form(values) for form in forms)
             found = layout.collapse(lay.sizes, lay.kept, [lay.split(a.strides) for a in (first, second)])
             if found is not None:
-                view, (one, two) = found
+                view, (one, two), slices = found
                 np.testing.assert_array_equal(as_strided(first, view, one), as_strided(second, view, two))
-                np.testing.assert_array_equal(statistics_of_view(second, view, two), statistics_of(values, lay))
+                of_second = layout.View(view, [two], slices)
+                np.testing.assert_array_equal(statistics_of_view(second, of_second), statistics_of(values, lay))
 
 
 def test_broadcast_memory_has_a_view():
     values = np.broadcast_to(np.arange(3), (4, 3))
     lay = layout.layout((4, 3), (1,))
-    view, (strides,) = layout.collapse(lay.sizes, lay.kept, [values.strides])
-    np.testing.assert_array_equal(statistics_of_view(values, view, strides), statistics_of(values, lay))
+    view = layout.collapse(lay.sizes, lay.kept, [values.strides])
+    np.testing.assert_array_equal(statistics_of_view(values, view), statistics_of(values, lay))
 
 
 @pytest.mark.parametrize("sizes", [(), (4,), (2, 3, 4), (2, 0, 4), (1, 1, 5)])

@@ -2,7 +2,6 @@
 
 import copy
 import threading
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -24,19 +23,6 @@ PROFILE = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 CHOICES = [("last", "interleaved"), ("last", "contiguous"), ("spread", "interleaved"), ("spread", "contiguous")]
-
-
-@contextmanager
-def alone_from(elements):
-    """Contiguous groups of so many elements are steps of their own where all together have no view."""
-    before = layout.ALONE
-    layout.ALONE = elements
-    layout.layout.cache_clear()
-    try:
-        yield
-    finally:
-        layout.ALONE = before
-        layout.layout.cache_clear()
 
 
 def groups_of(samples, size, ragged, order):
@@ -113,11 +99,10 @@ def ragged_cases(draw):
 
 
 @PROFILE
-@given(ragged_cases(), st.sampled_from(CHOICES), st.sampled_from([0, layout.ALONE]))
-def test_agrees_with_the_oracle(case, choice, alone):
+@given(ragged_cases(), st.sampled_from(CHOICES))
+def test_agrees_with_the_oracle(case, choice):
     """What is left to fill the smaller groups up is there, and masked, for the oracle."""
-    with alone_from(alone):
-        follow(case, *choice)
+    follow(case, *choice)
 
 
 def follow(case, ragged, order):
@@ -178,26 +163,24 @@ def pulled(layer, x, dy, out=None, gradient_out=None, **operands):
 
 
 @EVERY_CHOICE
-@pytest.mark.parametrize("alone", [0, 1 << 13])
-def test_outputs_may_be_given(ragged, order, alone):
-    with alone_from(alone):
-        layer = layer_of(ragged, order, activation="relu")
-        expected = pulled(layer, X, DY, residual=RESIDUAL, update_statistics=False)
-        dy = DY.copy()
-        found = pulled(layer, X, dy, np.empty_like(X), dy, residual=RESIDUAL, update_statistics=False)
-        assert found[1] is dy
-        for a, b in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(a, b)
-        for name, into in (("the input", X.copy()), ("the residual", RESIDUAL.copy())):
-            x = into if name == "the input" else X
-            residual = into if name == "the residual" else RESIDUAL
-            y = layer(x, training=True, residual=residual, out=into, update_statistics=False)
-            assert y is into
-            np.testing.assert_array_equal(y, expected[0], err_msg=name)
-        memory = np.zeros((11, 3, 5), np.float32)  # an output that has parts of the input in other places
-        memory[:10] = X
-        layer(memory[:10], training=True, residual=RESIDUAL, out=memory[1:], update_statistics=False)
-        np.testing.assert_array_equal(memory[1:], expected[0])
+def test_outputs_may_be_given(ragged, order):
+    layer = layer_of(ragged, order, activation="relu")
+    expected = pulled(layer, X, DY, residual=RESIDUAL, update_statistics=False)
+    dy = DY.copy()
+    found = pulled(layer, X, dy, np.empty_like(X), dy, residual=RESIDUAL, update_statistics=False)
+    assert found[1] is dy
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for name, into in (("the input", X.copy()), ("the residual", RESIDUAL.copy())):
+        x = into if name == "the input" else X
+        residual = into if name == "the residual" else RESIDUAL
+        y = layer(x, training=True, residual=residual, out=into, update_statistics=False)
+        assert y is into
+        np.testing.assert_array_equal(y, expected[0], err_msg=name)
+    memory = np.zeros((11, 3, 5), np.float32)  # an output that has parts of the input in other places
+    memory[:10] = X
+    layer(memory[:10], training=True, residual=RESIDUAL, out=memory[1:], update_statistics=False)
+    np.testing.assert_array_equal(memory[1:], expected[0])
 
 
 @EVERY_CHOICE

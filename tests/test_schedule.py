@@ -39,9 +39,9 @@ def _numbers(monkeypatch):
     monkeypatch.setattr(kernel_tasks, "minimum", plain.minimum)
 
 
-def choose(view, step="train", groups=1, itemsize=4, arrays=2, thresholds=USUAL, **choices):
+def choose(view, step="train", groups=1, slices=1, itemsize=4, arrays=2, thresholds=USUAL, **choices):
     common = {"contiguous": True, "foldable": True, "thresholds": thresholds}
-    return schedule.choose(step, view, groups, itemsize, arrays, **{**common, **choices})
+    return schedule.choose(step, view, slices, groups, itemsize, arrays, **{**common, **choices})
 
 
 def choose_small(*arguments, **choices):
@@ -64,8 +64,8 @@ def tasks(chosen):
 def statistics_of_columns(chosen):
     """Which statistic each element of the schedule's arrays belongs to, by the rule that tasks.py states."""
     grid = chosen.grid
-    _, k0, _, k1 = np.indices(extent(chosen))
-    return k0 * grid.period + k1 // grid.span % grid.period
+    r0, k0, _, k1 = np.indices(extent(chosen))
+    return (r0 // grid.depth * grid.k0 + k0) * grid.period + k1 // grid.span % grid.period
 
 
 VIEWS = [
@@ -87,7 +87,19 @@ VIEWS = [
     (2, 7, 3, 4),
     (2, 7, 10, 1),
 ]
-EVERY_VIEW = pytest.mark.parametrize("view", VIEWS, ids=str)
+# And how many slices R0 has: planes and rows, and some that are columns of rows.
+SLICED = [
+    ((6, 3, 20, 1), 3),
+    ((6, 3, 20, 1), 2),
+    ((40, 2, 13, 1), 2),
+    ((12, 5, 3, 1), 3),
+    ((8, 4, 1, 1), 2),
+    ((6, 2, 3, 9), 2),
+    ((6, 4, 24, 3), 3),
+    ((4, 1, 40, 5), 2),
+    ((2, 3, 1, 50), 2),
+]
+EVERY_VIEW = pytest.mark.parametrize(("view", "slices"), [*((view, 1) for view in VIEWS), *SLICED], ids=str)
 FUSED = ["train", "infer", "backward", "frozen_backward"]
 STAGES = ["reduce", "apply", "reduce_gradient", "apply_gradient"]
 STEPS = [*STAGES, *FUSED]
@@ -96,14 +108,14 @@ STEPS = [*STAGES, *FUSED]
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("loops", [None, "rows"])
 @EVERY_VIEW
-def test_tasks_cover_everything_exactly_once(view, loops, step):
+def test_tasks_cover_everything_exactly_once(view, slices, loops, step):
     """No two tasks share an element; each partial sum (chunk, statistic) belongs to one task, and none is left out."""
     for foldable, parallel in itertools.product((True, False), repeat=2):
-        chosen = choose_small(view, step, loops=loops, foldable=foldable, parallel=parallel)
+        chosen = choose_small(view, step, slices=slices, loops=loops, foldable=foldable, parallel=parallel)
         r0s, k0s, r1s, k1s = sizes = extent(chosen)
         grid = chosen.grid
-        assert (grid.chunks, grid.tiles) == chunks_and_tiles(sizes, grid)
-        covered, written = np.zeros(sizes, int), np.zeros((grid.chunks, view[1] * view[3]), int)
+        assert (grid.chunks, grid.tiles) == chunks_and_tiles((grid.depth, r0s // grid.depth * k0s, r1s, k1s), grid)
+        covered, written = np.zeros(sizes, int), np.zeros((grid.chunks, slices * view[1] * view[3]), int)
         for chunk, tile, bounds in tasks(chosen):
             assert bounds.chunk == chunk
             assert 0 <= bounds.r0 < bounds.r0_end <= r0s
@@ -128,10 +140,10 @@ LARGE_TILES = SMALL._replace(tile_columns=4 * BLOCK, repeated_columns=BLOCK, wri
 
 @pytest.mark.parametrize("loops", [None, "rows"])
 @EVERY_VIEW
-def test_sums_of_columns_have_room(view, loops):
+def test_sums_of_columns_have_room(view, slices, loops):
     """What there is of columns that are not statistics is in arrays of BLOCK elements, and each row is a whole one."""
     for thresholds in (SMALL, LARGE_TILES, USUAL):
-        chosen = choose(view, loops=loops, thresholds=thresholds)
+        chosen = choose(view, slices=slices, loops=loops, thresholds=thresholds)
         grid = chosen.grid
         for rows in (grid.repeats, grid.written):
             if grid.span * rows > 1:
@@ -141,24 +153,25 @@ def test_sums_of_columns_have_room(view, loops):
 
 
 @EVERY_VIEW
-def test_columns_belong_to_the_statistics_of_the_view(view):
+def test_columns_belong_to_the_statistics_of_the_view(view, slices):
     """Of contiguous memory, whatever the loops: element by element."""
-    _, k0, _, k1 = np.indices(view)
-    expected = (k0 * view[3] + k1).ravel()
+    r0, k0, _, k1 = np.indices(view)
+    expected = ((r0 // (view[0] // slices) * view[1] + k0) * view[3] + k1).ravel()
     for loops in (None, "rows", "planes") if view[3] == 1 else (None, "rows"):
         for foldable, step in itertools.product((True, False), ("train", "infer")):
-            chosen = choose_small(view, step, loops=loops, foldable=foldable)
+            chosen = choose_small(view, step, slices=slices, loops=loops, foldable=foldable)
             assert math.prod(chosen.shape) == math.prod(view)
             np.testing.assert_array_equal(statistics_of_columns(chosen).ravel(), expected)
 
 
 @EVERY_VIEW
-def test_a_task_has_whole_runs_of_the_statistics_that_it_writes(view):
-    chosen = choose_small(view)
+def test_a_task_has_whole_runs_of_the_statistics_that_it_writes(view, slices):
+    chosen = choose_small(view, slices=slices)
     owner = statistics_of_columns(chosen)
     assert chosen.grid.k1_step % chosen.grid.span == 0
     for _, _, bounds in tasks(chosen):
-        found = np.unique(owner[:, bounds.k0 : bounds.k0_end, :, bounds.k1 : bounds.k1_end])
+        r0, k0, k1 = (slice(*ends) for ends in ((bounds.r0, bounds.r0_end), bounds[3:5], bounds[7:9]))
+        found = np.unique(owner[r0, k0, :, k1])
         assert found.tolist() == list(range(*statistics(bounds, chosen.grid)))
 
 
@@ -180,35 +193,38 @@ def test_the_small_thresholds_reach_all_loops():
 
 # --- one pass -----------------------------------------------------------------------------------
 
-# (view, groups): of virtual batches the groups are the slowest part of K0, or of K1 where K0 is 1.
+# (view, groups, slices): of virtual batches the groups are the slowest part of K0, or of K1 where K0 is 1; or slices.
 GROUPED = [
-    *((view, 1) for view in VIEWS),
-    ((4, 6, 20, 1), 2),
-    ((4, 6, 5, 1), 2),
-    ((4, 6, 5, 1), 3),
-    ((8, 6, 8, 1), 2),
-    ((8, 4, 8, 1), 2),
-    ((4, 2, 20, 3), 2),
-    ((8, 4, 16, 2), 4),
-    ((8, 4, 16, 2), 2),
-    ((1, 1, 4, 6), 2),
-    ((1, 1, 8, 40), 4),
-    ((4, 4, 8, 3), 4),
-    ((1, 1, 4, 48), 3),
-    ((3, 10, 5, 1), 2),
-    ((1, 9, 5, 3), 3),
+    *((view, 1, 1) for view in VIEWS),
+    ((4, 6, 20, 1), 2, 1),
+    ((4, 6, 5, 1), 2, 1),
+    ((4, 6, 5, 1), 3, 1),
+    ((8, 6, 8, 1), 2, 1),
+    ((8, 4, 8, 1), 2, 1),
+    ((4, 2, 20, 3), 2, 1),
+    ((8, 4, 16, 2), 4, 1),
+    ((8, 4, 16, 2), 2, 1),
+    ((1, 1, 4, 6), 2, 1),
+    ((1, 1, 8, 40), 4, 1),
+    ((4, 4, 8, 3), 4, 1),
+    ((1, 1, 4, 48), 3, 1),
+    ((3, 10, 5, 1), 2, 1),
+    ((1, 9, 5, 3), 3, 1),
+    *((view, slices, slices) for view, slices in SLICED),
+    *((view, 1, slices) for view, slices in SLICED),
+    ((12, 3, 20, 1), 2, 4),
 ]
 
 
 @pytest.mark.parametrize("step", ["train", "backward"])
-@pytest.mark.parametrize(("view", "groups"), GROUPED, ids=str)
-def test_one_pass_has_the_tiles_of_a_channel_in_all_groups_together(view, groups, step):
+@pytest.mark.parametrize(("view", "groups", "slices"), GROUPED, ids=str)
+def test_one_pass_has_the_tiles_of_a_channel_in_all_groups_together(view, groups, slices, step):
     """steps.py takes tiles t, t + n, t + 2 n ... of n families together: they must be the same channels of each
     group."""
-    chosen = choose_small(view, step, groups, one_pass=True)
+    chosen = choose_small(view, step, groups, slices, one_pass=True)
     if not chosen.one_pass:
         return
-    total = view[1] * view[3]
+    total = slices * view[1] * view[3]
     channels = total // groups
     by_tile = {tile: statistics(bounds, chosen.grid) for chunk, tile, bounds in tasks(chosen) if chunk == 0}
     families, seen = chosen.grid.families, []
@@ -223,12 +239,12 @@ def test_one_pass_has_the_tiles_of_a_channel_in_all_groups_together(view, groups
 
 def test_one_pass_where_it_is_possible():
     """Everywhere, but not where a tile of columns has channels of several groups."""
-    for view, groups in GROUPED:
-        chosen = choose_small(view, groups=groups, one_pass=True)
+    for view, groups, slices in GROUPED:
+        chosen = choose_small(view, groups=groups, slices=slices, one_pass=True)
         covered = [statistics(bounds, chosen.grid) for _, _, bounds in tasks(chosen)]
-        channels = view[1] * view[3] // groups
+        channels = slices * view[1] * view[3] // groups
         assert chosen.one_pass == all(first // channels == (last - 1) // channels for first, last in covered)
-    found = [choose_small(view, groups=groups, one_pass=True) for view, groups in GROUPED]
+    found = [choose_small(view, groups=groups, slices=slices, one_pass=True) for view, groups, slices in GROUPED]
     once = [(c.loops, c.grid.families < c.grid.tiles) for c in found if c.one_pass]
     assert set(once) == set(itertools.product(("planes", "rows"), (False, True)))
     assert any(c.grid.tiles > c.grid.families > 1 and c.grid.group % c.grid.k0_step for c in found if c.one_pass)
@@ -262,16 +278,16 @@ def test_a_tile_has_so_many_elements_and_leaves_some_to_other_threads(view, loop
 # --- what decides ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("view", "groups"), GROUPED, ids=str)
+@pytest.mark.parametrize(("view", "groups", "slices"), GROUPED, ids=str)
 @pytest.mark.parametrize("step", STEPS)
-def test_the_order_of_sums_depends_on_shape_and_strides_alone(view, groups, step):
-    """How many channels a task has depends on the machine, but no sum on that."""
+def test_the_order_of_sums_depends_on_shape_and_strides_alone(view, groups, slices, step):
+    """How many channels, or columns, a task has depends on the machine, but no sum on that."""
     found, stores = set(), set()
     for threads, cache in itertools.product([1, 2, 64], [1, 1 << 40]):
         thresholds = SMALL._replace(threads=threads, cache=cache, streamed_run=0)
         for parallel in (None, False, True):
-            chosen = choose(view, step, groups, parallel=parallel, thresholds=thresholds)
-            same = dict.fromkeys(("k0_step", "tiles", "families", "streamed"), 0)
+            chosen = choose(view, step, groups, slices, parallel=parallel, thresholds=thresholds)
+            same = dict.fromkeys(("k0_step", "k1_step", "tiles", "families", "streamed"), 0)
             found.add((chosen.loops, chosen.shape, chosen.grid._replace(**same)))
             stores.add(chosen.grid.streamed)
     assert len(found) == 1
@@ -279,12 +295,12 @@ def test_the_order_of_sums_depends_on_shape_and_strides_alone(view, groups, step
 
 
 @pytest.mark.parametrize("foldable", [False, True])
-@pytest.mark.parametrize(("view", "groups"), GROUPED, ids=str)
-def test_a_stage_has_the_tasks_of_the_whole_step(view, groups, foldable):
+@pytest.mark.parametrize(("view", "groups", "slices"), GROUPED, ids=str)
+def test_a_stage_has_the_tasks_of_the_whole_step(view, groups, slices, foldable):
     """So that its sums are added up in the same order."""
     for whole, stages in {"train": ("reduce", "apply"), "backward": ("reduce_gradient", "apply_gradient")}.items():
-        expected = choose_small(view, whole, groups, foldable=foldable, one_pass=False)
-        assert {choose_small(view, stage, groups, foldable=foldable) for stage in stages} == {expected}
+        expected = choose_small(view, whole, groups, slices, foldable=foldable, one_pass=False)
+        assert {choose_small(view, stage, groups, slices, foldable=foldable) for stage in stages} == {expected}
 
 
 def test_without_numbers_the_machine_decides():
@@ -309,7 +325,19 @@ def test_small_inputs_stay_serial(more, parallel):
 
 
 def test_one_task_is_serial():
-    assert not choose((1, 1, USUAL.chunk_rows, 1 << 12), thresholds=USUAL._replace(parallel_elements=0)).parallel
+    view = (1, 1, USUAL.chunk_rows, schedule.NARROWEST)
+    assert not choose(view, thresholds=USUAL._replace(parallel_elements=0)).parallel
+
+
+@pytest.mark.parametrize(("view", "groups"), [((1, 1, 81, 13390), 1), ((1, 1, 81, 13390), 103), ((1, 1, 2, 9000), 1)])
+@pytest.mark.parametrize("step", ["train", "backward"])
+def test_columns_are_shared_where_rows_are_few(view, groups, step):
+    """And they are so wide that the values of a statistic are one chunk."""
+    for threads in (2, 4):
+        chosen = choose(view, step, groups, thresholds=USUAL._replace(parallel_elements=0, threads=threads))
+        assert chosen.parallel
+        assert chosen.grid.tiles >= threads
+        assert chosen.grid.k1_step >= schedule.NARROWEST
 
 
 @pytest.mark.parametrize("layer", schedule.PARALLEL)

@@ -89,7 +89,7 @@ def measure(problem: Problem, mode: str, name: str, candidates: tuple[float, ...
 def schedule(view: Sizes, mode: str, thresholds: Mapping[str, Any]) -> Schedule:
     """How nbbn would run the mode, with these thresholds. Candidates that lead to the same are timed once."""
     step, arrays = STEPS[mode]
-    return choose(step, view, 1, ITEM_SIZES[DTYPE], arrays, True, True, Thresholds(**thresholds))
+    return choose(step, view, 1, 1, ITEM_SIZES[DTYPE], arrays, True, True, Thresholds(**thresholds))
 
 
 def _calls(problem: Problem, mode: str, forced: Mapping[str, Mapping[str, Any]], reader: bool) -> dict[str, Call]:

@@ -1,6 +1,8 @@
 """(shape, axis, virtual batch) -> the canonical view [R0, K0, R1, K1]; integers only, no arrays.
 
-R dimensions are reduced, K dimensions are kept: one statistic per index of K0 x K1, its values along R0 x R1.
+R dimensions are reduced, K dimensions are kept: one statistic per index of K0 x K1, its values along R0 x R1. R0 may be
+several slices, one after the other, each with statistics of its own: so contiguous groups of samples lie in memory,
+before the channels of images.
 """
 
 import math
@@ -26,11 +28,6 @@ def resolve_axis(axis: Sequence[int], rank: int, argument: str = "axis") -> Size
         received = f"{list(axis)} for an input of rank {rank}"
         raise ValueError(f"{argument} must not name a dimension twice; received {received}")
     return tuple(resolved)
-
-
-# Elements of a contiguous group, at least, that is a step of its own where only a copy has a view of all groups: two
-# steps cost 40 us, a copy of the input and of the output 2 to 5 ns per element.
-ALONE = 1 << 13
 
 
 class Cut(NamedTuple):
@@ -126,24 +123,14 @@ def layout(
 
 
 def _grouped(sizes: Sizes, kept: tuple[bool, ...], channels: int, cuts: tuple[Cut, ...], contiguous: bool) -> Layout:
-    groups, inner, parts, first = sum(c.groups for c in cuts), sizes[1:], [], 0
+    groups, parts, first = sum(c.groups for c in cuts), [], 0
     for c in cuts:
-        split = (c.groups, c.samples, *inner) if contiguous else (c.samples, c.groups, *inner)
+        split = (c.groups, c.samples, *sizes[1:]) if contiguous else (c.samples, c.groups, *sizes[1:])
         steps = (c.group_step, c.sample_step) if contiguous else (c.sample_step, c.group_step)
         kinds = (contiguous, not contiguous, *kept[1:])
-        alone = (c.samples, *inner)
-        if _has_view(split, kinds) or not _has_view(alone, kept) or math.prod(alone) < ALONE:
-            parts.append(Part(Layout(split, kinds, c.groups, channels, (c,)), c.start, steps, first))
-        else:  # channels before what is reduced: each contiguous group has a view, all together have none
-            lay = Layout(alone, kept, 1, channels)
-            starts = [c.start + g * c.group_step for g in range(c.groups)]
-            parts += [Part(lay, start, (c.sample_step,), first + g) for g, start in enumerate(starts)]
+        parts.append(Part(Layout(split, kinds, c.groups, channels, (c,)), c.start, steps, first))
         first += c.groups
     return parts[0].lay if len(parts) == 1 else Layout(sizes, kept, groups, channels, cuts, tuple(parts))
-
-
-def _has_view(sizes: Sizes, kept: tuple[bool, ...]) -> bool:
-    return collapse(sizes, kept, [contiguous_strides(sizes)]) is not None
 
 
 @lru_cache(maxsize=1024)
@@ -175,7 +162,8 @@ def sequences_view(sizes: Sizes, kept: tuple[bool, ...], strides: Sizes) -> tupl
     found = collapse(sizes[1:], kept[1:], [strides[1:]])
     if found is None:
         return None
-    ((r0, k0, r1, k1), (inner,)), steps = found, steps_dimension(kept)
+    (r0, k0, r1, k1), (inner,), _ = found
+    steps = steps_dimension(kept)
     if r0 != 1 or (sizes[steps] > 1 and inner[2] * (r1 // sizes[steps]) != strides[steps]):
         return None
     return (sizes[0], k0, r1, k1), (strides[0], *inner[1:])
@@ -184,13 +172,22 @@ def sequences_view(sizes: Sizes, kept: tuple[bool, ...], strides: Sizes) -> tupl
 _SLOTS = (False, True, False, True)  # kept? of R0, K0, R1, K1
 
 
-def collapse(sizes: Sizes, kept: tuple[bool, ...], strides: Sequence[Sizes]) -> tuple[Sizes, list[Sizes]] | None:
-    """The canonical shape and, for each array, the strides that view it so; None where no view can.
+class View(NamedTuple):
+    """A canonical view. sizes: R0, K0, R1, K1. strides: of each array. slices: how many R0 consists of."""
+
+    sizes: Sizes
+    strides: list[Sizes]
+    slices: int
+
+
+def collapse(sizes: Sizes, kept: tuple[bool, ...], strides: Sequence[Sizes]) -> View | None:
+    """The canonical view of some arrays; None where there is none.
 
     The dimensions are taken in the memory order of the first array (a statistic does not care in which order its
     values come, so the NHWC memory of an NCHW array is read as it lies), dimensions of size 1 are dropped, neighbours
     of one kind are merged where every array allows it, and what is left is placed from the right. The kept
-    dimensions must stay in their order, which is that of the parameters.
+    dimensions must stay in their order, which is that of the parameters. One that is left in front of R0 cuts it into
+    slices, where every array goes on from each of them to the next.
     """
     first = strides[0]
     order = sorted((i for i, s in enumerate(sizes) if s != 1), key=lambda i: -abs(first[i]))
@@ -209,19 +206,23 @@ def collapse(sizes: Sizes, kept: tuple[bool, ...], strides: Sequence[Sizes]) -> 
     return _place(runs, len(strides))
 
 
-def _place(runs: list[tuple[bool, int, list[int]]], arrays: int) -> tuple[Sizes, list[Sizes]] | None:
+def _place(runs: list[tuple[bool, int, list[int]]], arrays: int) -> View | None:
     shape, placed = [1] * 4, [[0] * 4 for _ in range(arrays)]
-    slot = 3
+    slot, slices = 3, 1
     for kind, size, inner in reversed(runs):
         while slot >= 0 and _SLOTS[slot] != kind:
             slot -= 1
         if slot < 0:
-            return None
+            follow = all(stride == p[0] * shape[0] for p, stride in zip(placed, inner, strict=True))
+            if not (kind and slices == 1 and follow):
+                return None
+            slices, shape[0] = size, size * shape[0]
+            continue
         shape[slot] = size
         for target, stride in zip(placed, inner, strict=True):
             target[slot] = stride
         slot -= 1
-    return tuple(shape), [tuple(p) for p in placed]
+    return View(tuple(shape), [tuple(p) for p in placed], slices)
 
 
 def contiguous_strides(sizes: Sizes, itemsize: int = 1) -> Sizes:
@@ -234,7 +235,7 @@ def contiguous_strides(sizes: Sizes, itemsize: int = 1) -> Sizes:
 
 
 def copy_order(sizes: Sizes, kept: tuple[bool, ...]) -> Sizes:
-    """The order of dimensions for a copy that has a canonical view: as they are, or, for five or more alternating runs,
+    """The order of dimensions for a copy that has a canonical view: as they are, or, for too many alternating runs,
     reduced before kept."""
     if collapse(sizes, kept, [contiguous_strides(sizes)]) is not None:
         return tuple(range(len(sizes)))

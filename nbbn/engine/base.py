@@ -353,8 +353,21 @@ class Copied(NamedTuple):
     lay: Layout
 
 
-def canonical_view(lay: Layout, arrays: Mapping[str, Array]) -> tuple[Sizes, dict[str, Sizes], Copied | None]:
-    """The canonical shape, each array's strides in it, and the copies that must be made first, if any."""
+class Canonical(NamedTuple):
+    """The view in which kernels get the arrays of a step.
+
+    sizes, slices: as those of a layout.View. strides: of each array, by name. copied: the copies that must be made
+    first, of which the strides are then, if any.
+    """
+
+    sizes: Sizes
+    slices: int
+    strides: dict[str, Sizes]
+    copied: Copied | None
+
+
+def canonical_view(lay: Layout, arrays: Mapping[str, Array]) -> Canonical:
+    """The canonical view of some arrays."""
     copied, found = None, collapse(lay.sizes, lay.kept, [lay.split(a.strides) for a in arrays.values()])
     if found is None:
         order = copy_order(lay.sizes, lay.kept)
@@ -362,4 +375,4 @@ def canonical_view(lay: Layout, arrays: Mapping[str, Array]) -> tuple[Sizes, dic
         copied = Copied(order, Layout(sizes, kept, lay.groups, lay.channels))
         found = collapse(sizes, kept, [contiguous_strides(sizes, a.itemsize) for a in arrays.values()])
     assert found is not None  # copy_order() chooses an order that has a view
-    return found[0], dict(zip(arrays, found[1], strict=True)), copied
+    return Canonical(found.sizes, found.slices, dict(zip(arrays, found.strides, strict=True)), copied)

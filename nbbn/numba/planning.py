@@ -24,6 +24,7 @@ ROW_OF = {"x": X, "dy": DY, "residual": RESIDUAL, "y": RESULT, "dx": RESULT, "dz
 # are those of rows, and the Grid.
 GRID = types.NamedUniTuple(types.int64, len(Grid._fields), Grid)
 PLAN = types.Tuple((types.boolean, types.boolean, types.boolean, GRID))
+NO_GRID = (0,) * len(Grid._fields)
 LIMITS = Thresholds()
 
 
@@ -35,7 +36,7 @@ def plan_dense(infers: bool, outer: int, channels: int, inner: int, itemsize: in
         view = (1, 1, outer, channels)
     else:
         view = (outer, channels, inner, 1)
-    in_rows, grid = grid_of(infers, view, 1, itemsize, arrays, True, True, LIMITS, None, 1, cache)
+    in_rows, grid = grid_of(infers, view, 1, 1, itemsize, arrays, True, True, LIMITS, None, 1, cache)
     return True, True, in_rows, grid
 
 
@@ -47,8 +48,9 @@ def plan_strided(infers, groups, itemsize, there, kept, sizes, strides, placed, 
         sizes: (n,). strides: (ARRAYS, n), in bytes.
         placed: (ARRAYS + 1, 4); the strides of what kernels are given are written to it.
     """
-    if not collapse(sizes, kept, strides, there, placed):
-        return False, False, False, Grid(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    slices = collapse(sizes, kept, strides, there, placed)
+    if slices == 0:
+        return False, False, False, Grid(*NO_GRID)
     shape, arrays, contiguous, reshaped = placed[SHAPE], 0, True, True
     for row in range(WEIGHTS):
         if there >> row & 1:
@@ -57,7 +59,9 @@ def plan_strided(infers, groups, itemsize, there, kept, sizes, strides, placed, 
             reshaped = reshaped and dense and is_dense(strides[row], sizes, itemsize)
     foldable = reshaped and not there >> WEIGHTS & 1
     view = (shape[0], shape[1], shape[2], shape[3])
-    in_rows, grid = grid_of(infers, view, groups, itemsize, arrays, contiguous, foldable, LIMITS, None, 1, cache)
+    in_rows, grid = grid_of(
+        infers, view, slices, groups, itemsize, arrays, contiguous, foldable, LIMITS, None, 1, cache
+    )
     if foldable:  # the kernel may take them in another shape
         for row in range(WEIGHTS):
             placed[row, 3] = itemsize
@@ -79,30 +83,40 @@ def is_dense(strides, sizes, itemsize):
 
 @jitable
 def collapse(sizes, kept, strides, there, placed):
-    """Write the canonical shape and strides to `placed`: core.layout.collapse(). Returns: whether there is a view."""
+    """Write the canonical shape and strides to `placed`: core.layout.collapse(). Returns: the slices of R0; 0 where
+    there is no view."""
     placed[:] = 0
-    placed[SHAPE] = 1
+    placed[SHAPE] = slices = 1
     order = in_memory_order(sizes, strides[X])
     last = len(sizes)
-    slot = 4  # R0, K0, R1 and K1 are 0 to 3; from the right
+    slot = 4  # R0, K0, R1 and K1 are 0 to 3, from the right, and slices are -1
     for i in order[::-1]:
         if sizes[i] == 1:
             continue
         is_kept = kept >> i & 1
         if is_kept:
             if i > last:  # not the order of the parameters
-                return False
+                return 0
             last = i
-        merged = slot < 4 and slot & 1 == is_kept
-        for row in range(ARRAYS):
-            if merged and there >> row & 1:
-                merged = strides[row, i] == placed[row, slot] * placed[SHAPE, slot]
-        if not merged:
+        if not (slot < 4 and slot & 1 == is_kept and follows(strides[:, i], there, placed, slot)):
             slot -= 1 if slot - 1 & 1 == is_kept else 2
-            if slot < 0:
-                return False
-            placed[:ARRAYS, slot] = strides[:, i]
-        placed[SHAPE, slot] *= sizes[i]
+            if slot < -1 or (slot == -1 and not follows(strides[:, i], there, placed, slot)):
+                return 0
+            if slot >= 0:
+                placed[:ARRAYS, slot] = strides[:, i]
+        if slot < 0:
+            slices *= sizes[i]
+        placed[SHAPE, max(slot, 0)] *= sizes[i]
+    return slices
+
+
+@jitable
+def follows(strides, there, placed, slot):
+    """Whether one more dimension goes on, in every array, where a slot ends."""
+    slot = max(slot, 0)
+    for row in range(ARRAYS):
+        if there >> row & 1 and strides[row] != placed[row, slot] * placed[SHAPE, slot]:
+            return False
     return True
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from nbbn.core.layout import Sizes, contiguous_strides, sequences_view, steps_dimension
 from nbbn.core.options import Options
-from nbbn.engine.base import Batch, Copied, Engine, Force, Step, canonical_view
+from nbbn.engine.base import Batch, Canonical, Engine, Force, Step, canonical_view
 from nbbn.engine.cpu.bound import LAST_ARGUMENTS, BoundStep
 from nbbn.engine.cpu.plan import Plan, check_arrays
 from nbbn.engine.cpu.schedule import Thresholds, choose, of_whole_samples
@@ -55,7 +55,7 @@ class CpuEngine(Engine):
 
     def _new_plan(self, step: Step, in_place: bool) -> Plan:
         there = {name: a for name, a in step.views.items() if a is not None}
-        view, strides, copied = _view(step, there)
+        view, slices, strides, copied = _view(step, there)
         dense = {name: _is_dense(strides[name], view, a.itemsize) for name, a in there.items()}
         reshaped = {n: dense[n] and (copied is not None or a.flags.c_contiguous) for n, a in there.items()}
         of_sequences = step.name == "reduce_sequences"
@@ -64,6 +64,7 @@ class CpuEngine(Engine):
         schedule = choose(
             step.name,
             view,
+            slices,
             step.lay.groups,
             step.x.itemsize,
             len(data),
@@ -114,12 +115,12 @@ class CpuEngine(Engine):
         entry_point(compiled(*variant))(*arguments)
 
 
-def _view(step: Step, there: dict[str, Any]) -> tuple[Sizes, dict[str, Sizes], Copied | None]:
+def _view(step: Step, there: dict[str, Any]) -> Canonical:
     if step.name != "reduce_sequences":
         return canonical_view(step.lay, there)
     found = sequences_view(step.lay.sizes, step.lay.kept, step.x.strides)
     assert found is not None  # reduce_sequences() has asked
-    return found[0], {"x": found[1]}, None
+    return Canonical(found[0], 1, {"x": found[1]}, None)
 
 
 def _is_dense(strides: Sizes, sizes: Sizes, itemsize: int) -> bool:

@@ -90,6 +90,7 @@ class Schedule:
 def choose(
     step: str,
     view: Sizes,
+    slices: int,
     groups: int,
     itemsize: int,
     arrays: int,
@@ -103,7 +104,7 @@ def choose(
     """The schedule of a step; what is not None is a choice made by hand.
 
     Args:
-        view: canonical. groups: of a virtual batch.
+        view: canonical. slices: that its R0 consists of. groups: of a virtual batch.
         arrays: how many of the input's size are read and written.
         contiguous: in the view, all arrays of the input's dtype are. foldable: and there are no others.
     """
@@ -115,14 +116,13 @@ def choose(
 
     def with_workers(workers: int) -> Schedule:
         in_rows, grid = grid_of(
-            step == "infer", view, groups, itemsize, arrays, contiguous, foldable, t, by_rows, workers, cache
+            step == "infer", view, slices, groups, itemsize, arrays, contiguous, foldable, t, by_rows, workers, cache
         )
-        k0, k1 = grid.k0, grid.k1
-        tiles = quotient(grid.group, grid.k0_step) * quotient(k1, grid.k1_step)
-        aligned = groups == 1 or k0 % groups == 0 or (k1 // groups) % grid.k1_step == 0
-        in_one = workers == 1 or tiles >= t.tiles_per_thread * workers or tiles % workers == 0
+        shape, families = (grid.r0, grid.k0, grid.r1, grid.k1), grid.families
+        in_groups = grid.r0_apart > 0 or grid.k0 % groups == 0  # R0 or K0, and not K1, has the groups
+        aligned = groups == 1 or in_groups or (grid.k1 // groups) % grid.k1_step == 0
+        in_one = workers == 1 or families >= t.tiles_per_thread * workers or families % workers == 0
         in_one = step in ("train", "backward") and aligned and (in_one if one_pass is None else one_pass)
-        shape = (grid.r0, k0, grid.r1, k1)
         return Schedule(
             "rows" if in_rows else "planes", shape if in_rows else shape[:3], grid, in_one, parallel=workers > 1
         )
@@ -153,16 +153,21 @@ def of_whole_samples(s: Schedule) -> Schedule:
 
 
 @register_jitable
-def grid_of(infers, view, groups, itemsize, arrays, contiguous, foldable, t, by_rows, threads, cache):
+def grid_of(infers, view, slices, groups, itemsize, arrays, contiguous, foldable, t, by_rows, threads, cache):
     """Whether the loops are those of rows, and the Grid. infers: without sums. by_rows: a choice made by hand, or None.
     threads: that work on the step. cache: bytes of the last level."""
     # Without sums, a run of one vector or more is better off by itself.
     short = min(t.short_plane, LANES - 1) if infers else t.short_plane
-    in_rows, (r0, k0, r1, k1), span, repeats = _rows_or_planes(view, foldable, by_rows, short, t)
-    group = max(1, k0 // groups if k0 % groups == 0 else k0)
+    in_rows, slices, (r0, k0, r1, k1), span, repeats = _rows_or_planes(view, slices, foldable, by_rows, short, t)
+    # From here on r0 is that of one slice, and k0 counts through the k0 of all of them.
+    group = max(1, min(k0 // groups if k0 % groups == 0 else k0, k0 // slices))
+    apart = (r0, 0) if slices > 1 else (0, group)
     r0_step, r1_step, k1_step = _cut((r0, k0, r1, k1), infers, in_rows, span, repeats, t)
-    if k1_step < k1 and span == 1 and (groups == 1 or k0 % groups == 0):
-        k1_step = _columns_of_a_task(k1, k1_step, k0 * quotient(r0, r0_step) * quotient(r1, r1_step), threads)
+    tasks = k0 * quotient(r0, r0_step) * quotient(r1, r1_step)
+    # Where a row has several groups, tiles end where these do, or they are no sets of the same channels.
+    free = groups == 1 or k0 % groups == 0 or (k1 // groups) % k1_step != 0
+    if free and span * repeats == 1 and (k1_step < k1 or tasks < threads):
+        k1_step = _columns_of_a_task(k1, k1_step, tasks, threads)
     k0_step = _statistics_of_a_task((r0, group, r1, k1), k1_step, t, threads)
     if infers and not in_rows:
         r0_step, k0_step = _in_order(r0, group, r1_step, t)
@@ -172,24 +177,28 @@ def grid_of(infers, view, groups, itemsize, arrays, contiguous, foldable, t, by_
     whole_lines = run % LINE == 0 or run >= t.streamed_run
     large = r0 * k0 * r1 * k1 * itemsize * arrays > t.streamed_share * cache
     streamed = int(contiguous and whole_lines and large)
-    period, sizes = max(1, k1 // max(1, span)), (r0, k0, r1, k1)
-    head = (r0_step, k0_step, r1_step, k1_step, group, repeats, written, span, period, streamed)
-    chunks, tiles = chunks_and_tiles(sizes, Grid(*head, 0, 0, 0, *sizes))
-    return in_rows, Grid(*head, chunks, tiles, tiles // groups, *sizes)
+    period = max(1, k1 // max(1, span))
+    steps = (r0_step, k0_step, r1_step, k1_step)
+    counts = (group, *apart, r0, repeats, written, span, period, streamed)
+    sizes = (r0 * slices, k0 // slices, r1, k1)
+    chunks, tiles = chunks_and_tiles((r0, k0, r1, k1), Grid(*steps, *counts, 0, 0, 0, *sizes))
+    return in_rows, Grid(*steps, *counts, chunks, tiles, tiles // groups, *sizes)
 
 
 @register_jitable
-def _rows_or_planes(view, foldable, by_rows, short_plane, t):
-    """Whether the loops are those of rows, the shape of their arrays, the columns of a statistic, and how many rows are
-    taken as one."""
+def _rows_or_planes(view, slices, foldable, by_rows, short_plane, t):
+    """Whether the loops are those of rows, the slices of R0, the R0 of one and the K0 of all, R1 and K1, the columns of
+    a statistic, and how many rows are taken as one."""
     r0, k0, r1, k1 = view
+    r0 = r0 // slices
     if k1 == 1:
         enough = r0 >= max(ROW_BLOCK, t.short_batch * r1)
         if foldable and (by_rows is None or by_rows) and r1 <= short_plane and enough and k0 > 1:
-            return True, (1, 1, r0, k0 * r1), r1, 1
+            return True, 1, (1, slices, r0, k0 * r1), r1, 1
         if by_rows is None or not by_rows:
-            return False, (r0, k0, r1, 1), 1, 1
-    return True, (r0, k0, r1, k1), 1, _rows_as_one(t.repeated_columns, k1, r1, t) if foldable else 1
+            return False, slices, (r0, slices * k0, r1, 1), 1, 1
+    repeats = _rows_as_one(t.repeated_columns, k1, r1, t) if foldable else 1
+    return True, slices, (r0, slices * k0, r1, k1), 1, repeats
 
 
 @register_jitable
@@ -233,7 +242,7 @@ def _statistics_of_a_task(extent, k1_step, t, threads):
 def _columns_of_a_task(k1, k1_step, tasks, threads):
     """How much of a row that is cut: tiles that are alike, and as many for each thread where there are no other tasks.
     Threads write to both sides of their borders; whole lines, and some of them, where rows begin with one."""
-    share = quotient(threads, max(1, tasks))
+    share = quotient(2 * threads, max(1, tasks))  # a thread that wakes late finds less left to do
     tiles = quotient(quotient(k1, k1_step), share) * share
     return max(1, min(k1_step, quotient(quotient(k1, max(1, tiles)), NARROWEST) * NARROWEST))
 

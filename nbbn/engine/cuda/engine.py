@@ -85,10 +85,11 @@ class CudaEngine(Engine):
 
     def _new_plan(self, step: Step, in_place: bool) -> Plan:
         there: dict[str, Array] = {name: a for name, a in step.views.items() if a is not None}
-        x, (view, strides, copied) = step.x, canonical_view(step.lay, there)
+        x, ((r0, k0, r1, k1), slices, strides, copied) = step.x, canonical_view(step.lay, there)
+        view = (r0 // slices, slices * k0, r1, k1)
         places = [(a.address, strides[name], a.itemsize) for name, a in there.items()]
         one = self.force.one_pass if step.name in ("train", "backward", "frozen_backward") else False
-        schedule = choose(view, step.lay.groups, x.itemsize, places, self._thresholds, one)
+        schedule = choose(view, slices, step.lay.groups, x.itemsize, places, self._thresholds, one)
         sums: Any = np.float64 if x.itemsize == 8 else np.float32
         variant = Variant(
             dtype=x.dtype,
@@ -162,7 +163,7 @@ class CudaEngine(Engine):
             return
         threads = self._thresholds.threads
         blocks = -(-channels // threads)
-        shape, grid = (1, 1, 1, statistics), Grid(1, 1, threads, 1, 1, blocks, 1, blocks)
+        shape, grid = (1, 1, 1, statistics), Grid(1, 1, threads, 1, 1, blocks, 1, blocks, 1)
         arguments = [shape, grid, memory, channels, self.options.epsilon]
         launch(name, variant, like.device, stream, blocks, (threads, 1), arguments)
 

@@ -65,6 +65,7 @@ class Schedule:
 
 def choose(
     view: Sizes,
+    slices: int,
     groups: int,
     itemsize: int,
     places: Iterable[Place],
@@ -74,7 +75,7 @@ def choose(
     """The schedule for a canonical view.
 
     Args:
-        groups: of a virtual batch.
+        view: with the R0 of one slice, and the K0 of all of them. slices: of R0. groups: of a virtual batch.
         itemsize: of an element. places: of all arrays.
         one_launch: a choice made by hand; None leaves it to the thresholds.
     """
@@ -90,7 +91,8 @@ def choose(
     aligned = groups == 1 or channels % k1 == 0 or (k0 == 1 and channels % columns == 0)
     families = tiles // groups if aligned else 1
     values = r0 * r1
-    swapped = r1 < r0 if rows else r0 > 1 and r1 <= x * width
+    # With slices a thread may have a short way along r1: they follow each other in R0.
+    swapped = slices == 1 and (r1 < r0 if rows else r0 > 1 and r1 <= x * width)
     short = swapped and not rows
     if swapped:
         r0, r1 = r1, r0
@@ -105,14 +107,14 @@ def choose(
     apply_chunks = max(1, min(most, max(least, t.blocks // tiles)))
     apply = reduce if one else _cut(r0, r1, apply_chunks, unit, short)
     extent = r0, k0, r1, k1
-    grids = _grid(extent, *reduce, columns, families), _grid(extent, *apply, columns, families)
-    return Schedule(rows, swapped, width, block, *grids, one)
+    to_reduce, to_apply = (_grid(extent, k0 // slices, *cut, columns, families) for cut in (reduce, apply))
+    return Schedule(rows, swapped, width, block, to_reduce, to_apply, one)
 
 
-def _grid(extent: Sizes, r0_step: int, r1_step: int, k1_step: int, families: int) -> Grid:
+def _grid(extent: Sizes, slice_k0: int, r0_step: int, r1_step: int, k1_step: int, families: int) -> Grid:
     steps = r0_step, 1, r1_step, max(1, k1_step)
     r0s, k0, r1s, k1s = (-(-n // step) for n, step in zip(extent, steps, strict=True))
-    return Grid(r0_step, r1_step, k1_step, families, r0s * r1s, k0 * k1s, r1s, k1s)
+    return Grid(r0_step, r1_step, k1_step, families, r0s * r1s, k0 * k1s, r1s, k1s, max(1, slice_k0))
 
 
 def _width(view: Sizes, itemsize: int, places: Iterable[Place]) -> int:

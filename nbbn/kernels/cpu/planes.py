@@ -38,7 +38,11 @@ def extent(x):
 
 def write_shifts(arrays, bounds, grid, write):
     """Have write(s, parts) called with the parts of some arrays that are the first of statistics, from the s-th on."""
-    each(bounds.k0, bounds.k0_end, 1, lambda k0, _: write(k0, part(arrays, (0, k0), 0, 1)))
+
+    def of_k0(k0, _):
+        write(k0 + bounds.ahead, part(arrays, (bounds.r0, k0), 0, 1))
+
+    each(bounds.k0, bounds.k0_end, 1, of_k0)
 
 
 def _runs(arrays, bounds, first, last, body, ends=None):
@@ -59,7 +63,7 @@ def _runs(arrays, bounds, first, last, body, ends=None):
 def _write_sums(arrays, there, terms, bounds, partial, ends=None):
     """Write the sums of all statistics of a task. there: what has to be there for each of the sums.
 
-    terms: of the parts of the arrays in one run and its k0, what gives the terms of elements.
+    terms: of the parts of the arrays in one run and its statistic, what gives the terms of elements.
     """
     sums = [local(partial, beside) for beside in there]
 
@@ -67,7 +71,7 @@ def _write_sums(arrays, there, terms, bounds, partial, ends=None):
         end = minimum(bounds.k0_end, begin + MOST)
 
         def run(parts, r0, k0):
-            add, zeros = terms(parts, k0), [None if s is None else splat(0.0) for s in sums]
+            add, zeros = terms(parts, k0 + bounds.ahead), [None if s is None else splat(0.0) for s in sums]
             found = over(0, parts[0].size, lambda i, n, so_far: plus(so_far, add(i, n)), zeros)
             for s, vector in zip(sums, found, strict=True):
                 if s is not None:
@@ -76,7 +80,7 @@ def _write_sums(arrays, there, terms, bounds, partial, ends=None):
         def write(k0, _):
             for row, s in enumerate(sums):
                 if s is not None:
-                    write_total(partial, (bounds.chunk, row, k0), load_half(s, (k0 - begin) * HALF))
+                    write_total(partial, (bounds.chunk, row, k0 + bounds.ahead), load_half(s, (k0 - begin) * HALF))
 
         _runs(arrays, bounds, begin, end, run, ends)
         each(begin, end, 1, write)
@@ -88,8 +92,8 @@ def moments(x, weights, shift, bounds, grid, partial, ends=None):
     """Write sum (x - shift), sum (x - shift)^2 and, with weights, their sum and that of their squares. ends: of r1 at
     each r0, where not everything counts."""
 
-    def terms(parts, k0):
-        origin = number(shift, k0)
+    def terms(parts, s):
+        origin = number(shift, s)
         return lambda i, n: moment_terms(*parts, origin, i, n)
 
     _write_sums((x, weights), (x, x, weights, weights), terms, bounds, partial, ends)
@@ -105,7 +109,7 @@ def normalize(inputs, coefficients, relu, bounds, grid, y):
 
     def run(parts, _, k0):
         *given, out = parts
-        write_outputs(given, _output_of(coefficients, given, k0), relu, out, grid.streamed)
+        write_outputs(given, _output_of(coefficients, given, k0 + bounds.ahead), relu, out, grid.streamed)
 
     _runs((*inputs, y), bounds, bounds.k0, bounds.k0_end, run)
 
@@ -116,9 +120,9 @@ def gradient_sums(dy, inputs, weights, mean, forward, relu, bounds, grid, partia
     dy counts as far as the activation lets it through; forward: the coefficients of normalize().
     """
 
-    def terms(parts, k0):
+    def terms(parts, s):
         g, w, *given = parts
-        gate, center = _output_of(forward, given, k0), number(mean, k0)
+        gate, center = _output_of(forward, given, s), number(mean, s)
         return lambda i, n: gradient_terms(g, given, w, gate, relu, center, i, n)
 
     x, _, a, b = inputs
@@ -129,8 +133,8 @@ def input_gradient(dy, inputs, weights, forward, relu, coefficients, bounds, gri
     """Write dx, and dz if it is asked for: see write_gradients()."""
 
     def run(parts, _, k0):
-        g, w, out, out_dz, *given = parts
-        terms = [number(coefficients, row, k0) for row in GRADIENT]
-        write_gradients(g, given, w, _output_of(forward, given, k0), relu, terms, out, out_dz, grid.streamed)
+        (g, w, out, out_dz, *given), s = parts, k0 + bounds.ahead
+        terms = [number(coefficients, row, s) for row in GRADIENT]
+        write_gradients(g, given, w, _output_of(forward, given, s), relu, terms, out, out_dz, grid.streamed)
 
     _runs((dy, weights, dx, dz, *inputs), bounds, bounds.k0, bounds.k0_end, run)

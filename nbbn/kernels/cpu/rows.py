@@ -41,7 +41,10 @@ def extent(x):
 
 def write_shifts(arrays, bounds, grid, write):
     def of_k0(k0, _):
-        columns, row = _Columns(k0, bounds, grid, grid.repeats), part(arrays, (0, k0, 0), bounds.k1, bounds.k1_end)
+        columns, row = (
+            _Columns(k0, bounds, grid, grid.repeats),
+            part(arrays, (bounds.r0, k0, 0), bounds.k1, bounds.k1_end),
+        )
 
         def of_statistic(j, _):
             write(columns.s + j, part(row, (), j * grid.span, j * grid.span + 1))
@@ -56,7 +59,7 @@ class _Columns:
 
     def __init__(self, k0, bounds, grid, repeats):
         self.width, self.span = bounds.k1_end - bounds.k1, grid.span
-        self.s = k0 * grid.period + bounds.k1 // grid.span
+        self.s = (k0 + bounds.ahead) * grid.period + bounds.k1 // grid.span
         self.statistics, self.count = self.width // grid.span, self.width * repeats
         self.is_plain = grid.span * repeats == 1  # what there is of statistics is there of columns
 

@@ -13,16 +13,18 @@ from nbbn.kernels.cpu.lanes import minimum
 
 # What a step is told about its loops, all int64. r0_step, k0_step, r1_step, k1_step: how many elements of R0, K0, R1
 # and K1 one task covers at most. group: so many k0 belong to one virtual batch, or to all; a task has those of one.
+# r0_apart, k0_apart: how far apart groups begin in R0, where they are its slices, or in K0. depth: the R0 of a group.
 # repeats, written: so many rows are taken as one, where sums are made and where results are written. span, period:
 # column j of K1 belongs to statistic j // span of the `period` that its k0 has. streamed: whether results go past the
 # caches, 0 or 1. chunks, tiles: how many there are; families: how many sets of tiles that have the same channels. r0,
 # k0, r1, k1: the sizes of the arrays.
 Grid = namedtuple(
     "Grid",
-    "r0_step k0_step r1_step k1_step group repeats written span period streamed chunks tiles families r0 k0 r1 k1",
+    "r0_step k0_step r1_step k1_step group r0_apart k0_apart depth repeats written span period streamed "
+    "chunks tiles families r0 k0 r1 k1",
 )
-# What one task covers.
-Bounds = namedtuple("Bounds", "chunk r0 r0_end k0 k0_end r1 r1_end k1 k1_end")
+# What one task covers. ahead: by how many k0 its statistics are farther than its elements.
+Bounds = namedtuple("Bounds", "chunk r0 r0_end k0 k0_end r1 r1_end k1 k1_end ahead")
 
 
 @register_jitable
@@ -33,7 +35,8 @@ def quotient(n: Any, divisor: Any) -> Any:
 
 @register_jitable
 def chunks_and_tiles(extent: Any, grid: Any) -> tuple[Any, Any]:
-    """Chunks cut R0 x R1: partial sums of one statistic. Tiles cut K0 x K1: statistics."""
+    """Chunks cut R0 x R1: partial sums of one statistic. Tiles cut K0 x K1: statistics. extent: R0 of one slice, K0 of
+    all of them, R1, K1."""
     r0, k0, r1, k1 = extent
     tiles = k0 // grid.group * quotient(grid.group, grid.k0_step) * quotient(k1, grid.k1_step)
     return quotient(r0, grid.r0_step) * quotient(r1, grid.r1_step), tiles
@@ -51,17 +54,19 @@ def chunk_and_tile(task: Any, extent: Any, grid: Any) -> tuple[Any, Any]:
 
 def bounds_of(chunk: Any, tile: Any, extent: Any, grid: Any) -> Bounds:
     """The Bounds of one task."""
-    r0s, _, r1s, k1s = extent
+    _, _, r1s, k1s = extent
     columns, k1_tiles = quotient(r1s, grid.r1_step), quotient(k1s, grid.k1_step)
     parts, k0_tile = quotient(grid.group, grid.k0_step), tile // k1_tiles
-    group, k0 = k0_tile // parts, k0_tile // parts * grid.group + k0_tile % parts * grid.k0_step
+    group, k0 = k0_tile // parts, k0_tile % parts * grid.k0_step
     r0, r1, k1 = chunk // columns * grid.r0_step, chunk % columns * grid.r1_step, tile % k1_tiles * grid.k1_step
-    r0_end, k0_end = minimum(r0s, r0 + grid.r0_step), minimum((group + 1) * grid.group, k0 + grid.k0_step)
+    r0_end, k0_end = minimum(grid.depth, r0 + grid.r0_step), minimum(grid.group, k0 + grid.k0_step)
     r1_end, k1_end = minimum(r1s, r1 + grid.r1_step), minimum(k1s, k1 + grid.k1_step)
-    return Bounds(chunk, r0, r0_end, k0, k0_end, r1, r1_end, k1, k1_end)
+    first_r0, first_k0 = group * grid.r0_apart, group * grid.k0_apart
+    r0, r0_end, k0, k0_end = first_r0 + r0, first_r0 + r0_end, first_k0 + k0, first_k0 + k0_end
+    return Bounds(chunk, r0, r0_end, k0, k0_end, r1, r1_end, k1, k1_end, group * grid.group - first_k0)
 
 
 def statistics(bounds: Any, grid: Any) -> tuple[Any, Any]:
     """The first statistic that a task covers, and the one after the last."""
-    begin, end = bounds.k0 * grid.period, (bounds.k0_end - 1) * grid.period
+    begin, end = (bounds.k0 + bounds.ahead) * grid.period, (bounds.k0_end - 1 + bounds.ahead) * grid.period
     return begin + bounds.k1 // grid.span, end + bounds.k1_end // grid.span

@@ -15,8 +15,8 @@ from nbbn.kernels.cuda.target import cuda, device
 
 ELEMENTS = 16  # that a thread reads before it waits for any: enough to hide the latency, few enough for its registers
 # What a step is told about its loops. The steps of tasks.py; how many families of tiles there are, which share their
-# channels; how many chunks R0 x R1 is cut into, tiles K0 x K1, and pieces R1 and K1.
-Grid = namedtuple("Grid", "r0_step r1_step k1_step families chunks tiles r1_pieces k1_pieces")
+# channels; how many chunks R0 x R1 is cut into, tiles K0 x K1, and pieces R1 and K1; the K0 of one slice of R0.
+Grid = namedtuple("Grid", "r0_step r1_step k1_step families chunks tiles r1_pieces k1_pieces slice_k0")
 # A view of elements: the address of the first, and the strides in bytes.
 ADDRESS, S_R0, S_K0, S_R1, S_K1 = range(5)
 VIEW_SIZE = 5

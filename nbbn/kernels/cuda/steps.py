@@ -92,7 +92,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         """This thread's first channel of a family, the one after the last, and how far it is to the next one."""
         first, last, bounds = np.int64(0), channels, bounds_of(0, family, shape, grid)
         if grid.families > 1:
-            first, last = bounds.k0 * shape[3] + bounds.k1_begin, bounds.k0 * shape[3] + bounds.k1_end
+            first, last = bounds.row * shape[3] + bounds.k1_begin, bounds.row * shape[3] + bounds.k1_end
         thread = cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
         return first + thread, last, cuda.blockDim.x * cuda.blockDim.y
 
@@ -100,7 +100,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     def thread_statistics(bounds, shape):
         """The first statistic of this thread, and whether it has any: none beside the last column."""
         k1 = walk(bounds, width)[4]
-        return bounds.k0 * shape[3] + k1, k1 < bounds.k1_end
+        return bounds.row * shape[3] + k1, k1 < bounds.k1_end
 
     # -- of one task ---------------------------------------------------------------------------------------------------
 
