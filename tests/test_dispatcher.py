@@ -179,6 +179,8 @@ def test_explain_of_inference_and_of_memory():
     assert lines(nbbn.explain(layer, x))["step"] == "infer"
     assert lines(nbbn.explain(layer, x))["dtype"].startswith("float64; statistics float64")
     assert "strided, read in place" in lines(nbbn.explain(nbbn.BatchNormalization(axis=1), x[::2]))["view"]
+    of_channels = lines(nbbn.explain(nbbn.BatchNormalization(axis=[0, 2]), x))["view"]
+    assert of_channels.startswith("R0=24 (8 slices) K0=5 R1=4 K1=1")
     copied = lines(nbbn.explain(nbbn.BatchNormalization(axis=[1, 3]), zeros((2, 3, 4, 5, 6))))["view"]
     assert "copied" in copied
     assert "(0, 2, 4, 1, 3)" in copied

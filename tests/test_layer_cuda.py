@@ -299,11 +299,18 @@ def test_choices_that_a_gpu_does_not_have(choice):
         ((5, 2, 3), 1, "last", "interleaved"),
         ((5, 3, 2), -1, "spread", "contiguous"),
         ((5, 2, 2, 2, 2), [1, 3], "spread", "interleaved"),  # copied
+        ((5, 2, 3), 1, "last", "contiguous"),  # slices, of planes
+        ((4, 2, 3, 2), [1, 3], "error", "contiguous"),  # and of rows
     ],
 )
 def test_ragged_virtual_batches(shape, axis, ragged, order):
     options = {"virtual_batch_size": 2, "ragged": ragged, "virtual_batch_order": order, "activation": "relu"}
     Pair(shape, axis, residual=True, **options).check()
+
+
+def test_slices_of_channels():
+    """The first axis and another one are features."""
+    Pair((3, 4, 2, 5), [0, 2], residual=True, activation="relu").check()
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

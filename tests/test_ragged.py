@@ -13,6 +13,7 @@ import nbbn
 from nbbn.core import layout
 from tests.oracle.agreement import check, gated_as, gradients, output, saturated, state, state_dtype
 from tests.oracle.compiled import DTYPES, INTERPRETED
+from tests.oracle.contract import THRESHOLDS
 from tests.oracle.reference import spread_mask
 from tests.oracle.strategies import cases
 
@@ -160,6 +161,34 @@ def layer_of(ragged, order, **options):
 def pulled(layer, x, dy, out=None, gradient_out=None, **operands):
     y, pullback = layer.vjp(x, training=True, out=out, **operands)
     return [y.copy(), *(g for g in pullback(dy, out=gradient_out) if g is not None)]
+
+
+@pytest.mark.parametrize("choices", [{}, {"parallel": False}, {"parallel": True}, {"one_pass": False}], ids=str)
+@pytest.mark.parametrize("with_operands", [False, True])
+@pytest.mark.parametrize(("shape", "axis"), [((12, 5, 23), 1), ((12, 3, 7), 1), ((12, 2, 7, 5), [1, 3]), ((12, 40), 1)])
+def test_contiguous_groups_have_the_bits_of_others(shape, axis, with_operands, choices):
+    """Wherever in memory the samples of a group lie, in whatever order tasks run. Several of all that there can be."""
+    rng = np.random.default_rng(0)
+    x, dy, residual = (rng.normal(size=shape).astype(np.float32) for _ in range(3))
+    given = {"mask": rng.random(shape[0]) < 0.7, "residual": residual} if with_operands else {}
+    apart = np.arange(12).reshape(4, 3).T.ravel()  # sample v of group g from place 3 g + v to 4 v + g
+
+    def results(order, places):
+        layer = nbbn.BatchNormalization(
+            axis, virtual_batch_size=3, virtual_batch_order=order, activation="relu" if with_operands else None
+        )
+        layer.build(shape)
+        nbbn.force(layer, thresholds=small, **choices)
+        batch = {name: value[places] for name, value in given.items()}
+        y, pullback = layer.vjp(x[places], training=True, **batch)
+        found, gradients = np.empty((2, *shape), np.float32), pullback(dy[places])
+        found[0, places], found[1, places] = y, gradients[0]
+        return [found, *gradients[1:3], *layer.get_weights()]
+
+    small = {**THRESHOLDS["cpu"], "tile_elements": 200}
+    expected = results("interleaved", apart)
+    for one, two in zip(results("contiguous", np.arange(12)), expected, strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 @EVERY_CHOICE

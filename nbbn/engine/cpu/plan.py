@@ -124,7 +124,8 @@ class Plan:
 
     def __str__(self) -> str:
         r0, k0, r1, k1 = self.view
-        s = self.schedule
+        s, apart = self.schedule, self.schedule.grid.r0_apart
+        slices = f" ({r0 // apart} slices)" if apart else ""
         values, chunks = s.values
         memory = "contiguous" if self.contiguous else "strided, read in place"
         if self.copied is not None:
@@ -135,7 +136,7 @@ class Plan:
             (
                 f"step          {self.step}",
                 f"dtype         {self.dtype.name}; statistics {dtypes.statistic(self.dtype).name}, sums in float64",
-                f"view          R0={r0} K0={k0} R1={r1} K1={k1} ({memory})",
+                f"view          R0={r0}{slices} K0={k0} R1={r1} K1={k1} ({memory})",
                 f"schedule      {s.loops} {'x'.join(map(str, s.shape))}; passes: {passes}; results written {store}",
                 f"chunks        {chunks} of {-(-values // chunks)} of {values} values",
                 f"threads       {f'up to {thread_limit()}' if s.parallel else '1'}",
