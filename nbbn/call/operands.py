@@ -117,9 +117,11 @@ def as_lengths(value: Any, x: Array, steps: int) -> np.ndarray:
 
 def _weights_of_host(mask: Any, place: Place, dtype: np.dtype, argument: str) -> Array:
     array = numbers_of(mask, argument)
+    if array.dtype == np.bool_:  # there are no wrong values
+        return place.from_host(array.astype(dtype))
     with np.errstate(over="ignore"):  # what does not fit is infinite, and refused below
         weights = array.astype(dtype)
-    if not (np.isfinite(weights).all() and (weights >= 0).all()):
+    if weights.size and not 0 <= weights.min() <= weights.max() < np.inf:  # nor if one of them is NaN
         raise ValueError(
             f"{argument} must be finite in {dtype.name} and not negative; "
             f"received values from {array.min()} to {array.max()}"
