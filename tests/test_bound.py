@@ -134,7 +134,7 @@ def test_gradient_in_the_place_of_dy():
         pullback(X2, out=X)
 
 
-def test_gradients_of_inference_of_a_mask_and_of_a_first_residual_are_general():
+def test_gradients_of_inference_of_a_first_mask_and_of_a_first_residual_are_general():
     layer = BatchNormalization()
     general = watch(layer)
     layer.vjp(X, training=True)[1](X2)
@@ -143,9 +143,9 @@ def test_gradients_of_inference_of_a_mask_and_of_a_first_residual_are_general():
     layer.vjp(X)[1](X2)
     assert general == ["infer", "frozen_backward", "frozen_backward"]
     general.clear()
-    for _ in range(2):
+    for _ in range(3):
         layer.vjp(X, training=True, mask=np.ones(12))[1](X2)
-    assert general == ["train", "backward"] * 2
+    assert general == ["train", "backward", "backward"]  # the second gradient is the first of a bound step
     general.clear()
     for _ in range(2):
         layer.vjp(X, training=True, residual=X2)[1](X2)
@@ -162,6 +162,47 @@ def test_the_gradient_of_a_residual_is_the_callers():
         found[2][...] = 77
         assert_same_bits(found[:1], found[1:2])
         np.testing.assert_array_equal(dy, X2)
+
+
+MASKS = {
+    "bools": lambda n: np.arange(n) % 3 > 0,
+    "whole numbers": lambda n: np.arange(n) % 3,
+    "weights": lambda n: np.linspace(0, 1, n),
+    "columns": lambda n: np.ones((n, 6)) / 4,
+    "in a column": lambda n: np.arange(n)[:, None] > 4,
+    "of channels": lambda n: np.arange(6)[None] > 1,
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("residual", [False, True])
+def test_masks_of_the_shape_of_an_earlier_one(kind, residual):
+    """Their values are those of each call."""
+    layer, mask = BatchNormalization(activation="relu"), MASKS[kind](12)
+    general, operands = watch(layer), {"residual": X2} if residual else {}
+    for _ in range(2):
+        layer.vjp(X, training=True, mask=mask, **operands)[1](X2)
+    twin = forgetful(twin_of(layer))
+    for changed in (mask, mask[::-1], mask.astype(np.float16)):
+        general.clear()
+        found, expected = (one.vjp(X, training=True, mask=changed, **operands) for one in (layer, twin))
+        np.testing.assert_array_equal(found[0], expected[0])
+        for a, b in zip(found[1](X2), expected[1](X2), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert general == []
+        assert_same_bits(layer.get_weights(), twin.get_weights())
+    layer(X, training=True, mask=np.ones((1, 1), bool))
+    assert general == ["train"], "a mask of another shape"
+
+
+@pytest.mark.parametrize("wrong", [np.full(12, -1.0), np.full(12, np.nan), np.full(12, 1j)], ids=["-1", "nan", "1j"])
+def test_a_wrong_mask_of_the_shape_of_an_earlier_one(wrong):
+    layer = BatchNormalization()
+    layer(X, training=True, mask=np.ones(12))
+    before = layer.get_weights()
+    with pytest.raises((TypeError, ValueError), match="mask"):
+        layer(X, training=True, mask=wrong)
+    assert_same_bits(layer.get_weights(), before)
 
 
 @pytest.mark.parametrize("training", [True, False])

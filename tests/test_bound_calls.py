@@ -46,10 +46,12 @@ class Subject:
     def prepare(self):
         """The calls that leave a bound step behind, as far as the options allow it."""
         x, dy, z = (np.full(self.case.shape, v, self.dtype) for v in (1, 2, 3))
+        mask = replace(self.case, dtype=self.dtype.type).batch(0)[2]
         for residual in (None, z):
             self.layer(x, residual=residual)
             with contextlib.suppress(ValueError):  # clips that contradict each other
-                self.layer.vjp(x, training=True, residual=residual)[1](dy)
+                for weights in (None, mask, mask):  # only the gradient of a bound step with a mask leaves one behind
+                    self.layer.vjp(x, training=True, residual=residual, mask=weights)[1](dy)
         for update in self.layer.updates:  # those that version 1 has recorded
             update.run()
 
@@ -151,6 +153,7 @@ def test_every_option_and_every_operand():
         for out in (False, True):
             for step in ("train", "infer", "backward"):
                 assert short[step, residual, out] >= 10, f"{step}, residual: {residual}, out: {out}; {short}"
+    assert min(short["masked", step] for step in ("train", "backward")) >= 10, short
 
 
 PLAIN_CALLS = {
@@ -158,6 +161,7 @@ PLAIN_CALLS = {
     "training": replace(CALL, gradients=None),
     "gradients": CALL,
     "residual": replace(CALL, residual="C"),
+    "mask": replace(CALL, masked=True),
 }
 
 
@@ -172,7 +176,7 @@ def changed(call):
         yield replace(call, gradient_out=out)
     for training in (None, True, False, 1, np.False_, "yes"):
         yield replace(call, training=training)
-    yield replace(call, masked=True)
+    yield replace(call, masked=not call.masked)
     yield replace(call, update=False)
     yield replace(call, gradients=3)
     yield replace(call, residual="the input")
@@ -213,8 +217,10 @@ def check_calls(kind, case, options, parallel, several, short):
 
 def note(short, call, batch, general):
     """Count the steps that took the short way."""
-    residual = call.residual is not None
+    residual, masked = call.residual is not None, call.masked and batch == "train"
     if not general or general[0].endswith("backward"):
         short[batch, residual, call.out is not None] += 1
+        short["masked", batch] += masked
     if call.gradients and not any(s.endswith("backward") for s in general):
         short["backward", residual, call.gradient_out is not None] += 1
+        short["masked", "backward"] += masked

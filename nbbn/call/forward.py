@@ -9,9 +9,10 @@ import numpy as np
 from nbbn.arrays import Array, giver, place_of, view
 from nbbn.call.collector import Collector
 from nbbn.call.gradients import Gradients, Record, gradients
-from nbbn.call.operands import Lengths
+from nbbn.call.operands import Lengths, own_weights
 from nbbn.call.preparation import prepare
 from nbbn.call.step import Host, TrainingStep
+from nbbn.core import dtypes
 from nbbn.core.options import Numbers, Options, boolean
 from nbbn.engine.base import NOTHING, Operands
 from nbbn.engine.dispatcher import Dispatcher
@@ -185,8 +186,8 @@ class Normalizer:
     ) -> tuple[Any, Record | None]:
         """The output, an array of the input's library, and its record if it is to be kept.
 
-        A call with nothing but an output and a residual beside its input takes the step that an earlier one like it
-        has left behind. It stands for the checks and choices in prepare(), and for nothing else.
+        A call with nothing but an output, a residual and a mask beside its input takes the step that an earlier one
+        like it has left behind. It stands for the checks and choices in prepare(), and for nothing else.
         """
         batch = self._uses_batch(training)
         if update is not True and update is not False:
@@ -198,13 +199,17 @@ class Normalizer:
         is_numpy = type(inputs) is np.ndarray
         if not is_numpy and (give := giver(inputs)) is not None:
             x, target, residual, is_numpy = view(inputs), view(out), view(residual), True
-        if mask is None and is_numpy:
-            name = "train" if batch else "infer"
-            step = self._dispatcher.bound.get((name, residual is not None, x.shape, x.dtype))
+        name, mask_shape, weights = "train" if batch else "infer", None, None
+        if mask is not None:
+            mask_shape = mask.shape if batch and type(mask) is np.ndarray else ()  # which no mask of a bound step has
+        if is_numpy:
+            step = self._dispatcher.bound.get((name, residual is not None, x.shape, x.dtype, mask_shape))
         general = step is None or not step.fits(variables, x, target, residual)
         if general:
             x, target, operands, dtype, numbers, variables = prepare(self, x, batch, mask, target, residual, keep)
             residual = operands.residual
+        elif mask is not None:
+            weights = own_weights(mask, x, self._dispatcher.axis(x.ndim), dtypes.statistic(x.dtype))
         if batch:
             # The lock makes the update one step of a sequence: threads that train one layer lose none.
             with variables.lock if update else NO_LOCK:
@@ -216,7 +221,7 @@ class Normalizer:
                     )
                 else:
                     numbers = None
-                    y, new_state, saved = step.train(x, residual, target, variables.params, state)
+                    y, new_state, saved = step.train(x, residual, target, variables.params, state, weights)
                 if update and new_state is not state:
                     if self._collector is None:
                         self._update(variables, new_state, saved, inputs, numbers)
@@ -233,14 +238,15 @@ class Normalizer:
         record = None
         if keep:
             if not general:
-                operands, dtype = NOTHING if residual is None else Operands(residual), x.dtype
+                operands = NOTHING if residual is None and weights is None else Operands(residual, weights)
+                dtype = x.dtype
             record = Record(
                 x, saved, batch, operands, dtype, variables, None if general or not batch else step, 0, give
             )
         if general:
             beside = [a for a in (target, residual) if a is not None]
-            if mask is None and all(isinstance(a, np.ndarray) and a.flags.c_contiguous for a in beside):
-                self._dispatcher.bind("train" if batch else "infer", x, residual is not None, variables)
+            if mask_shape != () and all(isinstance(a, np.ndarray) and a.flags.c_contiguous for a in beside):
+                self._dispatcher.bind(name, x, residual is not None, variables, operands.weights, mask_shape)
         if general or give is not None:
             y = out if out is not None else (give or place_of(y).give)(y)
         return y, record

@@ -55,19 +55,21 @@ def gradients(dispatcher: Dispatcher, record: Record, dy: Any, out: Any, scale: 
     if give is not None:
         dy, out = view(dy), view(out)
     residual, shapes = operands.residual, variables.shapes
-    plain = training and operands.weights is None and operands.lengths is None and operands.a is None
+    weights, mask_shape = operands.weights, None if forward is None else forward.mask_shape
+    plain = training and (weights is None or mask_shape is not None)
+    plain = plain and operands.lengths is None and operands.a is None
     step, adjustment, dz = None if forward is None else forward.gradient, None, None
     if step is None and plain and type(x) is np.ndarray:
-        step = dispatcher.bound.get(("backward", residual is not None, x.shape, x.dtype))
+        step = dispatcher.bound.get(("backward", residual is not None, x.shape, x.dtype, mask_shape))
     if step is not None and dy is not None and step.fits(variables, x, out, residual, dy):
         dparams = np.empty_like(variables.params)
         if give is None and residual is None and dparams.dtype == shapes.dtype and len(shapes.params) == 1:
-            dx, (gamma, beta) = step.backward(dy, x, None, None, out, dparams, saved), dparams
+            dx, (gamma, beta) = step.backward(dy, x, None, None, out, dparams, saved, weights), dparams
             return Gradients(dx, gamma if scale else None, beta if center else None)
         activated = dispatcher.options.activation is not None
         if residual is not None:
             dz = np.empty_like(x) if activated else dy.copy()
-        dx = step.backward(dy, x, residual, dz if activated else None, out, dparams, saved)
+        dx = step.backward(dy, x, residual, dz if activated else None, out, dparams, saved, weights)
     else:
         upstream = Upstream(dispatcher, record, dy, out)
         dx, dparams, dz = dispatcher.backward(
@@ -77,7 +79,7 @@ def gradients(dispatcher: Dispatcher, record: Record, dy: Any, out: Any, scale: 
         if operands.adjusted:
             adjustment = adjustment_gradients(dispatcher, x, saved, operands, dz)
         if plain and all(a is None or _is_like(a, x) for a in (dy, out, residual)):
-            dispatcher.bind("backward", x, residual is not None, variables)
+            dispatcher.bind("backward", x, residual is not None, variables, weights, mask_shape)
     return _as_users_have_them(record, dx, dparams, dz, adjustment, given_out, scale, center)
 
 

@@ -54,7 +54,12 @@ def refuse_overlap(out: Array | None, needed: list[Array | None], message: str) 
 
 
 def as_weights(mask: Any, x: Array, kept: Sizes, dtype: np.dtype, argument: str = "mask") -> Array:
-    """The weight of every element in the moments: a copy in `dtype`, broadcast to the shape of `x`.
+    """The weight of every element in the moments: own_weights(), broadcast to the shape of `x`."""
+    return place_of(x).broadcast(own_weights(mask, x, kept, dtype, argument), x.shape)
+
+
+def own_weights(mask: Any, x: Array, kept: Sizes, dtype: np.dtype, argument: str = "mask") -> Array:
+    """Weights as a copy in `dtype`, with the dimensions of `x`, of size 1 where they are the same for all.
 
     Args:
         mask: bool (True counts) or real weights >= 0. With fewer dimensions than `x` they are its leading ones that are
@@ -72,16 +77,13 @@ def as_weights(mask: Any, x: Array, kept: Sizes, dtype: np.dtype, argument: str 
     if len(shape) <= len(reduced):
         sizes = iter(shape)
         shape = tuple(1 if i in kept else next(sizes, 1) for i in range(x.ndim))
-    try:
-        if len(shape) != x.ndim:
-            raise ValueError
-        return place.broadcast(place.reshape(weights, shape), x.shape)
-    except ValueError:
+    if len(shape) != x.ndim or any(n != size and n != 1 for n, size in zip(shape, x.shape, strict=True)):
         batch_first = f"leading non-feature dimensions {reduced} (batch first) or, with {x.ndim} dimensions, its "
         raise ValueError(
             f"{argument} must broadcast against the input's {batch_first if kept else ''}shape {x.shape}; "
             f"received shape {weights.shape}"
-        ) from None
+        )
+    return place.reshape(weights, shape)
 
 
 class Lengths:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nbbn.core import dtypes
+from nbbn.core.layout import Sizes
 from nbbn.engine.base import Step
 from nbbn.engine.cpu.engine import CpuEngine
 from nbbn.engine.cpu.moments import MERGE
@@ -87,7 +88,7 @@ class _Notes(CpuEngine):
         self.kernels: Kernels = {}
         self.last: Sequence[str] = ()  # the steps after which _Known is raised
 
-    def bind(self, step: Step, owner: Any) -> None:
+    def bind(self, step: Step, owner: Any, mask_shape: Sizes | None) -> None:
         """Bind nothing: the step has not run."""
 
     def apply_gradient(self, *arguments: Any) -> tuple[np.ndarray, np.ndarray | None]:

@@ -310,11 +310,20 @@ class Dispatcher:
 
     # -- the short way -------------------------------------------------------------------------------------------------
 
-    def bind(self, name: str, x: Array, residual: bool, owner: Any) -> None:
-        """Keep a step for inputs like `x`, beside which there is nothing but C-contiguous arrays of the same shape and
-        dtype, if the geometry of the input decides all about it.
+    def bind(
+        self,
+        name: str,
+        x: Array,
+        residual: bool,
+        owner: Any,
+        weights: Array | None = None,
+        mask_shape: Sizes | None = None,
+    ) -> None:
+        """Keep a step for inputs like `x`, beside which there is nothing but weights, and C-contiguous arrays of the
+        same shape and dtype, if the geometry of the input decides all about it.
 
-        residual: whether there is one. owner: whose parameters and state the step will get.
+        residual: whether there is one. owner: whose parameters and state the step will get. weights: of a mask of
+        `mask_shape`, which decides about theirs.
         """
         if not isinstance(x, np.ndarray) or not (x.size and x.flags.c_contiguous and self.options.is_constant):
             return
@@ -324,10 +333,10 @@ class Dispatcher:
             return
         if not (owner.params.flags.c_contiguous and owner.params.flags.aligned):
             return  # general steps get a copy
-        key = name, residual, x.shape, x.dtype
-        known, engine = self.bound.get(key), self.engine(x)
+        key = name, residual, x.shape, x.dtype, mask_shape
+        known = self.bound.get(key)
         if known is None or not known.fits(owner, x, None, None):
-            known = self._new_bound(name, x, residual, owner, engine)
+            known = self._new_bound(key, x, owner, weights)
         if known is None:
             return
         forward = self.bound.get(("train", *key[1:]))
@@ -352,14 +361,18 @@ class Dispatcher:
         hyper = self.hyper(x.ndim, x.dtype, numbers) if name == "train" else self._epsilon
         return engine.on_memory(self._plain_step(name, x, residual)._replace(numbers={"hyper": hyper}))
 
-    def _new_bound(self, name: str, x: Array, residual: bool, owner: Any, engine: Engine) -> BoundStep | None:
+    def _new_bound(self, key: Any, x: np.ndarray, owner: Any, weights: Array | None) -> BoundStep | None:
+        (name, residual, *_, mask_shape), engine = key, self.engine(x)
         assert isinstance(engine, CpuEngine)
+        step = self._plain_step(name, x, residual)
+        if weights is not None:
+            step.views["weights"] = np.broadcast_to(weights, x.shape)
         hyper = self.hyper(x.ndim, x.dtype) if name == "train" else self._epsilon
-        found = engine.bind(self._plain_step(name, x, residual)._replace(numbers={"hyper": hyper}), owner)
+        found = engine.bind(step._replace(numbers={"hyper": hyper}), owner, mask_shape)
         if found is not None:
             if len(self.bound) >= self.force.max_plans:
                 self.bound.clear()
-            self.bound[name, residual, x.shape, x.dtype] = found
+            self.bound[key] = found
         return found
 
     def _batch(self, x: Array, training: bool, operands: Operands, out: Array | None, dy: Array | None = None) -> Batch:

@@ -3,10 +3,13 @@
 Of a call of a few microseconds, finding the same answers again would be the larger part.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from nbbn.core.layout import Sizes
 from nbbn.engine.base import Step
 from nbbn.engine.cpu.plan import Plan
 from nbbn.kernels.channel import SAVED_ROWS
@@ -25,21 +28,27 @@ LAST_ARGUMENTS = {
 
 
 class BoundStep:
-    """A step on C-contiguous arrays of one shape and dtype, beside which there is nothing but a residual.
+    """A step on C-contiguous arrays of one shape and dtype, beside which there is nothing but a residual and weights.
 
-    owner: the variables that it is for. Every method that runs it takes None for a residual, or for an output, that is
-    not there; whether there is a residual is fixed. gradient: of a training step, the step for its gradient, once there
-    is one.
+    owner: the variables that it is for. mask_shape: of what the weights are made of; None without. Every method that
+    runs it takes None for a residual, or for an output, that is not there; whether there is a residual is fixed.
+    gradient: of a training step, the step for its gradient, once there is one.
     """
 
-    __slots__ = ("_dtype", "_empty", "_owner", "_run", "_saved_shape", "_shape", "_state_shape", "gradient")
+    __slots__ = (
+        *("_dtype", "_empty", "_owner", "_run", "_saved_shape", "_shape", "_state_shape", "_view"),
+        *("gradient", "mask_shape"),
+    )
 
-    def __init__(self, plan: Plan, step: Step, owner: Any) -> None:
+    def __init__(self, plan: Plan, step: Step, owner: Any, mask_shape: Sizes | None = None) -> None:
         self._shape, self._dtype = step.x.shape, plan.dtype
         self._saved_shape = SAVED_ROWS, step.lay.statistics
         self._owner, self._state_shape = owner, owner.state.shape
         self._empty = buffers.empty if step.x.nbytes >= buffers.SMALLEST else np.empty
-        self._run = plan.bind(step.numbers, LAST_ARGUMENTS[step.name])
+        self._view = None if mask_shape is None else plan.view_of_weights()
+        operands = () if mask_shape is None else ("weights", "a", "b")
+        self._run = plan.bind(step.numbers, (*operands, *LAST_ARGUMENTS[step.name]))
+        self.mask_shape = mask_shape
         self.gradient: BoundStep | None = None
 
     def fits(self, owner: Any, x: Array, out: Any, residual: Any, dy: Any = None) -> bool:
@@ -71,6 +80,12 @@ class BoundStep:
         flags = array.flags
         return bool(flags.c_contiguous and flags.aligned)
 
+    def _beside(self, weights: Array | None) -> Callable[..., None]:
+        """The step as a function of its last arguments. weights: as operands.own_weights() makes them."""
+        if weights is None or self._view is None:
+            return self._run
+        return partial(self._run, self._view(weights), None, None)
+
     def infer(self, x: Array, residual: Array | None, out: Array | None, params: Array, state: Array) -> Array:
         """The output."""
         y = self._empty(self._shape, self._dtype) if out is None else out
@@ -78,12 +93,12 @@ class BoundStep:
         return y
 
     def train(
-        self, x: Array, residual: Array | None, out: Array | None, params: Array, state: Array
+        self, x: Array, residual: Array | None, out: Array | None, params: Array, state: Array, weights: Array | None
     ) -> tuple[Array, Array, Array]:
         """The output, the new state and saved."""
         y = self._empty(self._shape, self._dtype) if out is None else out
         new_state, saved = np.empty(self._state_shape, state.dtype), np.empty(self._saved_shape)
-        self._run(residual, x, y, params, state, new_state, saved)
+        self._beside(weights)(residual, x, y, params, state, new_state, saved)
         return y, new_state, saved
 
     def backward(
@@ -95,8 +110,9 @@ class BoundStep:
         out: Array | None,
         dparams: Array,
         saved: Array,
+        weights: Array | None,
     ) -> Array:
         """The gradient of x. Those of gamma and beta are written to `dparams`, that of the residual to `dz`."""
         dx = self._empty(self._shape, self._dtype) if out is None else out
-        self._run(dz, residual, x, dy, dx, saved, dparams)
+        self._beside(weights)(dz, residual, x, dy, dx, saved, dparams)
         return dx

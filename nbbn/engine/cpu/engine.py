@@ -23,12 +23,12 @@ class CpuEngine(Engine):
         super().__init__(options, force)
         self._thresholds = Thresholds(**force.thresholds)
 
-    def bind(self, step: Step, owner: Any) -> BoundStep | None:
-        """The step for other arrays like these, if it runs on them as they lie and all of them are C-contiguous."""
+    def bind(self, step: Step, owner: Any, mask_shape: Sizes | None) -> BoundStep | None:
+        """The step for other arrays like these, if it runs on them as they lie and all but weights are C-contiguous."""
         plan: Plan = self.plan(step)
-        if plan.copied is not None or any(s is not None for s in plan.strides.values()):
+        if plan.copied is not None or any(s is not None for n, s in plan.strides.items() if n != "weights"):
             return None
-        return BoundStep(plan, step, owner)
+        return BoundStep(plan, step, owner, mask_shape)
 
     def on_memory(self, step: Step) -> Callable[..., None] | None:
         """The step as a function of memory, see Dispatcher.on_memory()."""

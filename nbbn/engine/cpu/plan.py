@@ -99,6 +99,14 @@ class Plan:
         bound = [known[name] for name in self.names[1:first]]
         return partial(self._shared, *bound) if self.schedule.parallel else partial(self._entry(), 0, *bound)
 
+    def view_of_weights(self) -> Callable[[Array], Array]:
+        """What makes the canonical view of contiguous weights, which have size 1 where they are the same for all."""
+        shape, strides = self.schedule.shape, self.strides["weights"]
+        if strides is None:
+            return lambda weights: weights.reshape(shape)
+        steps = strides[: len(shape)]
+        return lambda weights: np.ndarray(shape, weights.dtype, weights, strides=steps)
+
     def _entry(self) -> Step:
         if self._compiled is None:
             self._compiled = entry_point(self.kernel())
