@@ -80,10 +80,9 @@ class BoundStep:
         flags = array.flags
         return bool(flags.c_contiguous and flags.aligned)
 
-    def _beside(self, weights: Array | None) -> Callable[..., None]:
+    def _beside(self, weights: Array) -> Callable[..., None]:
         """The step as a function of its last arguments. weights: as operands.own_weights() makes them."""
-        if weights is None or self._view is None:
-            return self._run
+        assert self._view is not None, "the step is for inputs without weights"
         return partial(self._run, self._view(weights), None, None)
 
     def infer(self, x: Array, residual: Array | None, out: Array | None, params: Array, state: Array) -> Array:
@@ -98,7 +97,8 @@ class BoundStep:
         """The output, the new state and saved."""
         y = self._empty(self._shape, self._dtype) if out is None else out
         new_state, saved = np.empty(self._state_shape, state.dtype), np.empty(self._saved_shape)
-        self._beside(weights)(residual, x, y, params, state, new_state, saved)
+        run = self._run if weights is None else self._beside(weights)
+        run(residual, x, y, params, state, new_state, saved)
         return y, new_state, saved
 
     def backward(
@@ -114,5 +114,6 @@ class BoundStep:
     ) -> Array:
         """The gradient of x. Those of gamma and beta are written to `dparams`, that of the residual to `dz`."""
         dx = self._empty(self._shape, self._dtype) if out is None else out
-        self._beside(weights)(dz, residual, x, dy, dx, saved, dparams)
+        run = self._run if weights is None else self._beside(weights)
+        run(dz, residual, x, dy, dx, saved, dparams)
         return dx

@@ -240,7 +240,7 @@ def _statistics_of_a_task(extent, k1_step, t, threads):
 
 @register_jitable
 def _columns_of_a_task(k1, k1_step, tasks, threads):
-    """How much of a row that is cut: tiles that are alike, and as many for each thread where there are no other tasks.
+    """How much of a row that is cut: tiles that are alike, and two for each thread where there are no other tasks.
     Threads write to both sides of their borders; whole lines, and some of them, where rows begin with one."""
     share = quotient(2 * threads, max(1, tasks))  # a thread that wakes late finds less left to do
     tiles = quotient(quotient(k1, k1_step), share) * share

@@ -41,10 +41,8 @@ def extent(x):
 
 def write_shifts(arrays, bounds, grid, write):
     def of_k0(k0, _):
-        columns, row = (
-            _Columns(k0, bounds, grid, grid.repeats),
-            part(arrays, (bounds.r0, k0, 0), bounds.k1, bounds.k1_end),
-        )
+        columns = _Columns(k0, bounds, grid, grid.repeats)
+        row = part(arrays, (bounds.r0, k0, 0), bounds.k1, bounds.k1_end)
 
         def of_statistic(j, _):
             write(columns.s + j, part(row, (), j * grid.span, j * grid.span + 1))

@@ -374,8 +374,8 @@ def output_coefficients(saved, a, forward):
 
 @traced
 def copy_rows(source, target):
-    """Copy the first rows of a target, which are all of the source. To assign rows of arrays is seven times as much to
-    compile: Numba makes the text of an error for other shapes."""
+    """Copy all rows of an array, or of its first chunk, to the first ones of another. To assign them is many times as
+    much to compile: Numba makes the text of an error for other shapes."""
     channel.copy_rows(_first_chunk(source), target)
 
 
