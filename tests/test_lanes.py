@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from nbbn.core import rules
+from nbbn.kernels.cpu import floats
 from nbbn.kernels.cpu.lanes import (
     HALF,
     LANES,
@@ -98,17 +99,35 @@ def check_written(target, around, expected):
 @EVERY_DTYPE
 @EVERY_STEP
 def test_every_part_of_a_vector_is_read_and_written(dtype, step, target_step):
+    check_parts(dtype, step, target_step, copy_part)
+
+
+def check_parts(dtype, step, target_step, copy_part):
     source, _ = spread(numbers(dtype), step)
     for n in range(1, LANES + 1):
         for i, j in ((0, 0), (5, 9), (SIZE - n, SIZE - n)):
             target, around = spread(np.full(SIZE, CANARY, dtype), target_step)
             expected = np.full(SIZE, CANARY, dtype)
             expected[j : j + n] = source[i : i + n]
-            copy_part(carried(source), i, carried(target), j, n)
-            check_written(target, around, expected)
             if n == LANES:
                 copy_all(carried(source), i, carried(target), j)
-                check_written(target, around, expected)
+            else:
+                copy_part(carried(source), i, carried(target), j, n)
+            check_written(target, around, expected)
+
+
+@pytest.mark.parametrize("sizes", [(), (2, 4, 8)], ids=["eight, four, two, one", "masks"])
+@EVERY_DTYPE
+def test_parts_with_and_without_masks(dtype, sizes, monkeypatch):
+    """Both ways work everywhere; which one is taken is for speed."""
+    monkeypatch.setattr(floats, "MASKED_LOADS", sizes)
+    monkeypatch.setattr(floats, "MASKED_STORES", sizes)
+
+    @compiled
+    def copy(source, i, target, j, n):
+        _copy_part(source, i, target, j, n)
+
+    check_parts(dtype, 1, 1, copy)
 
 
 @EVERY_DTYPE
@@ -116,7 +135,7 @@ def test_every_part_of_a_vector_is_read_and_written(dtype, step, target_step):
 def test_the_rest_of_a_part_is_zero(dtype, step, target_step):
     """And not what stands there, which may be another channel's, or no memory."""
     source, _ = spread(numbers(dtype), step)
-    for n in range(1, LANES + 1):
+    for n in range(1, LANES):
         target, _ = spread(np.full(LANES, CANARY, dtype), target_step or 1)
         load_part(carried(source), SIZE - LANES, carried(target), n)
         np.testing.assert_array_equal(target, np.where(np.arange(LANES) < n, source[-LANES:], np.zeros((), dtype)))

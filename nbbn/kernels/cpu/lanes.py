@@ -8,7 +8,8 @@ a compiler the same functions run as they are, on NumPy's arrays (plain.py).
 
 Elements are float32 or float64 between load() and store(). Numba cannot type 16-bit floats on the CPU: arrays of uint16
 carry float16 and arrays of int16 carry bfloat16 (nbbn.core.dtypes.carrier). Where an argument `n` is None, all sixteen
-are meant; otherwise the first n, and the others are 0. None stands for what is not there: nothing is done with it.
+are meant; otherwise the first n, fewer than that, and the others are 0. None stands for what is not there: nothing is
+done with it.
 """
 
 import inspect

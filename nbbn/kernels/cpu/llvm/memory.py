@@ -25,6 +25,7 @@ from nbbn.kernels.cpu.llvm.values import (
     here,
     in_all_places,
     integer,
+    joined,
     mask_of,
     splat,
 )
@@ -105,28 +106,36 @@ class Memory:
         return call(f"masked.{operation}.v{LANES}{kind}.{pointer}", result, *arguments)
 
     def access(self, i, near, far):
-        """near(the place of the i-th element) where the elements follow each other, else far(the places of all)."""
-        builder, start = here(), self.place(i)
-        if self.is_contiguous:
+        """near(the place of the i-th element) where the elements follow each other, else far(that place)."""
+        start, stride = self.place(i), self.strides[-1]
+        if stride is None:
             return near(start)
-        stride, found = self.strides[-1], []
-        with builder.if_else(builder.icmp_signed("==", stride, I64(self.itemsize))) as branches:
-            for branch, is_near in zip(branches, (True, False), strict=True):
-                with branch:
-                    if is_near:
-                        result = near(start)
-                    else:
-                        places = builder.add(
-                            in_all_places(builder.ptrtoint(start, I64)), builder.mul(POSITIONS, in_all_places(stride))
-                        )
-                        result = far(builder.inttoptr(places, ir.VectorType(self.element.as_pointer(), LANES)))
-                    found.append((result, builder.block))
-        if found[0][0] is None:
-            return None
-        merged = builder.phi(self.vector)
-        for result, block in found:
-            merged.add_incoming(result, block)
-        return merged
+        return _one_of(_is(stride, self.itemsize), lambda: near(start), lambda: far(start))
+
+    def places(self, start):
+        """Those of sixteen elements."""
+        builder, stride = here(), in_all_places(self.strides[-1])
+        found = builder.add(in_all_places(builder.ptrtoint(start, I64)), builder.mul(POSITIONS, stride))
+        return builder.inttoptr(found, ir.VectorType(self.element.as_pointer(), LANES))
+
+
+def _is(number, other):
+    return here().icmp_signed("==", number, I64(other))
+
+
+def _one_of(condition, body, otherwise):
+    """What one of the two returns, a vector of LLVM's or None."""
+    builder, found = here(), []
+    with builder.if_else(condition) as branches:
+        for branch, of in zip(branches, (body, otherwise), strict=True):
+            with branch:
+                found.append((of(), builder.block))
+    if found[0][0] is None:
+        return None
+    merged = builder.phi(found[0][0].type)
+    for result, block in found:
+        merged.add_incoming(result, block)
+    return merged
 
 
 class Columns:
@@ -143,37 +152,80 @@ def load(array, i, n=None):
     builder, align, zeros = here(), I32(array.itemsize), ir.Constant(array.vector, None)
 
     def near(place):
-        if n is not None:
+        if n is None:
+            return builder.load(place, align=array.itemsize, typ=array.vector)
+        if array.itemsize in floats.MASKED_LOADS:
             return array.masked("load", array.vector, place, align, mask_of(n).value, zeros)
-        return builder.load(place, align=array.itemsize, typ=array.vector)
+        return _read_first(array, place, n)
 
-    def far(places):
-        return array.masked("gather", array.vector, places, align, mask_of(n).value, zeros)
+    def alike(place):
+        value = in_all_places(builder.load(place))
+        return value if n is None else builder.select(mask_of(n).value, value, zeros)
+
+    def apart(place):
+        return array.masked("gather", array.vector, array.places(place), align, mask_of(n).value, zeros)
+
+    def far(place):  # often they are all the same: a weight that all channels have in common
+        return _one_of(_is(array.strides[-1], 0), lambda: alike(place), lambda: apart(place))
 
     return Value(floats.decode(builder, array.dtype, array.access(i, near, far)))
-
-
-def _write(value, place, align):
-    builder = here()
-    return builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=align)
 
 
 def store(array, i, vector, n=None):
     """Write elements from the i-th on, rounded to nearest even. 0 <= i."""
     if array is None:
         return
-    builder, align, nothing = here(), I32(array.itemsize), ir.VoidType()
-    value = floats.encode(builder, array.dtype, vector.value)
+    align, nothing = I32(array.itemsize), ir.VoidType()
+    value = floats.encode(here(), array.dtype, vector.value)
 
     def near(place):
         if n is None:
             _write(value, place, array.itemsize)
-        else:
+        elif array.itemsize in floats.MASKED_STORES:
             array.masked("store", nothing, value, place, align, mask_of(n).value)
+        else:
+            _write_first(value, place, n, array.itemsize)
 
-    array.access(
-        i, near, lambda places: array.masked("scatter", nothing, value, places, align, mask_of(n).value) and None
-    )
+    def far(place):
+        array.masked("scatter", nothing, value, array.places(place), align, mask_of(n).value)
+
+    array.access(i, near, far)
+
+
+def _read_first(array, place, n):
+    """The first n, fewer than sixteen, and zeros: from the last one on, as _write_first() has written them."""
+    found = ir.Constant(ir.VectorType(array.element, 1), None)
+    for size in (1, 2, 4, 8):
+        found = _before(array, place, n, size, found)
+    return found
+
+
+def _before(array, place, n, size, rest):
+    """The rest, and before it as many elements of the array if their number is part of n; what follows is 0."""
+    builder, n, zeros = here(), integer(n), ir.Constant(rest.type, None)
+
+    def both():
+        first = builder.gep(place, [builder.and_(n, I64(-2 * size))])
+        return joined(builder.load(first, align=array.itemsize, typ=rest.type), rest)
+
+    return _one_of(_is(builder.and_(n, I64(size)), size), both, lambda: joined(rest, zeros))
+
+
+def _write_first(value, place, n, align):
+    """Write the first n, fewer than sixteen: eight, four, two, one."""
+    builder = here()
+    while value.type.count > 1:
+        low, high = halves(value)
+        bit = builder.and_(integer(n), I64(low.type.count))
+        there = builder.icmp_signed("!=", bit, I64(0))
+        with builder.if_then(there):
+            _write(low, place, align)
+        place, value = builder.gep(place, [bit]), builder.select(there, high, low)
+
+
+def _write(value, place, align):
+    builder = here()
+    return builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=align)
 
 
 def border(array):

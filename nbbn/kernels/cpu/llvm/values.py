@@ -10,6 +10,7 @@ BLOCK = 1024  # elements of a local array: a few of them fit into a core's L1
 
 I1, I8, I32, I64, DOUBLE = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.DoubleType()
 SUM = ("contract", "nsz")  # what may be done to the arithmetic of sums; nothing to that of results
+PLACES = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
 POSITIONS = ir.Constant(ir.VectorType(I64, LANES), list(range(LANES)))
 building: list = []  # the contexts and builders of the functions that are traced now
 
@@ -171,7 +172,7 @@ class First(Value):
 
     def __init__(self, value):
         super().__init__(value)
-        self.mask = Value(POSITIONS) < Value(in_all_places(value))
+        self.mask = Value(PLACES) < Value(in_all_places(here().trunc(value, I32)))
 
 
 def mask_of(n):
@@ -188,3 +189,9 @@ def halves(value):
     n, nothing = value.type.count // 2, ir.Constant(value.type, ir.Undefined)
     parts = [ir.Constant(ir.VectorType(I32, n), list(range(k, k + n))) for k in (0, n)]
     return [here().shuffle_vector(value, nothing, part) for part in parts]
+
+
+def joined(first, second):
+    """LLVM's vector of two, one after the other."""
+    n = 2 * first.type.count
+    return here().shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, n), list(range(n))))
