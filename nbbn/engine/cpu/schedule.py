@@ -172,7 +172,7 @@ def grid_of(infers, view, slices, groups, itemsize, arrays, contiguous, foldable
     if infers and not in_rows:
         r0_step, k0_step = _in_order(r0, group, r1_step, t)
     whole_rows = in_rows and span == 1 and k1_step == k1
-    written = _rows_as_one(t.written_columns, k1, r1_step, t) if foldable and whole_rows else 1
+    written = _rows_as_one(t.written_columns, k1, r0_step, r1_step, t) if foldable and whole_rows else 1
     run = (written * k1_step if in_rows else r1) * itemsize
     whole_lines = run % LINE == 0 or run >= t.streamed_run
     large = r0 * k0 * r1 * k1 * itemsize * arrays > t.streamed_share * cache
@@ -197,15 +197,16 @@ def _rows_or_planes(view, slices, foldable, by_rows, short_plane, t):
             return True, 1, (1, slices, r0, k0 * r1), r1, 1
         if by_rows is None or not by_rows:
             return False, slices, (r0, slices * k0, r1, 1), 1, 1
-    repeats = _rows_as_one(t.repeated_columns, k1, r1, t) if foldable else 1
+    repeats = _rows_as_one(t.repeated_columns, k1, r0, r1, t) if foldable else 1
     return True, slices, (r0, slices * k0, r1, k1), 1, repeats
 
 
 @register_jitable
-def _rows_as_one(columns, k1, r1, t):
+def _rows_as_one(columns, k1, r0, r1, t):
     if k1 > t.tile_columns:  # rows that are cut into tiles do not follow each other
         return 1
-    return max(1, min(columns // max(1, k1), r1 // t.expanded_rows))
+    most = max(1, min(columns // max(1, k1), r0 * r1 // t.expanded_rows))
+    return quotient(r1, max(1, quotient(r1, most)))  # all of them are alike
 
 
 @register_jitable
