@@ -84,8 +84,9 @@ def test_copies_run_as_a_step_of_their_own():
 
 
 def columns_and_rows(plan):
-    """How many columns belong to a statistic, and how many rows are taken as one."""
-    return plan.schedule.grid.span, plan.schedule.grid.repeats
+    """How many columns of a row belong to a statistic, and how many rows are taken as one."""
+    grid = plan.schedule.grid
+    return grid.span // grid.inner, grid.repeats
 
 
 def test_rows_of_short_planes_and_of_few_channels_are_long():

@@ -226,12 +226,15 @@ def test_virtual_batches_have_the_same_bits_in_one_pass_and_two(target, name, si
 
 
 # What differs from run to run, and what stands beside the input: with weights no rows are longer than they are.
+EVERYTHING = {"weights": True, "adjustment": True, "residual": True, "activation": "relu"}
 TILES = {
     "planes": ("planes", [{"tile_elements": n} for n in (1, 300, 1 << 16)], {}),
     "planes with weights": ("planes", [{"tile_elements": n} for n in (1, 300, 1 << 16)], {"weights": True}),
     "rows": ("rows", [{"tile_columns": n} for n in (16, 19, 32, 1 << 12)], {}),
     "rows with weights": ("rows", [{"tile_columns": n} for n in (16, 19, 32, 1 << 12)], {"weights": True}),
+    "rows with everything": ("rows", [{"tile_columns": n} for n in (16, 19, 1 << 12)], EVERYTHING),
     "short planes": ("short planes", [{"tile_columns": n} for n in (12, 16, 1 << 12)], {}),
+    "short blocks": ("short blocks", [{"tile_columns": n} for n in (12, 24, 1 << 12)], {}),
     "few channels": ("few channels", [{"tile_elements": n} for n in (1, 500, 1 << 16)], {}),
 }
 

@@ -65,7 +65,7 @@ def statistics_of_columns(chosen):
     """Which statistic each element of the schedule's arrays belongs to, by the rule that tasks.py states."""
     grid = chosen.grid
     r0, k0, _, k1 = np.indices(extent(chosen))
-    return (r0 // grid.depth * grid.k0 + k0) * grid.period + k1 // grid.span % grid.period
+    return (r0 // grid.depth * grid.k0 + k0) * grid.period + k1 // grid.span * grid.inner + k1 % grid.inner
 
 
 VIEWS = [
@@ -85,6 +85,8 @@ VIEWS = [
     (4, 3, 13, 1),
     (16, 1, 8, 1),
     (2, 7, 3, 4),
+    (1, 7, 3, 4),
+    (3, 5, 4, 2),
     (2, 7, 10, 1),
 ]
 # And how many slices R0 has: planes and rows, and some that are columns of rows.
@@ -95,6 +97,7 @@ SLICED = [
     ((12, 5, 3, 1), 3),
     ((8, 4, 1, 1), 2),
     ((6, 2, 3, 9), 2),
+    ((12, 5, 2, 3), 3),
     ((6, 4, 24, 3), 3),
     ((4, 1, 40, 5), 2),
     ((2, 3, 1, 50), 2),
@@ -185,7 +188,9 @@ def test_the_small_thresholds_reach_all_loops():
         assert tiles, f"no {loops} with a part of a tile of channels"
     rows = [(extent(c), c.grid) for c in chosen if c.loops == "rows"]
     assert any(k1 % grid.k1_step for (_, _, _, k1), grid in rows if grid.span == 1), "no part of a tile of columns"
-    assert any(k1 % grid.k1_step for (_, _, _, k1), grid in rows if grid.span > 1), "no part of one of short planes"
+    spans = [(k1, grid) for (_, _, _, k1), grid in rows if grid.span > grid.inner]
+    assert any(k1 % grid.k1_step for k1, grid in spans if grid.inner == 1), "no part of one of short planes"
+    assert any(k1 % grid.k1_step for k1, grid in spans if grid.inner > 1), "no part of one of short blocks"
     assert any(r1 % grid.repeats for (_, _, r1, _), grid in rows if grid.repeats > 1), "no part of a long row"
     assert any(k0 > 1 for (_, k0, _, _), grid in rows if grid.repeats > 1), "no long rows with a k0"
     assert any(grid.r1_step % grid.written for _, grid in rows if grid.repeats != grid.written), "no others are written"
@@ -267,7 +272,7 @@ def test_one_pass_waits_for_enough_tiles_per_thread(tiles_per_thread):
     assert not choose((64, most, 3136, 1), parallel=True, thresholds=more).one_pass
 
 
-@pytest.mark.parametrize(("view", "loops"), [((2, 40, 30, 1), "planes"), ((4, 40, 5, 3), "rows")])
+@pytest.mark.parametrize(("view", "loops"), [((2, 40, 30, 1), "planes"), ((1, 40, 20, 3), "rows")])
 def test_a_tile_has_so_many_elements_and_leaves_some_to_other_threads(view, loops):
     """But at least one channel."""
     for elements, threads, expected in ((600, 1, 10), (600, 2, 10), (1 << 30, 1, 40), (1 << 30, 3, 14), (1, 2, 1)):
@@ -407,43 +412,52 @@ def test_streamed_runs_are_whole_lines_or_long(view, thresholds, run):
 
 
 # Short planes, and those of an element more; gaps, or weights; few samples, or for such a plane; few channels; rows
-# that fit twice, or once; many channels; a prime number of rows; rows of each r0; few rows. And how many columns a
-# statistic has, and how many rows are taken as one.
+# that fit twice, or once; many channels; a prime number of rows; rows of each r0; few rows, which are blocks, and for
+# few samples; few rows. And how many columns belong together, to how many statistics, and how many rows are taken as
+# one.
 LOOPS = [
-    ((64, 256, 16, 1), True, "rows", (1, 1, 64, 256 * 16), 16, 1),
-    ((64, 256, 17, 1), True, "planes", (64, 256, 17), 1, 1),
-    ((64, 256, 16, 1), False, "planes", (64, 256, 16), 1, 1),
-    ((3, 256, 16, 1), True, "planes", (3, 256, 16), 1, 1),
-    ((9, 256, 16, 1), True, "planes", (9, 256, 16), 1, 1),
-    ((10, 256, 16, 1), True, "rows", (1, 1, 10, 256 * 16), 16, 1),
-    ((64, 1, 16, 1), True, "planes", (64, 1, 16), 1, 1),
-    ((1, 1, 65536, 3), True, "rows", (1, 1, 65536, 3), 1, 33),
-    ((1, 1, 65536, 50), True, "rows", (1, 1, 65536, 50), 1, 2),
-    ((1, 1, 65536, 51), True, "rows", (1, 1, 65536, 51), 1, 1),
-    ((1, 1, 65536, 3), False, "rows", (1, 1, 65536, 3), 1, 1),
-    ((1, 1, 65537, 3), True, "rows", (1, 1, 65537, 3), 1, 33),
-    ((8, 4, 4096, 3), True, "rows", (8, 4, 4096, 3), 1, 33),
-    ((8, 4, 12, 3), True, "rows", (8, 4, 12, 3), 1, 12),
-    ((1, 1, 4, 16384), True, "rows", (1, 1, 4, 16384), 1, 1),
+    ((64, 256, 16, 1), True, "rows", (1, 1, 64, 256 * 16), 16, 1, 1),
+    ((64, 256, 17, 1), True, "planes", (64, 256, 17), 1, 1, 1),
+    ((64, 256, 16, 1), False, "planes", (64, 256, 16), 1, 1, 1),
+    ((3, 256, 16, 1), True, "planes", (3, 256, 16), 1, 1, 1),
+    ((9, 256, 16, 1), True, "planes", (9, 256, 16), 1, 1, 1),
+    ((10, 256, 16, 1), True, "rows", (1, 1, 10, 256 * 16), 16, 1, 1),
+    ((64, 1, 16, 1), True, "planes", (64, 1, 16), 1, 1, 1),
+    ((1, 1, 65536, 3), True, "rows", (1, 1, 65536, 3), 3, 3, 33),
+    ((1, 1, 65536, 50), True, "rows", (1, 1, 65536, 50), 50, 50, 2),
+    ((1, 1, 65536, 51), True, "rows", (1, 1, 65536, 51), 1, 1, 1),
+    ((1, 1, 65536, 3), False, "rows", (1, 1, 65536, 3), 1, 1, 1),
+    ((1, 1, 65537, 3), True, "rows", (1, 1, 65537, 3), 3, 3, 33),
+    ((8, 4, 4096, 3), True, "rows", (8, 4, 4096, 3), 3, 3, 33),
+    ((8, 4, 12, 3), True, "rows", (1, 1, 8, 4 * 36), 36, 3, 1),
+    ((1, 4, 12, 3), True, "rows", (1, 4, 12, 3), 3, 3, 12),
+    ((8, 4, 12, 3), False, "rows", (8, 4, 12, 3), 1, 1, 1),
+    ((1, 1, 4, 16384), True, "rows", (1, 1, 4, 16384), 1, 1, 1),
 ]
 
 
-@pytest.mark.parametrize(("view", "foldable", "loops", "shape", "span", "repeats"), LOOPS, ids=str)
-def test_loops(view, foldable, loops, shape, span, repeats):
+@pytest.mark.parametrize(("view", "foldable", "loops", "shape", "span", "inner", "repeats"), LOOPS, ids=str)
+def test_loops(view, foldable, loops, shape, span, inner, repeats):
     thresholds = USUAL._replace(short_plane=16, repeated_columns=100, written_columns=0, expanded_rows=1)
     chosen = choose(view, foldable=foldable, thresholds=thresholds)
-    assert (chosen.loops, chosen.shape, chosen.grid.span, chosen.grid.repeats) == (loops, shape, span, repeats)
-    assert chosen.grid.written == 1
+    grid = chosen.grid
+    assert (chosen.loops, chosen.shape, grid.span, grid.inner) == (loops, shape, span, inner)
+    assert (grid.repeats, grid.written) == (repeats, 1)
 
 
 @pytest.mark.parametrize("least", [1, 5])
 def test_as_many_long_rows_as_repay_them(least):
-    """Of an r0 where sums are made, and of a task where results are written."""
-    thresholds = SMALL._replace(repeated_columns=40, written_columns=60, expanded_rows=least)
+    """And all of them alike: where sums are made, and where the results of a task are written."""
+    thresholds = SMALL._replace(repeated_columns=40, written_columns=60, expanded_rows=least, short_block=0)
+
+    def expected(most, rows, samples):
+        long = max(1, min(most, samples * rows // least))
+        return -(-rows // -(-rows // long))
+
     for rows in (4, 9, 20, 21, 60):
         grid = choose((3, 2, rows, 2), thresholds=thresholds).grid
-        assert grid.repeats == max(1, min(20, rows // least))
-        assert grid.written == max(1, min(30, grid.r1_step // least))
+        assert grid.repeats == expected(20, rows, 3)
+        assert grid.written == expected(30, grid.r1_step, grid.r0_step)
 
 
 def test_thresholds_that_depend_on_each_other():

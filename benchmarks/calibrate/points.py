@@ -27,7 +27,7 @@ class Inputs:
 
     elements: of the input; with `of_cache`, those that make input and output together so many last-level caches.
     channels, batch, run: rows have channels; planes have a batch, and either channels or elements of a run; what is
-    left follows from `elements`.
+    left follows from `elements`. inner: a run has so many statistics in turn.
     whole_lines: whether runs, which are the channels of rows, are whole lines of the cache; None: as it comes.
     """
 
@@ -35,6 +35,7 @@ class Inputs:
     channels: tuple[int, int] | None = None
     batch: tuple[int, int] | None = None
     run: tuple[int, int] | None = None
+    inner: tuple[int, int] | None = None
     of_cache: bool = False
     whole_lines: bool | None = None
 
@@ -56,6 +57,9 @@ class Inputs:
         else:
             run = self._run(log_uniform(rng, self.run))
             channels = max(2, round(elements / (batch * run)))
+        if self.inner is not None:
+            inner = log_uniform(rng, self.inner)
+            return Case("", (batch, channels, max(2, round(run / inner)), inner), (1, 3))
         return Case("", (batch, channels, run), 1)
 
     def _run(self, length: int) -> int:
@@ -105,6 +109,9 @@ SUBJECTS: Mapping[str, Subject] = {
     "expanded_rows": Subject((8, 16, 64, 128), (Inputs(_sizes(9, 15), channels=(3, 128)),)),
     "short_plane": Subject((8, 16, 32, 128), (Inputs(_sizes(15, 21), batch=(4, 128), run=(3, 128)),)),
     "short_batch": Subject((0.2, 0.4, 0.9, 1.4), (Inputs(_sizes(12, 20), batch=(4, 64), run=(3, 63)),), _SUMS),
+    "short_block": Subject(
+        (8, 16, 64, 128), (Inputs(_sizes(15, 20), batch=(2, 32), run=(12, 512), inner=(3, 32)),), _SUMS
+    ),
     "chunk_elements": Subject(
         _powers(13, 14, 16, 17),
         (

@@ -77,6 +77,7 @@ WAYS = {
         "rows of planes": Way("rows", (6, 3, 13, 1), True),
         "short planes": SHORT_PLANES,
         "short planes, two passes": SHORT_PLANES.twice(),
+        "short blocks": Way("rows", (6, 7, 2, 3), True),
         "few channels": FEW_CHANNELS,
         "few channels, two passes": FEW_CHANNELS.twice(),
         "few channels, a part of a long row": Way("rows", (1, 1, 33, 5), True),
@@ -104,7 +105,9 @@ GROUPED = {
         "tiles of columns across groups": Way("rows", (12, 1, 1, 19), True),
         "short planes": Way("rows", (12, 8, 4, 1), True),
         "short planes, tiles across groups": Way("rows", (12, 9, 5, 1), True),
-        "few channels": Way("rows", (12, 3, 8, 3), True),
+        "short blocks": Way("rows", (12, 20, 2, 3), True),
+        "short blocks, tiles across groups": Way("rows", (12, 9, 2, 3), True),
+        "few channels": Way("rows", (12, 3, 11, 3), True),
         "few channels, one tile across groups": Way("rows", (12, 1, 1, 3), True),
     },
     "cuda": {

@@ -58,7 +58,9 @@ class CpuEngine(Engine):
         view, slices, strides, copied = _view(step, there)
         dense = {name: _is_dense(strides[name], view, a.itemsize) for name, a in there.items()}
         reshaped = {n: dense[n] and (copied is not None or a.flags.c_contiguous) for n, a in there.items()}
-        of_sequences = step.name == "reduce_sequences"
+        of_sequences, thresholds = step.name == "reduce_sequences", self._thresholds
+        if of_sequences:  # of which R1 counts the steps, and a row has no more of
+            thresholds = thresholds._replace(short_plane=0, short_block=0)
         data = [name for name in there if name not in _OPERANDS]
         contiguous = all(dense[name] for name in data)
         schedule = choose(
@@ -70,8 +72,8 @@ class CpuEngine(Engine):
             len(data),
             contiguous=contiguous,
             foldable=all(reshaped.values()) and len(data) == len(there),
-            thresholds=self._thresholds,
-            loops=self.force.schedule or ("planes" if of_sequences and view[3] == 1 else None),
+            thresholds=thresholds,
+            loops=self.force.schedule,
             parallel=self.force.parallel,
             one_pass=self.force.one_pass,
         )

@@ -35,11 +35,13 @@ class Thresholds(NamedTuple):
     tile_columns: of a task, at most.
     repeated_columns: of several rows taken as one, at most: beside their sums, which are float64, there is room for x.
     written_columns: the same where results are written, and there are no sums.
-    expanded_rows: so many of such long rows at least repay that the coefficients are repeated, too.
+    expanded_rows: so many of such long rows, of all samples, repay that the coefficients are repeated, too.
     parallel_elements: of inference, from which on a second core saves more than a parallel region costs, and of others
         by their WORK; None: PARALLEL's.
     short_plane: planes of at most so many elements are columns of rows; the next one is four whole vectors.
     short_batch: and of so many samples for each of these elements, at least: each column has a cost of its own.
+    short_block: blocks of runs of the same statistics lie side by side in a row, too, if they have at most so many
+        elements for each sample: coefficients are repeated, and sums added up, once for all samples.
     tiles_per_thread: one pass over tiles instead of two over the array needs so many, or threads wait for the last one.
     streamed_share: what is written is not read again soon if it and its inputs take more than this share of the
         last-level cache.
@@ -60,6 +62,7 @@ class Thresholds(NamedTuple):
     parallel_elements: int | None = None
     short_plane: int = 63
     short_batch: float = 0.6
+    short_block: int = 32
     tiles_per_thread: int = 4
     streamed_share: float = 1.25
     streamed_run: int = 2048
@@ -84,7 +87,7 @@ class Schedule:
     @property
     def values(self) -> tuple[int, int]:
         """Of one statistic: how many there are, and in how many chunks."""
-        return self.shape[0] * self.shape[2] * self.grid.span, max(1, self.grid.chunks)
+        return self.shape[0] * self.shape[2] * (self.grid.span // self.grid.inner), max(1, self.grid.chunks)
 
 
 def choose(
@@ -158,7 +161,7 @@ def grid_of(infers, view, slices, groups, itemsize, arrays, contiguous, foldable
     threads: that work on the step. cache: bytes of the last level."""
     # Without sums, a run of one vector or more is better off by itself.
     short = min(t.short_plane, LANES - 1) if infers else t.short_plane
-    in_rows, slices, (r0, k0, r1, k1), span, repeats = _rows_or_planes(view, slices, foldable, by_rows, short, t)
+    in_rows, slices, (r0, k0, r1, k1), span, inner, repeats = _rows_or_planes(view, slices, foldable, by_rows, short, t)
     # From here on r0 is that of one slice, and k0 counts through the k0 of all of them.
     group = max(1, min(k0 // groups if k0 % groups == 0 else k0, k0 // slices))
     apart = (r0, 0) if slices > 1 else (0, group)
@@ -177,9 +180,11 @@ def grid_of(infers, view, slices, groups, itemsize, arrays, contiguous, foldable
     whole_lines = run % LINE == 0 or run >= t.streamed_run
     large = r0 * k0 * r1 * k1 * itemsize * arrays > t.streamed_share * cache
     streamed = int(contiguous and whole_lines and large)
-    period = max(1, k1 // max(1, span))
+    if repeats * written > 1:
+        span = inner = max(1, k1)
+    period = max(1, k1 // max(1, span) * inner)
     steps = (r0_step, k0_step, r1_step, k1_step)
-    counts = (group, *apart, r0, repeats, written, span, period, streamed)
+    counts = (group, *apart, r0, repeats, written, span, inner, period, streamed)
     sizes = (r0 * slices, k0 // slices, r1, k1)
     chunks, tiles = chunks_and_tiles((r0, k0, r1, k1), Grid(*steps, *counts, 0, 0, 0, *sizes))
     return in_rows, Grid(*steps, *counts, chunks, tiles, tiles // groups, *sizes)
@@ -187,18 +192,20 @@ def grid_of(infers, view, slices, groups, itemsize, arrays, contiguous, foldable
 
 @register_jitable
 def _rows_or_planes(view, slices, foldable, by_rows, short_plane, t):
-    """Whether the loops are those of rows, the slices of R0, the R0 of one and the K0 of all, R1 and K1, the columns of
-    a statistic, and how many rows are taken as one."""
+    """Whether the loops are those of rows, the slices of R0, the R0 of one and the K0 of all, R1 and K1, the columns
+    that belong together and of how many statistics they are, and how many rows are taken as one."""
     r0, k0, r1, k1 = view
     r0 = r0 // slices
     if k1 == 1:
         enough = r0 >= max(ROW_BLOCK, t.short_batch * r1)
         if foldable and (by_rows is None or by_rows) and r1 <= short_plane and enough and k0 > 1:
-            return True, 1, (1, slices, r0, k0 * r1), r1, 1
+            return True, 1, (1, slices, r0, k0 * r1), r1, 1, 1
         if by_rows is None or not by_rows:
-            return False, slices, (r0, slices * k0, r1, 1), 1, 1
+            return False, slices, (r0, slices * k0, r1, 1), 1, 1, 1
+    elif foldable and k0 > 1 and r0 > 1 and r1 > 1 and r1 * k1 <= min(t.repeated_columns, t.short_block * r0):
+        return True, 1, (1, slices, r0, k0 * r1 * k1), r1 * k1, k1, 1
     repeats = _rows_as_one(t.repeated_columns, k1, r0, r1, t) if foldable else 1
-    return True, slices, (r0, slices * k0, r1, k1), 1, repeats
+    return True, slices, (r0, slices * k0, r1, k1), 1, 1, repeats
 
 
 @register_jitable

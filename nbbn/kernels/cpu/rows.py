@@ -1,9 +1,9 @@
 """Loops for contiguous runs across statistics: arrays are [R0, K0, R1, W], a row is one x[r0, k0, r1].
 
 The functions of planes.py, which says what each of them does, with a sum for each column in place of each statistic.
-A column is a statistic of its own, or several belong to one: short planes lie side by side in a row (grid.span), and of
-few channels several rows are taken as one (grid.repeats, and grid.written where results are), so that the loops are
-long.
+A column is a statistic of its own, or several belong to one: short planes, or short runs of the same statistics, lie
+side by side in a row (grid.span, grid.inner), and of few channels several rows are taken as one (grid.repeats, and
+grid.written where results are), so that the loops are long.
 
 Sums take four rows at a time, which halves the time that the sums in memory cost. The four are a quarter of the rows
 apart: each is a long sequence for the processor's prefetcher, which four neighbours disturb (14 instead of 33 GB/s).
@@ -41,46 +41,50 @@ def extent(x):
 
 def write_shifts(arrays, bounds, grid, write):
     def of_k0(k0, _):
-        columns = _Columns(k0, bounds, grid, grid.repeats)
+        columns = _Columns(k0, bounds, grid, 1)
         row = part(arrays, (bounds.r0, k0, 0), bounds.k1, bounds.k1_end)
 
-        def of_statistic(j, _):
-            write(columns.s + j, part(row, (), j * grid.span, j * grid.span + 1))
+        def of_block(b, _):
+            write(columns.s + b * grid.inner, part(row, (), b * grid.span, b * grid.span + grid.inner))
 
-        when(grid.span == 1, lambda: write(columns.s, row), lambda: each(0, columns.statistics, 1, of_statistic))
+        when(columns.is_plain, lambda: write(columns.s, row), lambda: each(0, columns.blocks, 1, of_block))
 
     each(bounds.k0, bounds.k0_end, 1, of_k0)
 
 
 class _Columns:
-    """The columns of a task at one k0, and the statistics that they belong to."""
+    """The columns of a task at one k0, and the statistics that they belong to: blocks of `inner` statistics, each of
+    which comes so many times one after the other."""
 
     def __init__(self, k0, bounds, grid, repeats):
-        self.width, self.span = bounds.k1_end - bounds.k1, grid.span
-        self.s = (k0 + bounds.ahead) * grid.period + bounds.k1 // grid.span
-        self.statistics, self.count = self.width // grid.span, self.width * repeats
-        self.is_plain = grid.span * repeats == 1  # what there is of statistics is there of columns
+        width = bounds.k1_end - bounds.k1
+        self.inner, self.times = grid.inner, grid.span // grid.inner * repeats
+        self.s = (k0 + bounds.ahead) * grid.period + bounds.k1 // grid.span * grid.inner
+        self.blocks, self.count = width // grid.span, width * repeats
+        self.is_plain = self.times == 1  # what there is of statistics is there of columns
+
+    def of_statistics(self, array, place):
+        return part(array, place, self.s, self.s + self.blocks * self.inner)
 
     def values(self, values, place, own):
         """Every column's value of one per statistic, values[(*place, statistic)]: these, or in the array `own`."""
         if own is None:
             return None
-        v, span = part(values, place, self.s, self.s + self.statistics), self.span
+        v, inner, times = self.of_statistics(values, place), self.inner, self.times
 
-        def fill(j, _):
-            one = number(v, j)
-            over(j * span, (j + 1) * span, lambda i, n, _: store(own, i, one, n))
+        def fill(b, _):
+            one = number(v, b)
+            over(b * times, (b + 1) * times, lambda i, n, _: store(own, i, one, n))
 
-        def repeat(begin, _):
-            target = part(own, (), begin, begin + self.width)
-            over(0, self.width, lambda i, n, _: store(target, i, load(v, i, n), n))
+        def repeat(b, _):
+            def copy(i, n, _):
+                some = load(v, b * inner + i, n)
+                each(0, times, 1, lambda t, _: store(own, (b * times + t) * inner + i, some, n))
+
+            over(0, inner, copy)
 
         def expand():
-            when(
-                span == 1,
-                lambda: each(0, self.count, self.width, repeat),
-                lambda: each(0, self.statistics, 1, fill),
-            )
+            when(inner == 1, lambda: each(0, self.blocks, 1, fill), lambda: each(0, self.blocks, 1, repeat))
 
         when(self.is_plain, lambda: None, expand)
         return either(self.is_plain, v, own)
@@ -89,32 +93,31 @@ class _Columns:
         """Where the sums of columns are made: in those of their statistics, or in the array `own`; all 0."""
         if own is None:
             return None
-        found = either(self.is_plain, part(partial, place, self.s, self.s + self.statistics), own)
+        found = either(self.is_plain, self.of_statistics(partial, place), own)
         over(0, self.count, lambda i, n, _: store(found, i, splat(0.0), n))
         return found
 
     def fold(self, columns, partial, place):
         """Write every statistic's sum of its columns to partial[(*place, statistic)], if they are not there."""
-        v, span = part(partial, place, self.s, self.s + self.statistics), self.span
+        v, inner, times = self.of_statistics(partial, place), self.inner, self.times
 
-        def add(begin, _):
-            terms = part(columns, (), begin, begin + self.width)
-            over(0, self.width, lambda i, n, _: store(columns, i, load(columns, i, n) + load(terms, i, n), n))
-
-        def write(j, _):
-            def add_up(i, n, so_far):
+        def within(b, _):
+            def add(i, n, so_far):
                 return [so_far[0] + load(columns, i, n)]
 
-            (found,) = over(j * span, (j + 1) * span, add_up, [splat(0.0)])
-            write_total(v, (j,), found)
+            write_total(v, (b,), over(b * times, (b + 1) * times, add, [splat(0.0)])[0])
+
+        def across(b, _):
+            def of_some(i, n, _):
+                def add(t, so_far):
+                    return [so_far[0] + load(columns, (b * times + t) * inner + i, n)]
+
+                store(v, b * inner + i, each(0, times, 1, add, [splat(0.0)])[0], n)
+
+            over(0, inner, of_some)
 
         def fold():
-            each(self.width, self.count, self.width, add)
-            when(
-                span == 1,
-                lambda: over(0, self.width, lambda i, n, _: store(v, i, load(columns, i, n), n)),
-                lambda: each(0, self.statistics, 1, write),
-            )
+            when(inner == 1, lambda: each(0, self.blocks, 1, within), lambda: each(0, self.blocks, 1, across))
 
         when(self.is_plain, lambda: None, fold)
 
@@ -208,12 +211,13 @@ def _coefficients(values, rows, beside):
 def _write_rows(arrays, bounds, grid, of_columns, write):
     """write(the parts of some arrays in one row, what of_columns(columns) gave) for all rows of a task."""
 
+    width = bounds.k1_end - bounds.k1
+
     def of_k0(k0, _):
-        columns = _Columns(k0, bounds, grid, grid.written)
-        given = of_columns(columns)
+        given = of_columns(_Columns(k0, bounds, grid, grid.written))
 
         def of_r1(r0, r1):
-            end = bounds.k1 + minimum(grid.written, bounds.r1_end - r1) * columns.width
+            end = bounds.k1 + minimum(grid.written, bounds.r1_end - r1) * width
             write(part(arrays, (r0, k0, r1), bounds.k1, end), given)
 
         def of_r0(r0, _):

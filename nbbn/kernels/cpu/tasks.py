@@ -14,13 +14,13 @@ from nbbn.kernels.cpu.lanes import minimum
 # What a step is told about its loops, all int64. r0_step, k0_step, r1_step, k1_step: how many elements of R0, K0, R1
 # and K1 one task covers at most. group: so many k0 belong to one virtual batch, or to all; a task has those of one.
 # r0_apart, k0_apart: how far apart groups begin in R0, where they are its slices, or in K0. depth: the R0 of a group.
-# repeats, written: so many rows are taken as one, where sums are made and where results are written. span, period:
-# column j of K1 belongs to statistic j // span of the `period` that its k0 has. streamed: whether results go past the
-# caches, 0 or 1. chunks, tiles: how many there are; families: how many sets of tiles that have the same channels. r0,
-# k0, r1, k1: the sizes of the arrays.
+# repeats, written: so many rows are taken as one, where sums are made and where results are written. span, inner,
+# period: column j of K1 belongs to statistic j // span * inner + j % inner of the `period` that its k0 has. streamed:
+# whether results go past the caches, 0 or 1. chunks, tiles: how many there are; families: how many sets of tiles that
+# have the same channels. r0, k0, r1, k1: the sizes of the arrays.
 Grid = namedtuple(
     "Grid",
-    "r0_step k0_step r1_step k1_step group r0_apart k0_apart depth repeats written span period streamed "
+    "r0_step k0_step r1_step k1_step group r0_apart k0_apart depth repeats written span inner period streamed "
     "chunks tiles families r0 k0 r1 k1",
 )
 # What one task covers. ahead: by how many k0 its statistics are farther than its elements.
@@ -69,4 +69,4 @@ def bounds_of(chunk: Any, tile: Any, extent: Any, grid: Any) -> Bounds:
 def statistics(bounds: Any, grid: Any) -> tuple[Any, Any]:
     """The first statistic that a task covers, and the one after the last."""
     begin, end = (bounds.k0 + bounds.ahead) * grid.period, (bounds.k0_end - 1 + bounds.ahead) * grid.period
-    return begin + bounds.k1 // grid.span, end + bounds.k1_end // grid.span
+    return begin + bounds.k1 // grid.span * grid.inner, end + bounds.k1_end // grid.span * grid.inner

@@ -9,7 +9,7 @@ LINE = 64  # bytes of a line of the cache
 BLOCK = 1024  # elements of a local array: a few of them fit into a core's L1
 
 I1, I8, I32, I64, DOUBLE = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.DoubleType()
-SUM = ("contract", "nsz")  # what may be done to the arithmetic of sums; nothing to that of results
+SUM = ("nsz",)  # what may be done to the arithmetic of sums, whose products are not rounded; nothing to that of results
 PLACES = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
 POSITIONS = ir.Constant(ir.VectorType(I64, LANES), list(range(LANES)))
 building: list = []  # the contexts and builders of the functions that are traced now
@@ -52,6 +52,12 @@ def call(name, result, *arguments):
     return here().call(cgutils.get_or_insert_function(here().module, signature, f"llvm.{name}"), arguments)
 
 
+def _of_floats(name, *vectors):
+    """What LLVM's function makes of vectors of floats."""
+    kind = vectors[0].type
+    return call(f"{name}.v{kind.count}f{32 if kind.element == ir.FloatType() else 64}", kind, *vectors)
+
+
 def _operation(of_floats, of_integers=None, swapped=False):
     def method(self, other):
         pair = self, self.like(other)
@@ -59,9 +65,27 @@ def _operation(of_floats, of_integers=None, swapped=False):
         if isinstance(_scalar(a.value.type), ir.IntType):
             return Value(getattr(here(), of_integers)(a.value, b.value))
         flags = a.flags or b.flags
-        return Value(getattr(here(), of_floats)(a.value, b.value, flags=flags), flags)
+        if flags and of_floats in ("fadd", "fsub") and (a.factors or b.factors):
+            return Value(_fused(a, b, of_floats == "fsub"), flags)
+        found = Value(getattr(here(), of_floats)(a.value, b.value, flags=flags), flags)
+        if flags and of_floats == "fmul":
+            found.factors = a.value, b.value
+        return found
 
     return method
+
+
+def _fused(a, b, is_difference):
+    """The sum of a product and a number, rounded once where there is an instruction for it. LLVM may not choose: of two
+    products it would round one in a whole vector and the other one in a part, and bits would depend on where tasks
+    end."""
+    x, y = a.factors or b.factors
+    z = b.value if a.factors else a.value
+    if is_difference and a.factors:
+        z = here().fneg(z)
+    elif is_difference:
+        x = here().fneg(x)
+    return _of_floats("fmuladd", x, y, z)
 
 
 def _comparison(sign):
@@ -77,11 +101,11 @@ def _comparison(sign):
 class Value:
     """A number or a condition, or sixteen of them. Whole numbers are not negative where they are divided.
 
-    flags: what LLVM may do to its arithmetic.
+    flags: what LLVM may do to its arithmetic. factors: whose product it is, if a sum of it is to be rounded once.
     """
 
     def __init__(self, value, flags=()):
-        self.value, self.flags = value, flags
+        self.value, self.flags, self.factors = value, flags, None
 
     def like(self, other):
         """A constant as a value of this one's type."""
@@ -91,11 +115,6 @@ class Value:
         return Value(
             ir.Constant(self.value.type, [number] * self.value.type.count if _is_vector(self.value) else number)
         )
-
-    def _same(self, name):
-        kind = self.value.type
-        bits = 32 if kind.element == ir.FloatType() else 64
-        return Value(call(f"{name}.v{LANES}f{bits}", kind, self.value), self.flags)
 
     __add__, __radd__ = _operation("fadd", "add"), _operation("fadd", "add", swapped=True)
     __sub__, __rsub__ = _operation("fsub", "sub"), _operation("fsub", "sub", swapped=True)
@@ -114,10 +133,10 @@ class Value:
         return Value(here().fneg(self.value), self.flags)
 
     def __abs__(self):
-        return self._same("fabs")
+        return Value(_of_floats("fabs", self.value), self.flags)
 
     def sqrt(self):
-        return self._same("sqrt")
+        return Value(_of_floats("sqrt", self.value), self.flags)
 
 
 def integer(i):
