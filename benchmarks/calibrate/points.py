@@ -124,7 +124,7 @@ SUBJECTS: Mapping[str, Subject] = {
         _powers(12, 13, 15, 16), (Inputs(_sizes(17, 22), channels=(8, 512), batch=(1, 32)),), ("inference",), shapes=12
     ),
     "streamed_share": Subject(
-        (0.5, 0.75, 1.0, 1.5, 2.0, math.inf),
+        (0.5, 0.75, 1.25, 1.5, 2.0, math.inf),
         (
             Inputs((0.5, 2.5), channels=(8, 256), batch=(1, 32), of_cache=True, whole_lines=True),
             Inputs((0.5, 2.5), channels=(16, 1024), of_cache=True, whole_lines=True),
@@ -133,7 +133,7 @@ SUBJECTS: Mapping[str, Subject] = {
         shapes=10,
     ),
     "streamed_run": Subject(
-        _powers(9, 10, 12, 13, 14),
+        _powers(9, 11, 12, 13, 14),
         (Inputs((1.4, 2), batch=(1, 32), run=(128, 4096), of_cache=True, whole_lines=False),),
         ("inference", "backward"),
     ),

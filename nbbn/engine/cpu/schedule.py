@@ -15,9 +15,9 @@ from nbbn.kernels.cpu.lanes import BLOCK, LANES, LINE
 from nbbn.kernels.cpu.tasks import Grid, chunks_and_tiles, quotient
 from nbbn.runtime import last_level_cache, likely_layer, thread_limit
 
-# By threading layer: a region costs 4 to 5 us of a call, workqueue's sleeping threads 150 to 200.
-PARALLEL = {"omp": 1 << 17, "tbb": 1 << 17, "workqueue": 1 << 22}
-# What an element costs, in that of an output: 0.1, 0.25 and 0.35 ns.
+# By threading layer: a region costs 5 to 14 us of a call, workqueue's sleeping threads 150 to 200.
+PARALLEL = {"omp": 3 << 16, "tbb": 3 << 16, "workqueue": 1 << 22}
+# What an element costs, in that of an output: 0.1 to 0.15, 0.25 to 0.35 and 0.35 to 0.45 ns.
 WORK = {"infer": 1, "apply": 1, "reduce": 2, "reduce_sequences": 2, "apply_gradient": 2, "train": 3}
 WORK_OF_GRADIENT = 4
 NARROWEST = 128  # columns of a task
@@ -64,8 +64,8 @@ class Thresholds(NamedTuple):
     short_batch: float = 0.6
     short_block: int = 32
     tiles_per_thread: int = 4
-    streamed_share: float = 1.25
-    streamed_run: int = 2048
+    streamed_share: float = 1.0
+    streamed_run: int = 1024
     threads: int | None = None
     cache: int | None = None
 
