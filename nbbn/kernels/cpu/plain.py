@@ -78,7 +78,7 @@ def either(condition, a, b):
 
 
 def local(like, beside):
-    return None if beside is None else np.empty(BLOCK, like.dtype)
+    return None if beside is None else np.empty(BLOCK + LANES, like.dtype)
 
 
 def fence():

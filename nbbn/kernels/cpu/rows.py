@@ -10,6 +10,7 @@ apart: each is a long sequence for the processor's prefetcher, which four neighb
 """
 
 from nbbn.kernels.cpu.lanes import (
+    LANES,
     each,
     either,
     load,
@@ -72,16 +73,16 @@ class _Columns:
             return None
         v, inner, times = self.of_statistics(values, place), self.inner, self.times
 
+        # Whole vectors: what goes beyond an end is written over next, and the array has room behind its last one.
         def fill(b, _):
             one = number(v, b)
-            over(b * times, (b + 1) * times, lambda i, n, _: store(own, i, one, n))
+            each(b * times, (b + 1) * times, LANES, lambda i, _: store(own, i, one))
 
         def repeat(b, _):
-            def copy(i, n, _):
-                some = load(v, b * inner + i, n)
-                each(0, times, 1, lambda t, _: store(own, (b * times + t) * inner + i, some, n))
+            def once(start, _):
+                over(0, inner, lambda i, n, _: store(own, start + i, load(v, b * inner + i, n)))
 
-            over(0, inner, copy)
+            each(b * times * inner, (b + 1) * times * inner, inner, once)
 
         def expand():
             when(inner == 1, lambda: each(0, self.blocks, 1, fill), lambda: each(0, self.blocks, 1, repeat))

@@ -97,7 +97,7 @@ class Memory:
         target, vector = self.from_(*rows), splat(vector)
         if vector.value.type.element != target.element:
             vector = Value(here().fptrunc(vector.value, target.vector))
-        store(target, columns.i, vector, columns.n)
+        store(target, columns.i, vector, columns.n, is_rare=True)
 
     def masked(self, operation, result, *arguments):
         """LLVM's masked load, store, gather or scatter."""
@@ -171,8 +171,8 @@ def load(array, i, n=None):
     return Value(floats.decode(builder, array.dtype, array.access(i, near, far)))
 
 
-def store(array, i, vector, n=None):
-    """Write elements from the i-th on, rounded to nearest even. 0 <= i."""
+def store(array, i, vector, n=None, is_rare=False):
+    """Write elements from the i-th on, rounded to nearest even. 0 <= i. is_rare: by short code rather than quickly."""
     if array is None:
         return
     align, nothing = I32(array.itemsize), ir.VoidType()
@@ -181,7 +181,7 @@ def store(array, i, vector, n=None):
     def near(place):
         if n is None:
             _write(value, place, array.itemsize)
-        elif array.itemsize in floats.MASKED_STORES:
+        elif is_rare or array.itemsize in floats.MASKED_STORES:
             array.masked("store", nothing, value, place, align, mask_of(n).value)
         else:
             _write_first(value, place, n, array.itemsize)
@@ -300,8 +300,8 @@ def reserve(kind):
 
 
 def local(like, beside):
-    """An array of BLOCK elements with the dtype of `like` on the stack, not initialized; None where there is nothing
-    beside."""
+    """An array of BLOCK elements, and room for a vector behind them, with the dtype of `like` on the stack, not
+    initialized; None where there is nothing beside."""
     if beside is None:
         return None
     memory = reserve(ir.ArrayType(like.element, BLOCK + APART // like.itemsize))
