@@ -171,7 +171,9 @@ def test_five_alternating_runs_need_a_copy():
     lay = layout.layout((2, 3, 4, 5, 6), (1, 3))
     strides = layout.contiguous_strides(lay.sizes)
     assert layout.collapse(lay.sizes, lay.kept, [strides]) is None
-    assert layout.copy_order(lay.sizes, lay.kept) == (0, 2, 4, 1, 3)
+    assert layout.copy_order(lay.sizes, lay.kept) == (0, 2, 1, 3, 4)
+    lay = layout.layout((2, 3, 4, 5, 6, 7, 8), (1, 3, 5))  # whatever stays behind is not moved
+    assert layout.copy_order(lay.sizes, lay.kept) == (0, 2, 4, 1, 3, 5, 6)
 
 
 def test_kept_dimensions_out_of_order_need_a_copy():

@@ -10,7 +10,7 @@ from nbbn.engine.cpu import schedule
 from nbbn.engine.cpu.schedule import Thresholds
 from nbbn.kernels.cpu import plain
 from nbbn.kernels.cpu import tasks as kernel_tasks
-from nbbn.kernels.cpu.lanes import BLOCK, LINE
+from nbbn.kernels.cpu.lanes import BLOCK, LANES, LINE
 from nbbn.kernels.cpu.tasks import bounds_of, chunk_and_tile, chunks_and_tiles, statistics
 from nbbn.runtime import last_level_cache, thread_limit
 
@@ -323,7 +323,7 @@ def test_small_inputs_stay_serial(more, parallel):
     thresholds = USUAL._replace(parallel_elements=48, write_elements=1)
     for step, least in {"infer": 48, "reduce": 24, "train": 16, "backward": 12, "frozen_backward": 24}.items():
         assert choose((1, least + more, 1, 1), step, thresholds=thresholds).parallel == parallel
-    rows = thresholds._replace(chunk_elements=1, chunk_rows=1)
+    rows = thresholds._replace(chunk_elements=1, chunk_rows=1, repeated_columns=1)
     for step, least in {"reduce": 24, "train": 32, "backward": 24}.items():
         found = choose((1, 1, least // 2 + more, 2), step, thresholds=rows)
         assert (found.parallel, found.one_pass) == (parallel, not parallel and step != "reduce")
@@ -447,11 +447,11 @@ def test_loops(view, foldable, loops, shape, span, inner, repeats):
 
 @pytest.mark.parametrize("least", [1, 5])
 def test_as_many_long_rows_as_repay_them(least):
-    """And all of them alike: where sums are made, and where the results of a task are written."""
+    """Or make a vector; and all of them alike: where sums are made, and where the results of a task are written."""
     thresholds = SMALL._replace(repeated_columns=40, written_columns=60, expanded_rows=least, short_block=0)
 
     def expected(most, rows, samples):
-        long = max(1, min(most, samples * rows // least))
+        long = max(1, min(most, max(samples * rows // least, LANES // 2)))
         return -(-rows // -(-rows // long))
 
     for rows in (4, 9, 20, 21, 60):

@@ -6,7 +6,7 @@ before the channels of images.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -136,9 +136,16 @@ def _grouped(sizes: Sizes, kept: tuple[bool, ...], channels: int, cuts: tuple[Cu
 @lru_cache(maxsize=1024)
 def copied_parts(lay: Layout) -> tuple[Sizes, Layout]:
     """The order of dimensions for a copy of which each part has a canonical view, and the copy's Layout."""
-    order = (0, *sorted(range(1, len(lay.sizes)), key=lambda i: lay.kept[i]))
-    sizes, kept = tuple(lay.sizes[i] for i in order), tuple(lay.kept[i] for i in order)
-    return order, _grouped(sizes, kept, lay.channels, lay.cuts, contiguous=lay.cuts[0].sample_step == 1)
+
+    def copied(order: Sizes) -> Layout:
+        sizes, kept = tuple(lay.sizes[i] for i in order), tuple(lay.kept[i] for i in order)
+        return _grouped(sizes, kept, lay.channels, lay.cuts, contiguous=lay.cuts[0].sample_step == 1)
+
+    def have_views(made: Layout) -> bool:
+        strides = contiguous_strides(made.sizes)
+        return all(collapse(p.lay.sizes, p.lay.kept, [p.split(strides)]) is not None for p in made.parts)
+
+    return next((order, made) for order in _copy_orders(lay.kept, 1) if have_views(made := copied(order)))
 
 
 def steps_dimension(kept: tuple[bool, ...]) -> int:
@@ -235,8 +242,19 @@ def contiguous_strides(sizes: Sizes, itemsize: int = 1) -> Sizes:
 
 
 def copy_order(sizes: Sizes, kept: tuple[bool, ...]) -> Sizes:
-    """The order of dimensions for a copy that has a canonical view: as they are, or, for too many alternating runs,
-    reduced before kept."""
-    if collapse(sizes, kept, [contiguous_strides(sizes)]) is not None:
-        return tuple(range(len(sizes)))
-    return tuple(sorted(range(len(sizes)), key=lambda i: kept[i]))
+    """The order of dimensions for a copy that has a canonical view."""
+
+    def has_view(order: Sizes) -> bool:
+        ordered = tuple(sizes[i] for i in order)
+        return collapse(ordered, tuple(kept[i] for i in order), [contiguous_strides(ordered)]) is not None
+
+    return next(order for order in _copy_orders(kept, 0) if has_view(order))
+
+
+def _copy_orders(kept: tuple[bool, ...], first: int) -> Iterator[Sizes]:
+    """Orders of dimensions: as they are, then with more and more of those in front, from the first-th on, in the order
+    reduced before kept. What stays behind them is copied as it lies, in runs that are as long as can be."""
+    rank = len(kept)
+    for end in range(first, rank + 1):
+        sorted_ones = sorted(range(first, end), key=lambda i: kept[i])
+        yield (*range(first), *sorted_ones, *range(end, rank))

@@ -212,7 +212,8 @@ def _rows_or_planes(view, slices, foldable, by_rows, short_plane, t):
 def _rows_as_one(columns, k1, r0, r1, t):
     if k1 > t.tile_columns:  # rows that are cut into tiles do not follow each other
         return 1
-    most = max(1, min(columns // max(1, k1), r0 * r1 // t.expanded_rows))
+    most = max(r0 * r1 // t.expanded_rows, LANES // max(1, k1))  # shorter than a vector they cost more than that
+    most = max(1, min(columns // max(1, k1), most))
     return quotient(r1, max(1, quotient(r1, most)))  # all of them are alike
 
 
