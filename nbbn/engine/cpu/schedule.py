@@ -214,7 +214,7 @@ def _rows_as_one(columns, k1, r0, r1, t):
         return 1
     most = max(r0 * r1 // t.expanded_rows, LANES // max(1, k1))  # shorter than a vector they cost more than that
     most = max(1, min(columns // max(1, k1), most))
-    return quotient(r1, max(1, quotient(r1, most)))  # all of them are alike
+    return max(1, quotient(r1, quotient(max(1, r1), most)))  # all of them are alike; an empty input has one, too
 
 
 @register_jitable

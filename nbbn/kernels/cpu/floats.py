@@ -23,7 +23,7 @@ def _has(feature: str) -> bool:
 # crashes.
 HALF_INSTRUCTIONS = not IS_X86 or _has("f16c")
 # Sizes in bytes of the elements for which there is an instruction that loads, or stores, a part of a vector as fast as
-# the whole of it. Without one LLVM goes element by element; AVX2 has one to store, which takes ten times as long.
+# the whole of it. Without one LLVM goes element by element; AVX2 has one to store, which takes several times as long.
 _OF_AVX512 = (*(2,) * _has("avx512bw"), *(4, 8) * _has("avx512vl"))
 MASKED_LOADS, MASKED_STORES = _OF_AVX512 + (4, 8) * _has("avx"), _OF_AVX512
 _HALVES = (
