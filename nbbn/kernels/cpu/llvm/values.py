@@ -196,11 +196,9 @@ class First(Value):
 
 def mask_of(n):
     """Of the first n."""
-    if isinstance(n, First):
-        return n.mask
     if n is None:
         return Value(ir.Constant(ir.VectorType(I1, LANES), [1] * LANES))
-    return Value(POSITIONS) < Value(in_all_places(integer(n)))
+    return (n if isinstance(n, First) else First(integer(n))).mask
 
 
 def halves(value):
