@@ -26,8 +26,15 @@ def test_cache_sizes(tmp_path, caches, expected):
     assert machine.cache_sizes.__wrapped__(tmp_path) == expected
 
 
-def test_last_level_cache():
-    assert last_level_cache() == max(machine.cache_sizes().values()) >= 2**15
+@pytest.mark.parametrize(("cores", "expected"), [(None, 48), (1, 48), (2, 96), (12, 480)])
+def test_last_level_cache_of_a_host_is_shared(monkeypatch, cores, expected):
+    monkeypatch.setattr(machine, "cache_sizes", lambda: {1: 48 << 10, 2: 2 << 20, 3: 480 << 20})
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: cores)
+    assert last_level_cache() == expected << 20
+
+
+def test_last_level_cache_of_this_machine():
+    assert 2**15 <= last_level_cache() <= max(machine.cache_sizes().values())
 
 
 # What the files of control groups say, the group of the process, and how many CPUs that is. V1, V2: how

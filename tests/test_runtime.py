@@ -129,17 +129,22 @@ def test_openmp_has_a_say(ask_for, monkeypatch, value, limit):
 LIMITED = """
 import numba
 from threadpoolctl import threadpool_limits
-from nbbn.runtime import parallel_region, start_pool
-def threads():
-    with parallel_region():
-        return numba.get_num_threads()
-start_pool()
-found = [threads()]
+from tests.helpers.sharing import threads_of
+
+def most():
+    found = threads_of(64)
+    assert min(found) == 1, "the caller has a share"
+    assert numba.get_num_threads() == asked, "the caller's choice stays"
+    return len(set(found))
+
+asked = 2
+found = [most()]
 for api in ("openmp", "blas"):
     with threadpool_limits(1, user_api=api):
-        found.append(threads())
+        found.append(most())
+asked = 1
 numba.set_num_threads(1)
-print(*found, threads())
+print(*found, most())
 """
 
 
@@ -152,6 +157,26 @@ def test_threadpoolctl_reaches_openmp(layer):
     if "No threading layer could be loaded" in done.stderr:
         pytest.skip(f"Numba finds no threading layer {layer}")
     assert done.stdout == ("2 1 2 1\n" if layer == "omp" else "2 2 2 1\n"), done.stderr
+
+
+SHARED = """
+from tests.helpers.sharing import threads_of
+for tasks in (0, 1, 2, 3, 7, 64, 1000):
+    found = threads_of(tasks)
+    assert len(found) == tasks
+    assert not tasks or 1 <= min(found) <= max(found) <= 2, found
+print(numba.threading_layer(), numba.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize("layer", ["omp", "tbb", "workqueue"])
+def test_every_task_is_run_once(layer):
+    """By no more threads than nbbn is to have, and Numba's number of threads stays the caller's."""
+    variables = {"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "4", "NBBN_NUM_THREADS": "2"}
+    done = run(f"import numba\n{SHARED}", **variables)
+    if "No threading layer could be loaded" in done.stderr:
+        pytest.skip(f"Numba finds no threading layer {layer}")
+    assert done.stdout == f"{layer} 4\n", done.stderr
 
 
 # --- which pool --------------------------------------------------------------------------------------------
@@ -200,17 +225,11 @@ class TestTbb:
     def test_an_import_leaves_the_choice_to_numba(self):
         assert check(f"import nbbn; {FOUND}") == check(FOUND)
 
-    @pytest.mark.parametrize(
-        "call",
-        [
-            "nbbn.BatchNormalization()(np.ones((1024, 1024), np.float32))",
-            "runtime.compile_kernel(lambda x: None, 'nothing', numba.void(numba.float64[:]), parallel=True)",
-        ],
-    )
-    def test_whatever_starts_the_pool_offers_tbb(self, call):
+    def test_a_call_that_starts_the_pool_offers_tbb(self):
         if runtime.thread_limit() < 2:
             pytest.skip("this machine, or NBBN_NUM_THREADS, allows one thread only")
-        code = f"import numba, numpy as np, nbbn; from nbbn import runtime; {call}; print(numba.threading_layer())"
+        call = "nbbn.BatchNormalization()(np.ones((1024, 1024), np.float32))"
+        code = f"import numba, numpy as np, nbbn; {call}; print(numba.threading_layer())"
         assert check(code, NUMBA_NUM_THREADS="2", NUMBA_THREADING_LAYER="tbb") == "tbb\n"
 
     def test_a_damaged_library_is_passed_over(self):
@@ -273,7 +292,7 @@ def two_threads(monkeypatch):
     if numba.config.NUMBA_NUM_THREADS < 2:
         pytest.skip("Numba has one thread on this machine")
     monkeypatch.setattr(threads, "thread_limit", lambda: 2)
-    monkeypatch.setattr(threads, "_pool_is_safe", lambda: True)
+    monkeypatch.setattr(threads, "_address", 1)
 
 
 def in_thread(function):
@@ -306,6 +325,18 @@ def test_an_exception_gives_the_pool_back():
     with pytest.raises(KeyError), runtime.parallel_region():
         raise KeyError
     assert is_granted()
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_exception_gives_the_pool_of_a_loop_back():
+    def loop():
+        for pool in runtime.region():
+            raise KeyError(pool)
+
+    with pytest.raises(KeyError) as kept:
+        loop()
+    assert is_granted(), "while the exception, and with it the loop's frame, is still there"
+    assert kept.value.args[0]
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -354,22 +385,6 @@ def test_a_signal_handler_inside_a_region_goes_on_alone_and_can_fork():
         threads._after_fork_in_parent()
         assert not in_thread(is_granted)
     assert in_thread(is_granted)
-
-
-@pytest.mark.usefixtures("two_threads")
-def test_the_callers_number_of_threads_is_restored(monkeypatch):
-    before = numba.get_num_threads()
-    monkeypatch.setattr(threads, "thread_limit", lambda: 3)
-    with runtime.parallel_region():
-        assert numba.get_num_threads() == min(before, 3)
-    assert numba.get_num_threads() == before
-    numba.set_num_threads(1)
-    try:
-        with runtime.parallel_region():
-            assert numba.get_num_threads() == 1
-        assert numba.get_num_threads() == 1
-    finally:
-        numba.set_num_threads(before)
 
 
 def test_one_thread_needs_no_pool(monkeypatch):

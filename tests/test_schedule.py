@@ -184,8 +184,8 @@ def test_the_small_thresholds_reach_all_loops():
     for loops in ("planes", "rows"):
         those = [(extent(c), c.grid) for c in chosen if c.loops == loops]
         assert max(grid.chunks for _, grid in those) >= 3, loops
-        tiles = [grid for (_, k0, _, _), grid in those if grid.tiles > 1 and grid.k0_step > 1 and k0 % grid.k0_step]
-        assert tiles, f"no {loops} with a part of a tile of channels"
+        tiles = [grid for _, grid in those if 1 < grid.shares < grid.group and grid.group % grid.shares]
+        assert tiles, f"no {loops} with tiles of two sizes"
     rows = [(extent(c), c.grid) for c in chosen if c.loops == "rows"]
     assert any(k1 % grid.k1_step for (_, _, _, k1), grid in rows if grid.span == 1), "no part of a tile of columns"
     spans = [(k1, grid) for (_, _, _, k1), grid in rows if grid.span > grid.inner]
@@ -252,7 +252,7 @@ def test_one_pass_where_it_is_possible():
     found = [choose_small(view, groups=groups, slices=slices, one_pass=True) for view, groups, slices in GROUPED]
     once = [(c.loops, c.grid.families < c.grid.tiles) for c in found if c.one_pass]
     assert set(once) == set(itertools.product(("planes", "rows"), (False, True)))
-    assert any(c.grid.tiles > c.grid.families > 1 and c.grid.group % c.grid.k0_step for c in found if c.one_pass)
+    assert any(c.grid.tiles > c.grid.families > 1 and c.grid.group % c.grid.shares for c in found if c.one_pass)
     assert not all(c.one_pass for c in found)
     others = set(STEPS) - {"train", "backward"}
     assert not any(choose_small(view, step, one_pass=True).one_pass for view in VIEWS for step in others)
@@ -274,10 +274,13 @@ def test_one_pass_waits_for_enough_tiles_per_thread(tiles_per_thread):
 
 @pytest.mark.parametrize(("view", "loops"), [((2, 40, 30, 1), "planes"), ((1, 40, 20, 3), "rows")])
 def test_a_tile_has_so_many_elements_and_leaves_some_to_other_threads(view, loops):
-    """But at least one channel."""
-    for elements, threads, expected in ((600, 1, 10), (600, 2, 10), (1 << 30, 1, 40), (1 << 30, 3, 14), (1, 2, 1)):
+    """But at least one channel; no tile has two more than another."""
+    for elements, threads, expected in ((600, 1, 4), (600, 2, 4), (1 << 30, 1, 1), (1 << 30, 3, 3), (1, 2, 40)):
         chosen = choose(view, parallel=True, thresholds=USUAL._replace(tile_elements=elements, threads=threads))
-        assert (chosen.loops, chosen.grid.k0_step) == (loops, expected)
+        assert (chosen.loops, chosen.grid.tiles) == (loops, expected)
+        channels = [bounds.k0_end - bounds.k0 for _, _, bounds in tasks(chosen)]
+        assert sum(channels) == 40
+        assert max(channels) - min(channels) <= 1
 
 
 # --- what decides ------------------------------------------------------------------------------------
@@ -292,7 +295,7 @@ def test_the_order_of_sums_depends_on_shape_and_strides_alone(view, groups, slic
         thresholds = SMALL._replace(threads=threads, cache=cache, streamed_run=0)
         for parallel in (None, False, True):
             chosen = choose(view, step, groups, slices, parallel=parallel, thresholds=thresholds)
-            same = dict.fromkeys(("k0_step", "k1_step", "tiles", "families", "streamed"), 0)
+            same = dict.fromkeys(("shares", "k1_step", "tiles", "families", "streamed"), 0)
             found.add((chosen.loops, chosen.shape, chosen.grid._replace(**same)))
             stores.add(chosen.grid.streamed)
     assert len(found) == 1

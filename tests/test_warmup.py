@@ -15,7 +15,6 @@ from nbbn.compat import v1
 from nbbn.deploy import warming
 from nbbn.deploy.needed import kernels
 from nbbn.engine.cpu import engine, plan
-from nbbn.kernels.cpu.steps import LAUNCH
 from tests.helpers.processes import check, run
 
 SMALL, LARGE = (6, 4, 5, 8), (4, 8, 128, 64)  # one thread; several, where there are several
@@ -37,7 +36,6 @@ def asked_for(monkeypatch):
 
     for module in (plan, engine):
         monkeypatch.setattr(module, "compiled", compiled)
-    monkeypatch.setattr(plan, "pool", lambda: found.append(LAUNCH))
     return found
 
 
@@ -101,17 +99,12 @@ def test_planned_for_inputs_that_must_be_copied(asked_for):
     assert set(planned) == set(asked_for)
 
 
-def test_threads_need_the_launcher():
-    """Once for all steps, which are the same for one thread and for several."""
+def test_threads_need_no_kernel_of_their_own():
+    """Steps are the same for one thread and for several, but for the number of passes."""
     layer = BatchNormalization()
-    nbbn.force(layer, parallel=True)
-    if not nbbn.explain(layer, np.zeros(SMALL, np.float32)).schedule.parallel:
-        pytest.skip("this machine has one core for nbbn, and no call is parallel")
-    planned = kernels(layer, SMALL, training=True, gradients=True)
-    assert [k[0] for k in planned] == ["train", "launch", "backward"]
-    nbbn.force(layer, parallel=False)
-    alone = kernels(layer, SMALL, training=True, gradients=True)
-    assert [k[0] for k in alone] == ["train", "backward"]
+    for parallel in (True, False):
+        nbbn.force(layer, parallel=parallel)
+        assert [k[0] for k in kernels(layer, SMALL, training=True, gradients=True)] == ["train", "backward"]
 
 
 # --- nothing else happens -------------------------------------------------------------------
@@ -121,7 +114,6 @@ def test_threads_need_the_launcher():
 def compiles_nothing(monkeypatch):
     """warmup() without its compilations, and with a cache."""
     monkeypatch.setattr(warming, "compiled", lambda *variant: None)
-    monkeypatch.setattr(warming, "_compile_launcher", lambda: None)
     monkeypatch.setattr(warming, "cache_folder", lambda: "a folder")
 
 
@@ -303,20 +295,6 @@ def test_the_function_leaves_a_thread_pool_to_children(tmp_path):
     assert_used(tmp_path, files)
 
 
-def test_the_other_process_fails(tmp_path):
-    code = f"""
-from multiprocessing import set_executable
-set_executable("/bin/false" if sys.platform != "win32" else "where.exe")
-try:
-    nbbn.warmup(layer, {SHAPE})
-except RuntimeError as error:
-    print(error)
-"""
-    if "True" not in python(tmp_path, f"print(nbbn.explain(layer, np.ones({SHAPE}, np.float32)).schedule.parallel)"):
-        pytest.skip("this system lets nobody have two threads")
-    assert python(tmp_path, f"import sys{code}").startswith("compiling in another process failed")
-
-
 def test_without_a_cache_the_command_says_so(tmp_path):
     (tmp_path / "file").write_text("")
     for name, why in (("", "NBBN_CACHE_DIR is empty"), (tmp_path / "file", f"{tmp_path / 'file'} cannot be made")):
@@ -329,16 +307,6 @@ def test_without_a_cache_the_function_says_so(monkeypatch):
     monkeypatch.setattr(warming, "cache_folder", lambda: None)
     with pytest.raises(RuntimeError, match="there is no kernel cache"):
         nbbn.warmup(LAYER, (4, 4, 4, 4))
-
-
-def test_a_frozen_program_is_not_started_again(monkeypatch):
-    """Its executable would do all that the program does once more, the warmup too."""
-    compiled = []
-    monkeypatch.setattr(warming, "compiled", lambda *kernel: compiled.append(kernel))
-    monkeypatch.setattr(sys, "frozen", True, raising=False)
-    monkeypatch.setattr("subprocess.run", None)
-    warming._compile_launcher()
-    assert compiled == [LAUNCH]
 
 
 def test_a_full_disk(tmp_path):
@@ -377,10 +345,9 @@ def compiled_by_command(monkeypatch, tmp_path):
 def test_the_default(compiled_by_command):
     """Three modes of three kinds of inputs, small and large."""
     assert main(["warmup"]) == 0
-    launched = {"launch"} if nbbn.runtime.thread_limit() > 1 else set()
-    assert {k[0] for k in compiled_by_command} == {"infer", "train", "backward"} | launched
+    assert {k[0] for k in compiled_by_command} == {"infer", "train", "backward"}
     assert {k[1] for k in compiled_by_command} == {"planes", "rows"}
-    assert len(set(compiled_by_command)) == len(compiled_by_command) <= 10
+    assert len(set(compiled_by_command)) == len(compiled_by_command) <= 9
 
 
 def test_options_of_the_command(compiled_by_command):

@@ -62,7 +62,8 @@ def gradients(dispatcher: Dispatcher, record: Record, dy: Any, out: Any, scale: 
     if step is None and plain and type(x) is np.ndarray:
         step = dispatcher.bound.get(("backward", residual is not None, x.shape, x.dtype, mask_shape))
     if step is not None and dy is not None and step.fits(variables, x, out, residual, dy):
-        dparams = np.empty_like(variables.params)
+        params = variables.params
+        dparams = np.empty(params.shape, params.dtype)  # empty_like() goes through NumPy's dispatch of functions
         if give is None and residual is None and dparams.dtype == shapes.dtype and len(shapes.params) == 1:
             dx, (gamma, beta) = step.backward(dy, x, None, None, out, dparams, saved, weights), dparams
             return Gradients(dx, gamma if scale else None, beta if center else None)

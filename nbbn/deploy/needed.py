@@ -15,7 +15,6 @@ from nbbn.engine.cpu.engine import CpuEngine
 from nbbn.engine.cpu.moments import MERGE
 from nbbn.engine.cpu.plan import Plan
 from nbbn.engine.dispatcher import Dispatcher
-from nbbn.kernels.cpu.steps import LAUNCH
 from nbbn.layer.layer import BatchNormalization
 from nbbn.state.shapes import derive_shapes
 from nbbn.state.variables import Variables, state_names
@@ -98,7 +97,7 @@ class _Notes(CpuEngine):
         return found
 
     def _launch(self, plan: Plan, step: Step) -> None:
-        self.kernels |= dict.fromkeys((plan.variant(), LAUNCH) if plan.schedule.parallel else (plan.variant(),))
+        self.kernels[plan.variant()] = None
         if step.name in self.last and step.name != "apply_gradient":
             raise _Known
 

@@ -1,7 +1,6 @@
 """Compiling ahead, into the kernel cache, what calls will need."""
 
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from time import perf_counter
@@ -9,7 +8,7 @@ from typing import Any
 
 from nbbn.core.layout import Sizes
 from nbbn.deploy.needed import Kernel, Kernels, kernels
-from nbbn.kernels.cpu.steps import LAUNCH, compiled
+from nbbn.kernels.cpu.steps import compiled
 from nbbn.layer.layer import BatchNormalization, as_layers
 from nbbn.runtime import LOGGER, cache_folder, find_cache
 
@@ -44,8 +43,7 @@ def warmup(
     """Compile into the kernel cache what `layer(x, training=...)` needs for contiguous inputs of these shapes.
 
     Nothing is computed, no layer is built or changed, and Numba's thread pool is not started: children that the process
-    forks afterwards can use one of their own. What lets threads share a call is therefore compiled in another process,
-    by the Python that multiprocessing.set_executable() names, sys.executable by default.
+    forks afterwards can use one of their own.
 
     Args:
         layers: one layer or several. shapes: one shape or several. One layer gets every shape, one shape is for every
@@ -55,7 +53,7 @@ def warmup(
         mask: one like those of the calls; its shape matters, its values do not.
         residual: whether the calls have one. lengths: some like those of the calls.
     Raises: TypeError, ValueError as the calls would, and for what is no layer or shape; RuntimeError if the cache is
-        off or the other process fails.
+        off.
     """
     if cache_folder() is None:
         raise RuntimeError(_why_off())
@@ -72,10 +70,7 @@ def warmup(
             lengths=lengths,
         )
     for kernel in found:
-        if kernel != LAUNCH:
-            compiled(*kernel)
-    if LAUNCH in found:
-        _compile_launcher()
+        compiled(*kernel)
 
 
 def _pairs(layers: Any, shapes: Any) -> list[tuple[BatchNormalization, Sequence[int]]]:
@@ -88,25 +83,6 @@ def _pairs(layers: Any, shapes: Any) -> list[tuple[BatchNormalization, Sequence[
     if len(layers) != len(shapes):
         raise ValueError(f"shapes must be as many as the layers, {len(layers)}; received {len(shapes)}: {shapes!r}")
     return list(zip(layers, shapes, strict=True))
-
-
-def _compile_launcher() -> None:
-    """In another process: to compile it, or just to load it, Numba starts its thread pool, and a child that inherits
-    one cannot use it."""
-    if getattr(sys, "frozen", False):  # that executable is this very program, and would do all it does once more
-        compiled(*LAUNCH)
-        return
-    import subprocess
-    from multiprocessing import spawn
-
-    done = subprocess.run(
-        [spawn.get_executable(), "-P", "-c", "from nbbn.kernels.cpu.steps import LAUNCH, compiled; compiled(*LAUNCH)"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"compiling in another process failed: {done.stderr.decode(errors='replace')}")
 
 
 def _why_off() -> str:

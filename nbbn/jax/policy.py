@@ -20,16 +20,15 @@ from llvmlite import binding, ir
 from numba.core import cgutils
 
 from nbbn.jax.frame import INT32, INT64
-from nbbn.kernels.cpu.steps import is_ready, pool
 from nbbn.runtime import parallel_region, start_pool
 
 FAILED = "nbbn: a step of batch normalization could not be run: "
-NO_POOL, ENDS = FAILED + "what its threads need could not be compiled", FAILED + "the process ends"
-_regions: dict[int, AbstractContextManager[bool]] = {}  # of the parallel steps that run now, by thread
+NO_POOL, ENDS = FAILED + "its threads could not be started", FAILED + "the process ends"
+_regions: dict[int, AbstractContextManager[int]] = {}  # of the parallel steps that run now, by thread
 _has_steps = False  # that ask
 _ASKING, _CLOSED = range(2)
 _gate = (ctypes.c_int64 * 2)()  # how many steps may be asking Python now, or about to; whether none may begin to
-_NOTHING, _FAILED, _ALONE = 0, -1, 1  # answers in the place of the launcher's address
+_NOTHING, _FAILED, _ALONE = 0, -1, 1  # answers in the place of the pool
 _GATE = "nbbn_jax_gate"
 _PYTHON = ("PyGILState_Ensure", "PyGILState_Release", "PyOS_InterruptOccurred", "PyErr_SetInterrupt")
 _LOCKED, _UNLOCK, _TAKE_INTERRUPT, _GIVE_INTERRUPT = (f"nbbn_{name}" for name in _PYTHON)
@@ -60,9 +59,8 @@ def _enter(elements: int, answer: int) -> None:
     """Write the pool that a step is given, or one of the answers. An exception cannot go on from here."""
     thread, place = threading.get_ident(), ctypes.c_int64.from_address(answer)
     try:
-        known = elements if is_ready() else None
-        region = parallel_region(known) if _pool_serves_this_thread() else nullcontext(False)
-        found = pool() if region.__enter__() else _ALONE
+        region = parallel_region(elements) if _pool_serves_this_thread() else nullcontext(0)
+        found = region.__enter__() or _ALONE
         # Nothing can come between these two. A region that never gets here is left when it is forgotten.
         _regions[thread] = region
         place.value = found

@@ -5,7 +5,7 @@ from nbbn.runtime.machine import last_level_cache
 from nbbn.runtime.plain import PLAIN, intrinsic, run_by_python
 from nbbn.runtime.progress import LOGGER
 from nbbn.runtime.threadpool import likely_layer, start_pool
-from nbbn.runtime.threads import StateLock, parallel_region, thread_limit, thread_limits
+from nbbn.runtime.threads import StateLock, parallel_region, region, thread_limit, thread_limits
 
 __all__ = [
     "LOGGER",
@@ -20,6 +20,7 @@ __all__ = [
     "last_level_cache",
     "likely_layer",
     "parallel_region",
+    "region",
     "run_by_python",
     "start_pool",
     "thread_limit",

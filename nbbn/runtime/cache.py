@@ -33,7 +33,6 @@ from numba.core.serialize import dumps
 from nbbn.runtime.passes import KernelCompiler
 from nbbn.runtime.plain import PLAIN
 from nbbn.runtime.progress import LOGGER, compiling, in_short
-from nbbn.runtime.threadpool import start_pool
 
 _HASHED = ("nbbn.core.rules", "nbbn.kernels", "nbbn.runtime")
 
@@ -231,18 +230,16 @@ def _unique_symbols() -> Iterator[None]:
 
 
 def compile_kernel(
-    function: Callable[..., Any], name: str, signature: Any, parallel: bool = False, caller: str = "python"
+    function: Callable[..., Any], name: str, signature: Any, caller: str = "python"
 ) -> Callable[..., Any]:
     """`function` compiled for exactly `signature`, or taken from the cache. `name` tells it from every other kernel.
 
     caller: who can call it: "python" or "c" and compiled functions of Numba's, or "numba", these alone. What leads to
     it from elsewhere is not compiled.
     """
-    if parallel:
-        start_pool()  # or Numba does, without a look for TBB
     function.__qualname__ = name  # part of the symbol's name: two cached kernels must never share one
     apart = {"no_cpython_wrapper": caller != "python", "no_cfunc_wrapper": caller != "c"}
-    options = {"nogil": True, "error_model": "numpy", "parallel": parallel, **apart}
+    options = {"nogil": True, "error_model": "numpy", **apart}
     if caller != "numba":  # what such functions call is plain code in many functions, which Numba has to inline
         options["pipeline_class"] = KernelCompiler
     dispatcher = numba.njit(**options)(function)

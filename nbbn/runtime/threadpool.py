@@ -17,6 +17,7 @@ from functools import lru_cache
 from importlib import metadata
 
 import numba
+from llvmlite import binding
 from numba.core.compiler_lock import global_compiler_lock
 from numba.np.ufunc import parallel as numba_pool
 
@@ -24,6 +25,8 @@ from numba.np.ufunc import parallel as numba_pool
 _TBB = {"win32": "tbb12.dll", "darwin": "libtbb.12.dylib"}.get(sys.platform, "libtbb.so.12")
 # Settings of NUMBA_THREADING_LAYER that ask for TBB, and those that OpenMP satisfies as well.
 _ASKS_FOR_TBB, _ADMITS_BOTH = ("tbb", "safe", "forksafe"), ("default", "threadsafe")
+# Places among addresses().
+PARALLEL_FOR, GET, SET, OPENMP, LIMIT = range(5)
 
 _starter = threading.main_thread().ident  # who has started the pool, unless nbbn learns better
 _is_missing = False  # no layer could be loaded, and to try takes 0.2 ms
@@ -83,21 +86,29 @@ def _has_openmp() -> bool:
     return True
 
 
-def openmp_threads() -> int:
-    """How many threads OpenMP would take for this Python thread now, where Numba's layer is omp; else a huge number.
+def addresses(limit: int) -> ctypes.Array[ctypes.c_int64]:
+    """What a kernel needs to have its tasks run by the threads of the pool, which has been started: where Numba's
+    functions are, and how many threads it may have at most.
 
-    Numba tells OpenMP how many it wants, past the limits that threadpoolctl and others set. Costs less than 1 us.
+    Numba tells OpenMP how many it wants, past the limits that threadpoolctl and others set; so kernels ask OpenMP, too,
+    where there is any.
     """
-    return _openmp_limit(numba_pool._threading_layer)()
+    found = (ctypes.c_int64 * 5)()
+    found[LIMIT] = limit
+    for place, name in ((PARALLEL_FOR, "numba_parallel_for"), (GET, "get_num_threads"), (SET, "set_num_threads")):
+        found[place] = binding.address_of_symbol(name)
+    found[OPENMP] = _openmp_limit() or found[GET]
+    return found
 
 
-@lru_cache(maxsize=2)
-def _openmp_limit(layer: str | None) -> Callable[[], int]:
-    if layer == "omp":
-        # The very runtime that the layer is linked with: other libraries bring their own. Windows does not look there.
+def _openmp_limit() -> int | None:
+    """Where omp_get_max_threads() is, of the very runtime that Numba's layer is linked with, if it is omp: other
+    libraries bring their own. Windows does not look there."""
+    if numba_pool._threading_layer == "omp":
         with contextlib.suppress(OSError, AttributeError):
-            return ctypes.PyDLL(sys.modules["numba.np.ufunc.omppool"].__file__).omp_get_max_threads
-    return lambda: 1 << 20
+            library = ctypes.PyDLL(sys.modules["numba.np.ufunc.omppool"].__file__)
+            return ctypes.cast(library.omp_get_max_threads, ctypes.c_void_p).value
+    return None
 
 
 def leave_pool() -> None:

@@ -6,10 +6,11 @@ else goes on alone, with the same bits.
 """
 
 import _thread
+import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from time import perf_counter
@@ -20,11 +21,14 @@ from numba.np.ufunc import parallel as numba_pool
 
 from nbbn.runtime.machine import cpu_quota
 from nbbn.runtime.plain import PLAIN
-from nbbn.runtime.threadpool import leave_pool, openmp_threads, start_pool
+from nbbn.runtime.threadpool import addresses, leave_pool, start_pool
 
 _pool = threading.RLock()
 _is_in_region = _pool._is_owned  # type: ignore[attr-defined]  # what threading.Condition uses, too
 _inherited_pool = False
+_address = 0  # of the pool's addresses(), once it is known that it is of use always
+_addresses: ctypes.Array[ctypes.c_int64] | None = None
+_leave: Callable[[], None] | None = None  # what a thread does that has used the pool
 _lost = 0.0  # seconds that parallel runs took too long
 _serial_until = 0.0  # of perf_counter()
 _SHORTEST, _LONGEST = 0.05, 2.0  # seconds that it is serial for
@@ -59,31 +63,39 @@ def thread_limits() -> dict[str, int]:
     return limits
 
 
-@contextmanager
-def parallel_region(elements: int | None = None) -> Iterator[bool]:
-    """Yields whether the kernel may run in parallel now; if so, the pool is this caller's until the block ends.
+def region(elements: int | None = None) -> Iterator[int]:
+    """Yields once: the pool, where the kernel may have it, as the first argument of a step; else 0. It is this caller's
+    until the block ends.
+
+    The pool is left in every case, as CPython closes a generator with its last reference: `for pool in region():` costs
+    1 us, parallel_region(), the same for `with`, 2; with cold caches both cost ten times as much, and so does every
+    function that is called here.
 
     Args:
-        elements: how many the block goes over, compiling nothing. It then takes part in what _note_run() decides.
+        elements: how many the block goes over, compiling nothing. It then takes part in what _note_late_run() decides.
     """
-    busy = elements is not None and perf_counter() < _serial_until
+    global _serial_for
+    busy = elements is not None and _serial_until > 0 and perf_counter() < _serial_until
     if busy or thread_limit() == 1 or _inherited_pool or _is_in_region():
-        yield False
+        yield 0
         return
     # A KeyboardInterrupt can follow any call, also that of acquire(): so it stands inside, and release() comes first.
     try:
-        if _pool.acquire(blocking=False) and _pool_is_safe():
-            before, start = _limit_thread_count(), perf_counter()
+        if _pool.acquire(False) and (pool := _address or _find_pool()):
+            start = perf_counter()
             try:
-                yield True
+                yield pool
                 if elements is not None:
-                    _note_run(perf_counter() - start, elements)
+                    late = perf_counter() - start - (1e-3 + 4e-9 * elements)  # a slow core needs 2 ns for an element
+                    if late > 0:
+                        _note_late_run(late)
+                    else:
+                        _serial_for = _SHORTEST
             finally:
-                if before is not None:
-                    numba.set_num_threads(before)
-                leave_pool()
+                if _leave is not None:
+                    _leave()
         else:
-            yield False
+            yield 0
     finally:
         try:  # noqa: SIM105  # suppress() would be a call before the release
             _pool.release()
@@ -91,40 +103,36 @@ def parallel_region(elements: int | None = None) -> Iterator[bool]:
             pass
 
 
-def _note_run(seconds: float, elements: int) -> None:
-    """Run serially for a while after a parallel run that other processes have held up.
+parallel_region = contextmanager(region)
+
+
+def _note_late_run(late: float) -> None:
+    """Run serially for a while after a parallel run that other processes have held up, by so many seconds.
 
     A thread that finds no free core lets all others wait, libgomp's 4 to 40 ms, for a share that takes 0.05 ms; on
     virtual machines also after every pause. Once may be chance, so this begins when a tenth of a second has been lost.
     Each parallel run that is late once more makes the time twice as long.
     """
     global _lost, _serial_until, _serial_for
-    late = seconds - (1e-3 + 4e-9 * elements)  # a slow core needs less than 2 ns for an element
-    if late <= 0:
-        _serial_for = _SHORTEST
-        return
     _lost += late
     if _lost > 0.1:
         _serial_until = perf_counter() + _serial_for
         _serial_for = min(2 * _serial_for, _LONGEST)
 
 
-def _limit_thread_count() -> int | None:
-    """Keep this thread's kernels to the limits. Returns the number of threads to restore, None if it is the same."""
-    limit = min(thread_limit(), openmp_threads())
-    if limit >= numba.config.NUMBA_NUM_THREADS:
-        return None  # without asking Numba, which takes 0.7 us
-    before: int = numba.get_num_threads()
-    if before <= limit:
-        return None
-    numba.set_num_threads(limit)
-    return before
-
-
-def _pool_is_safe() -> bool:
+def _find_pool() -> int:
+    """The pool, started if need be; 0 if there is none, or it is of no use now."""
+    global _address, _leave, _addresses
     layer = start_pool()
     # A foreign kernel in another thread would make workqueue abort the process.
-    return layer is not None and (layer != "workqueue" or threading.active_count() == 1)
+    if layer is None or (layer == "workqueue" and threading.active_count() > 1):
+        return 0
+    _addresses = _addresses or addresses(thread_limit())
+    found = ctypes.addressof(_addresses)
+    _leave = leave_pool if layer == "tbb" else None
+    if layer != "workqueue":
+        _address = found
+    return found
 
 
 class StateLock(_thread.RLock):  # type: ignore[misc]  # typeshed calls it final; CPython does not

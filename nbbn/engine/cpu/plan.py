@@ -13,8 +13,8 @@ from nbbn.core import dtypes
 from nbbn.core.layout import Sizes
 from nbbn.engine.base import Copied
 from nbbn.engine.cpu.schedule import Schedule
-from nbbn.kernels.cpu.steps import ARGUMENTS, WRITES, Step, compiled, is_ready, names_of, pool
-from nbbn.runtime import PLAIN, entry_point, parallel_region, thread_limit
+from nbbn.kernels.cpu.steps import ARGUMENTS, WRITES, Step, compiled, names_of
+from nbbn.runtime import PLAIN, entry_point, region, thread_limit
 
 Array = np.ndarray
 _FLOAT64, _INT64 = np.dtype(np.float64), np.dtype(np.int64)
@@ -114,9 +114,9 @@ class Plan:
 
     def _shared(self, *arguments: Any) -> None:
         """Run the step with the threads of the pool, if that is free."""
-        run = self._entry()
-        with parallel_region(self.elements if is_ready() else None) as granted:
-            run(pool() if granted else 0, *arguments)
+        run = self._compiled or self._entry()
+        for pool in region(self.elements):
+            run(pool, *arguments)
 
     def _view(self, name: str, array: Array) -> Array:
         """The array in the shape and carrier dtype of the kernels."""

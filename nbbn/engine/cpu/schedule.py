@@ -16,7 +16,7 @@ from nbbn.kernels.cpu.tasks import Grid, chunks_and_tiles, quotient
 from nbbn.runtime import last_level_cache, likely_layer, thread_limit
 
 # By threading layer: a region costs 5 to 14 us of a call, workqueue's sleeping threads 150 to 200.
-PARALLEL = {"omp": 3 << 16, "tbb": 3 << 16, "workqueue": 1 << 22}
+PARALLEL = {"omp": 1 << 17, "tbb": 3 << 16, "workqueue": 1 << 22}
 # What an element costs, in that of an output: 0.1 to 0.15, 0.25 to 0.35 and 0.35 to 0.45 ns.
 WORK = {"infer": 1, "apply": 1, "reduce": 2, "reduce_sequences": 2, "apply_gradient": 2, "train": 3}
 WORK_OF_GRADIENT = 4
@@ -171,9 +171,9 @@ def grid_of(infers, view, slices, groups, itemsize, arrays, contiguous, foldable
     free = groups == 1 or k0 % groups == 0 or (k1 // groups) % k1_step != 0
     if free and span * repeats == 1 and (k1_step < k1 or tasks < threads):
         k1_step = _columns_of_a_task(k1, k1_step, tasks, threads)
-    k0_step = _statistics_of_a_task((r0, group, r1, k1), k1_step, t, threads)
+    shares = _shares_of_statistics((r0, group, r1, k1), k1_step, t, threads)
     if infers and not in_rows:
-        r0_step, k0_step = _in_order(r0, group, r1_step, t)
+        r0_step, shares = _in_order(r0, group, r1_step, t)
     whole_rows = in_rows and span == 1 and k1_step == k1
     written = _rows_as_one(t.written_columns, k1, r0_step, r1_step, t) if foldable and whole_rows else 1
     run = (written * k1_step if in_rows else r1) * itemsize
@@ -183,8 +183,8 @@ def grid_of(infers, view, slices, groups, itemsize, arrays, contiguous, foldable
     if repeats * written > 1:
         span = inner = max(1, k1)
     period = max(1, k1 // max(1, span) * inner)
-    steps = (r0_step, k0_step, r1_step, k1_step)
-    counts = (group, *apart, r0, repeats, written, span, inner, period, streamed)
+    steps = (r0_step, r1_step, k1_step)
+    counts = (group, shares, *apart, r0, repeats, written, span, inner, period, streamed)
     sizes = (r0 * slices, k0 // slices, r1, k1)
     chunks, tiles = chunks_and_tiles((r0, k0, r1, k1), Grid(*steps, *counts, 0, 0, 0, *sizes))
     return in_rows, Grid(*steps, *counts, chunks, tiles, tiles // groups, *sizes)
@@ -237,14 +237,13 @@ def _cut(extent, infers, in_rows, span, repeats, t):
 
 
 @register_jitable
-def _statistics_of_a_task(extent, k1_step, t, threads):
-    """How many k0 of one group: tiles that are alike, as many for each thread."""
+def _shares_of_statistics(extent, k1_step, t, threads):
+    """How many tasks share the k0 of one group: as many for each thread."""
     r0, group, r1, k1 = extent
     if k1_step < k1:
-        return 1
+        return group
     most = max(1, t.tile_elements // max(1, r0 * r1 * k1))
-    tiles = quotient(quotient(group, most), threads) * threads
-    return max(1, quotient(group, max(1, tiles)))
+    return max(1, min(group, quotient(quotient(group, most), threads) * threads))
 
 
 @register_jitable
@@ -258,8 +257,8 @@ def _columns_of_a_task(k1, k1_step, tasks, threads):
 
 @register_jitable
 def _in_order(r0, group, r1_step, t):
-    """The steps of r0 and k0 for tasks that are one piece of memory each."""
+    """The step of r0, and how many share the k0 of a group, for tasks that are one piece of memory each."""
     planes = max(1, t.write_elements // max(1, r1_step))
     if planes >= group:
-        return max(1, min(r0, planes // group)), group
-    return 1, planes
+        return max(1, min(r0, planes // group)), 1
+    return 1, quotient(group, planes)

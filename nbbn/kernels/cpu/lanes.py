@@ -48,7 +48,7 @@ def per_task(function: Callable[..., None]) -> Any:
     """A traced function of a task's number and more, for all tasks of a step.
 
     Kernels call it with `pool` and `tasks` in the place of that number: so many are run one after the other, or where
-    `pool` is not 0, by the threads that it stands for (pool.py).
+    `pool` is not 0, by the threads that it stands for (llvm/sharing.py).
     """
 
     def in_python(pool: Any, tasks: Any, *given: Any) -> None:

@@ -1,9 +1,9 @@
 """Whole steps, each one compiled call: reduce, channel, apply; and the five stages by themselves.
 
-A step's first argument is the pool whose threads share its tasks, see pool(), or 0. The chunks and the order in which
-their sums are added depend on the shape alone. So the bits are the same for any number of threads, and so they are for
-two passes over the whole array and for one, in which each tile of statistics is reduced and applied while a core's
-cache still has it.
+A step's first argument is the pool whose threads share its tasks, as region() yields it, or 0. The chunks and the
+order in which their sums are added depend on the shape alone. So the bits are the same for any number of threads, and
+so they are for two passes over the whole array and for one, in which each tile of statistics is reduced and applied
+while a core's cache still has it.
 """
 
 import inspect
@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import Any
 
 import numba
-import numpy as np
 from numba import types
 
 from nbbn.core import rules
@@ -33,7 +32,6 @@ from nbbn.kernels.cpu.lanes import (
     when,
     wide,
 )
-from nbbn.kernels.cpu.pool import launch
 from nbbn.kernels.cpu.tasks import Grid, bounds_of, chunk_and_tile, statistics
 from nbbn.kernels.cpu.views import Borrowed, Data, Numbers, as_view, empty
 from nbbn.runtime import PLAIN, code_hash, compile_kernel, run_by_python
@@ -61,7 +59,7 @@ ARGUMENTS = {
     "parts": "d3",
     "hyper": "d1",
     "ends": "i1",
-    **dict.fromkeys(("pool", "function", "frame", "tasks"), "int"),
+    "pool": "int",
     **dict.fromkeys(("relu", "renorm", "debias", "skip", "adjusted"), "flag"),
     "grid": "grid",
 }
@@ -413,9 +411,7 @@ def merge(parts, moments):
 
 
 # What there is once for both schedules.
-COMMON: dict[str, Step] = {"finish": finish, "freeze": freeze, "merge": merge, "launch": launch}
-# What compiled() is to be asked for where threads share the tasks of a step; no dtype is among its arguments.
-LAUNCH: tuple[Any, ...] = ("launch", "planes", False, *[np.dtype(np.float64)] * 3, True, frozenset())
+COMMON: dict[str, Step] = {"finish": finish, "freeze": freeze, "merge": merge}
 
 
 @lru_cache(maxsize=16)
@@ -445,8 +441,6 @@ def compiled(
     if PLAIN:
         return run_by_python(function)
     kinds = signature(step, schedule, dtype, statistic, state, contiguous, absent)
-    if step == "launch":
-        return compile_kernel(function, name, kinds, parallel=True, caller="c")
     return compile_kernel(function, name, kinds)
 
 
@@ -475,23 +469,3 @@ def signature(
         return Borrowed(scalar[kind[0]], rank if view else int(kind[1]), layout, readonly=name not in WRITES[step])
 
     return types.void(*[argument(name) for name in names_of(step)])
-
-
-_launcher: list[Any] = []  # its address, and the kernel, which must stay
-
-
-def is_ready() -> bool:
-    """Whether pool() compiles nothing."""
-    return bool(_launcher)
-
-
-def pool() -> int:
-    """The first argument of a step whose tasks the threads of Numba's pool are to share: the launcher's address, as C
-    calls it. Numba starts its pool, if it must, to compile the launcher or just to load it."""
-    if not _launcher:
-        kernel: Any = compiled(*LAUNCH)
-        (overload,) = kernel.overloads.values()
-        address = overload.library.get_pointer_to_function(overload.fndesc.llvm_cfunc_wrapper_name)
-        _launcher.extend((address, kernel))
-    found: int = _launcher[0]
-    return found

@@ -11,8 +11,9 @@ from numba.extending import register_jitable
 
 from nbbn.kernels.cpu.lanes import minimum
 
-# What a step is told about its loops, all int64. r0_step, k0_step, r1_step, k1_step: how many elements of R0, K0, R1
-# and K1 one task covers at most. group: so many k0 belong to one virtual batch, or to all; a task has those of one.
+# What a step is told about its loops, all int64. r0_step, r1_step, k1_step: how many elements of R0, R1 and K1 one task
+# covers at most. group: so many k0 belong to one virtual batch, or to all. shares: the tasks that these are cut into;
+# none has two more than another, so that no thread waits for the one with the largest.
 # r0_apart, k0_apart: how far apart groups begin in R0, where they are its slices, or in K0. depth: the R0 of a group.
 # repeats, written: so many rows are taken as one, where sums are made and where results are written. span, inner,
 # period: column j of K1 belongs to statistic j // span * inner + j % inner of the `period` that its k0 has. streamed:
@@ -20,7 +21,7 @@ from nbbn.kernels.cpu.lanes import minimum
 # have the same channels. r0, k0, r1, k1: the sizes of the arrays.
 Grid = namedtuple(
     "Grid",
-    "r0_step k0_step r1_step k1_step group r0_apart k0_apart depth repeats written span inner period streamed "
+    "r0_step r1_step k1_step group shares r0_apart k0_apart depth repeats written span inner period streamed "
     "chunks tiles families r0 k0 r1 k1",
 )
 # What one task covers. ahead: by how many k0 its statistics are farther than its elements.
@@ -38,7 +39,7 @@ def chunks_and_tiles(extent: Any, grid: Any) -> tuple[Any, Any]:
     """Chunks cut R0 x R1: partial sums of one statistic. Tiles cut K0 x K1: statistics. extent: R0 of one slice, K0 of
     all of them, R1, K1."""
     r0, k0, r1, k1 = extent
-    tiles = k0 // grid.group * quotient(grid.group, grid.k0_step) * quotient(k1, grid.k1_step)
+    tiles = k0 // grid.group * grid.shares * quotient(k1, grid.k1_step)
     return quotient(r0, grid.r0_step) * quotient(r1, grid.r1_step), tiles
 
 
@@ -56,10 +57,11 @@ def bounds_of(chunk: Any, tile: Any, extent: Any, grid: Any) -> Bounds:
     """The Bounds of one task."""
     _, _, r1s, k1s = extent
     columns, k1_tiles = quotient(r1s, grid.r1_step), quotient(k1s, grid.k1_step)
-    parts, k0_tile = quotient(grid.group, grid.k0_step), tile // k1_tiles
-    group, k0 = k0_tile // parts, k0_tile % parts * grid.k0_step
+    k0_tile = tile // k1_tiles
+    group, share = k0_tile // grid.shares, k0_tile % grid.shares
+    k0, k0_end = share * grid.group // grid.shares, (share + 1) * grid.group // grid.shares
     r0, r1, k1 = chunk // columns * grid.r0_step, chunk % columns * grid.r1_step, tile % k1_tiles * grid.k1_step
-    r0_end, k0_end = minimum(grid.depth, r0 + grid.r0_step), minimum(grid.group, k0 + grid.k0_step)
+    r0_end = minimum(grid.depth, r0 + grid.r0_step)
     r1_end, k1_end = minimum(r1s, r1 + grid.r1_step), minimum(k1s, k1 + grid.k1_step)
     first_r0, first_k0 = group * grid.r0_apart, group * grid.k0_apart
     r0, r0_end, k0, k0_end = first_r0 + r0, first_r0 + r0_end, first_k0 + k0, first_k0 + k0_end

@@ -6,6 +6,7 @@ from numba.core import cgutils
 
 from nbbn.kernels.cpu.llvm.control import counted
 from nbbn.kernels.cpu.llvm.memory import Memory, reserve
+from nbbn.kernels.cpu.llvm.sharing import emit_sharing
 from nbbn.kernels.cpu.llvm.values import I64, Value, here, tracing
 
 
@@ -22,8 +23,7 @@ def emit_tasks(context, builder, function, kinds, values):
     """Code that runs function(task, *given) for all tasks. values: pool, how many tasks there are, and what is given,
     of these kinds; see lanes.per_task().
 
-    The function becomes one of LLVM's, of a task's number and of the place where the rest lies: whoever launches it
-    (pool.py) need not know what that is, so that there is one launcher, which is compiled once.
+    The function becomes one of LLVM's, of a task's number and of the place where the rest lies.
     """
     pool, tasks, *values = values
     with tracing(context, builder):
@@ -37,8 +37,7 @@ def emit_tasks(context, builder, function, kinds, values):
         with alone, tracing(context, builder), counted(I64(0), tasks, I64(1)) as task:
             builder.call(run, [task.value, frame])
         with together:
-            launch = builder.inttoptr(pool, ir.FunctionType(ir.VoidType(), [I64] * 3).as_pointer())
-            builder.call(launch, [builder.ptrtoint(run, I64), builder.ptrtoint(frame, I64), tasks])
+            emit_sharing(context, builder, pool, run, frame, tasks)
 
 
 def _task(context, module, function, given, frame):
