@@ -349,11 +349,14 @@ def test_columns_are_shared_where_rows_are_few(view, groups, step):
 
 
 @pytest.mark.parametrize("layer", schedule.PARALLEL)
-def test_the_threading_layer_decides_what_is_small(monkeypatch, layer):
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_the_threading_layer_decides_what_is_small(monkeypatch, layer, itemsize):
+    """Of float64, half as many elements are as much work."""
     monkeypatch.setattr(schedule, "likely_layer", lambda: layer)
     least, thresholds = schedule.PARALLEL[layer], USUAL._replace(parallel_elements=None)
+    least //= 2 if itemsize == 8 else 1
     for elements, parallel in ((least - 1, False), (least, True)):
-        assert choose((1, elements, 1, 1), "infer", thresholds=thresholds).parallel == parallel
+        assert choose((1, elements, 1, 1), "infer", itemsize=itemsize, thresholds=thresholds).parallel == parallel
 
 
 def test_one_thread_is_serial():

@@ -156,7 +156,7 @@ def test_nan_stays_in_its_channel():
 
 
 def test_a_handler_that_fails_is_an_error_of_the_program(monkeypatch):
-    """Not the end of the process: here no kernel can be had when the program runs."""
+    """Not the end of the process: here no pool can be had when the program runs."""
     x = np.ones((64, 64, 64), np.float32)
     state = initial_state(64)
     if nbbn.explain(nbbn.BatchNormalization(), x, training=True).schedule.parallel is False:
@@ -168,7 +168,7 @@ def test_a_handler_that_fails_is_an_error_of_the_program(monkeypatch):
         raise MemoryError("there is none")
 
     with monkeypatch.context() as patch:
-        patch.setattr(policy, "pool", fail)
+        patch.setattr(policy, "parallel_region", lambda elements: fail())
         # JAX raises the one where it waits for a program, the other where it runs it at once.
         with pytest.raises(
             (jax.errors.JaxRuntimeError, ValueError), match="a step of batch normalization could not be run"

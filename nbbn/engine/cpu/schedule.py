@@ -133,13 +133,14 @@ def choose(
     if parallel is False or threads == 1:
         return with_workers(1)
     found = with_workers(threads)
-    if parallel or _is_worth_it(step, math.prod(view), found, t):
+    if parallel or _is_worth_it(step, math.prod(view) * max(1, itemsize // 4), found, t):
         return found
     return with_workers(1)
 
 
 def _is_worth_it(step: str, size: int, found: Schedule, t: Thresholds) -> bool:
-    """Whether there is work for more than one thread, and more than its regions cost."""
+    """Whether there is work for more than one thread, and more than its regions cost. size: in elements of float32;
+    those of 16 bits, which have to be converted, take as long, and those of float64 twice as long."""
     least = PARALLEL[likely_layer()] if t.parallel_elements is None else t.parallel_elements
     regions = 1 if found.one_pass or step not in ("train", "backward", "frozen_backward") else 2
     return found.grid.chunks * found.grid.tiles > 1 and size * WORK.get(step, WORK_OF_GRADIENT) >= least * regions
