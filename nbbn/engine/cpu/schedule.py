@@ -170,8 +170,8 @@ def grid_of(infers, view, slices, groups, itemsize, arrays, contiguous, foldable
     tasks = k0 * quotient(r0, r0_step) * quotient(r1, r1_step)
     # Where a row has several groups, tiles end where these do, or they are no sets of the same channels.
     free = groups == 1 or k0 % groups == 0 or (k1 // groups) % k1_step != 0
-    if free and span * repeats == 1 and (k1_step < k1 or tasks < threads):
-        k1_step = _columns_of_a_task(k1, k1_step, tasks, threads)
+    if free and repeats == 1 and (k1_step < k1 or tasks < threads):
+        k1_step = _columns_of_a_task(k1, k1_step, span, tasks, threads)
     shares = _shares_of_statistics((r0, group, r1, k1), k1_step, t, threads)
     if infers and not in_rows:
         r0_step, shares = _in_order(r0, group, r1_step, t)
@@ -203,7 +203,7 @@ def _rows_or_planes(view, slices, foldable, by_rows, short_plane, t):
             return True, 1, (1, slices, r0, k0 * r1), r1, 1, 1
         if by_rows is None or not by_rows:
             return False, slices, (r0, slices * k0, r1, 1), 1, 1, 1
-    elif foldable and k0 > 1 and r0 > 1 and r1 > 1 and r1 * k1 <= min(t.repeated_columns, t.short_block * r0):
+    elif foldable and k0 > 1 and r1 > 1 and r1 * k1 <= min(t.repeated_columns, t.short_block * r0):
         return True, 1, (1, slices, r0, k0 * r1 * k1), r1 * k1, k1, 1
     repeats = _rows_as_one(t.repeated_columns, k1, r0, r1, t) if foldable else 1
     return True, slices, (r0, slices * k0, r1, k1), 1, 1, repeats
@@ -248,12 +248,14 @@ def _shares_of_statistics(extent, k1_step, t, threads):
 
 
 @register_jitable
-def _columns_of_a_task(k1, k1_step, tasks, threads):
+def _columns_of_a_task(k1, k1_step, span, tasks, threads):
     """How much of a row that is cut: tiles that are alike, and two for each thread where there are no other tasks.
     Threads write to both sides of their borders; whole lines, and some of them, where rows begin with one."""
     share = quotient(2 * threads, max(1, tasks))  # a thread that wakes late finds less left to do
     tiles = quotient(quotient(k1, k1_step), share) * share
-    return max(1, min(k1_step, quotient(quotient(k1, max(1, tiles)), NARROWEST) * NARROWEST))
+    unit = span if span > 1 else LANES
+    least = quotient(NARROWEST, unit) * unit
+    return max(1, min(k1_step, max(least, quotient(quotient(k1, max(1, tiles)), unit) * unit)))
 
 
 @register_jitable
