@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 
 import numba
@@ -86,6 +86,7 @@ def _has_openmp() -> bool:
     return True
 
 
+@cache  # kernels are given the place of what it returns
 def addresses(limit: int) -> ctypes.Array[ctypes.c_int64]:
     """What a kernel needs to have its tasks run by the threads of the pool, which has been started: where Numba's
     functions are, and how many threads it may have at most.
@@ -112,12 +113,12 @@ def _openmp_limit() -> int | None:
 
 
 def leave_pool() -> None:
-    """To be called by a thread after its parallel kernel: it gives up what TBB keeps for it.
+    """To be called by a thread after its parallel kernel, where the layer is tbb: it gives up what TBB keeps for it.
 
     Before a fork Numba stops TBB, which fails as long as any thread but the pool's starter has TBB's data; it would
     say so on stdout, and the child might hang.
     """
-    if numba_pool._threading_layer == "tbb" and threading.get_ident() != _starter:
+    if threading.get_ident() != _starter:
         _detach_from_tbb()()
 
 

@@ -27,7 +27,6 @@ _pool = threading.RLock()
 _is_in_region = _pool._is_owned  # type: ignore[attr-defined]  # what threading.Condition uses, too
 _inherited_pool = False
 _address = 0  # of the pool's addresses(), once it is known that it is of use always
-_addresses: ctypes.Array[ctypes.c_int64] | None = None
 _leave: Callable[[], None] | None = None  # what a thread does that has used the pool
 _lost = 0.0  # seconds that parallel runs took too long
 _serial_until = 0.0  # of perf_counter()
@@ -68,11 +67,12 @@ def region(elements: int | None = None) -> Iterator[int]:
     until the block ends.
 
     The pool is left in every case, as CPython closes a generator with its last reference: `for pool in region():` costs
-    1 us, parallel_region(), the same for `with`, 2; with cold caches both cost ten times as much, and so does every
-    function that is called here.
+    1 us, parallel_region(), the same for `with`, 2. With cold caches both cost ten times as much, as every function of
+    Python's does; so few are called here.
 
     Args:
-        elements: how many the block goes over, compiling nothing. It then takes part in what _note_late_run() decides.
+        elements: how many the kernels in the block go over: it takes part in what _note_late_run() decides. None for a
+            block that does something else.
     """
     global _serial_for
     busy = elements is not None and _serial_until > 0 and perf_counter() < _serial_until
@@ -122,13 +122,12 @@ def _note_late_run(late: float) -> None:
 
 def _find_pool() -> int:
     """The pool, started if need be; 0 if there is none, or it is of no use now."""
-    global _address, _leave, _addresses
+    global _address, _leave
     layer = start_pool()
     # A foreign kernel in another thread would make workqueue abort the process.
     if layer is None or (layer == "workqueue" and threading.active_count() > 1):
         return 0
-    _addresses = _addresses or addresses(thread_limit())
-    found = ctypes.addressof(_addresses)
+    found = ctypes.addressof(addresses(thread_limit()))
     _leave = leave_pool if layer == "tbb" else None
     if layer != "workqueue":
         _address = found
