@@ -7,7 +7,7 @@ from numba.core import cgutils
 
 from nbbn.kernels.cpu.lanes import per_task
 from nbbn.kernels.cpu.llvm.values import DOUBLE, I32, here
-from nbbn.runtime import parallel_region
+from nbbn.runtime import parallel_region, start_pool
 
 RUN = 1000  # more than there are threads
 
@@ -30,6 +30,8 @@ def _note_all(pool, tasks, found):
 
 def threads_of(tasks):
     """By task, the number of the thread that has run it. Every task is run once."""
+    start_pool()
+    numba.get_num_threads()  # raises an error where there is no threading layer
     found = np.zeros(tasks)
     with parallel_region() as pool:
         assert pool, "it is free"
