@@ -5,8 +5,8 @@ from functools import lru_cache
 from pathlib import Path
 
 _USUAL = {2: 1 << 20, 3: 32 << 20}
-# Of the last level, for each core: no processor so far has more. A virtual machine with two cores is told of all 480 MB
-# that its host's hundred share; past the caches, what it writes is faster from 64 to 128 MB on.
+# Of the last level, for each core: what says more is the cache of a host of which this machine has a part. With two
+# cores of a host with 480 MB, results past the caches are faster from about 100 MB on.
 _MOST_PER_CORE = 48 << 20
 
 

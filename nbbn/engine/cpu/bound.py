@@ -70,10 +70,10 @@ class BoundStep:
         if not self._has_geometry(out):
             return False
         given = out.flags
-        # `carray` says at once that memory is contiguous, aligned and writable
-        if not given.carray or _overlap(out, given.owndata, x, flags.owndata):
-            return False
         owned = given.owndata
+        # `carray` says at once that memory is contiguous, aligned and writable
+        if not given.carray or _overlap(out, owned, x, flags.owndata):
+            return False
         if dy is not None and _overlap(out, owned, dy, dy.flags.owndata):
             return False
         return residual is None or not _overlap(out, owned, residual, residual.flags.owndata)
