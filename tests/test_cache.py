@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numba import types
+from numba.core.registry import cpu_target
 
 from nbbn.runtime import cache
 from tests.helpers.imports import MODULES, is_in, reachable
@@ -72,6 +73,15 @@ def test_second_time_comes_from_the_cache(folder):
     assert compile_add(1) == (ADDED, False)
     assert compile_add(1) == (ADDED, True)
     assert len(files(folder)) == 1
+
+
+def test_what_is_on_disk_keeps_only_its_machine_code(folder):
+    """A kernel's code for LLVM is 2 MB, of which a process that compiled many had gigabytes."""
+    modules = cpu_target.target_context.codegen()._engine._ee._modules
+    before = len(modules)
+    for cached in (False, True):
+        assert compile_add(2) == ([2.0, 2.0, 2.0], cached)
+        assert len(modules) == before
 
 
 def test_name_and_signature_tell_kernels_apart(folder):

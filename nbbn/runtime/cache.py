@@ -152,7 +152,7 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
             with contextlib.suppress(OSError):  # the folder may be read-only
                 os.utime(path)  # _prune() deletes what nobody has used
             found = CompileResult._rebuild(target_context, *pickle.loads(content[64:]))
-            _forget_module(found)
+            _forget_modules(found)
             return found
         except Exception:  # a damaged file, or one that this Numba cannot read, only costs a compilation
             return None
@@ -163,7 +163,7 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
             return
         path, key = entry
         payload = dumps(data._reduce())
-        _forget_module(data)
+        _forget_modules(data)
         # A full or vanished disk costs a compilation next time. Readers see the old file or the new one, never a part.
         new_file = tempfile.NamedTemporaryFile
         with contextlib.suppress(OSError), new_file(dir=path.parent, suffix=".kernel", delete=False) as file:
@@ -191,9 +191,14 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
     def flush(self) -> None: ...
 
 
-def _forget_module(kernel: CompileResult) -> None:
-    """Free what Numba keeps for linking a kernel into others, which nobody does: 1 MB, more than its machine code."""
-    kernel.library._shared_module = None
+def _forget_modules(kernel: CompileResult) -> None:
+    """Free what Numba keeps for linking a kernel into others, and for looking at its code, which nobody does: 2 MB, more
+    than its machine code."""
+    library = kernel.library
+    library._shared_module = None
+    with contextlib.suppress(AttributeError):  # the engine under Numba's may have another name one day
+        library.codegen._engine._ee.remove_module(library._final_module)  # the machine code stays
+        del library._final_module
 
 
 def _seal(key: str, payload: bytes) -> bytes:
