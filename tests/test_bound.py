@@ -17,7 +17,7 @@ from nbbn.core import dtypes
 from nbbn.runtime import PLAIN
 from tests.helpers.concurrency import in_threads
 from tests.helpers.engines import CountingEngine, forgetful, watch
-from tests.oracle.strategies import odd
+from tests.oracle.strategies import arrange, odd
 
 RNG = np.random.default_rng(5)
 X = RNG.standard_normal((12, 6)).astype(np.float32)
@@ -32,7 +32,7 @@ def twin_of(layer):
 def assert_same_bits(one, two):
     for y, z in zip(one, two, strict=True):
         assert (y.dtype, y.shape) == (z.dtype, z.shape)
-        np.testing.assert_array_equal(y.view(np.uint8), z.view(np.uint8))
+        assert y.tobytes() == z.tobytes()
 
 
 CASES = {
@@ -169,9 +169,18 @@ MASKS = {
     "whole numbers": lambda n: np.arange(n) % 3,
     "weights": lambda n: np.linspace(0, 1, n),
     "columns": lambda n: np.ones((n, 6)) / 4,
+    "elements": lambda n: np.arange(n * 6).reshape(n, 6) % 5 > 1,
     "in a column": lambda n: np.arange(n)[:, None] > 4,
     "of channels": lambda n: np.arange(6)[None] > 1,
 }
+
+
+def of_weights(mask, columns, residual=X2 * 0):
+    """What a masked call gives for some columns of X."""
+    x, weights = X[:, columns], np.float64(np.broadcast_to(mask.reshape(len(mask), -1), X.shape)[:, columns])
+    mean = np.average(x, 0, weights)
+    stddev = np.sqrt(np.average((x - mean) ** 2, 0, weights) + 1e-3)
+    return np.maximum((x - mean) / stddev + residual[:, columns], 0)
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -183,16 +192,29 @@ def test_masks_of_the_shape_of_an_earlier_one(kind, residual):
     for _ in range(2):
         layer.vjp(X, training=True, mask=mask, **operands)[1](X2)
     twin = forgetful(twin_of(layer))
-    for changed in (mask, mask[::-1], mask.astype(np.float16)):
+    for changed in (mask, mask[::-1], mask.astype(np.float16), np.asfortranarray(mask)):
         general.clear()
         found, expected = (one.vjp(X, training=True, mask=changed, **operands) for one in (layer, twin))
         np.testing.assert_array_equal(found[0], expected[0])
+        columns = np.broadcast_to(changed.reshape(len(changed), -1), X.shape).any(0)  # the others' statistics are empty
+        exact = of_weights(changed, columns, **operands)
+        np.testing.assert_allclose(found[0][:, columns], exact, rtol=1e-5, atol=1e-5)
         for a, b in zip(found[1](X2), expected[1](X2), strict=True):
             np.testing.assert_array_equal(a, b)
         assert general == []
         assert_same_bits(layer.get_weights(), twin.get_weights())
     layer(X, training=True, mask=np.ones((1, 1), bool))
     assert general == ["train"], "a mask of another shape"
+
+
+@pytest.mark.parametrize(("axis", "shape"), [(-1, (8, 6)), (1, (8, 1, 4))], ids=["steps", "broadcast"])
+def test_a_mask_in_another_order_than_an_earlier_one(axis, shape):
+    x, mask = RNG.standard_normal((8, 6, 4)).astype(np.float32), RNG.random(shape) < 0.5
+    layer = BatchNormalization(axis=axis)
+    general = watch(layer)
+    earlier = layer(x, training=True, mask=mask)
+    np.testing.assert_array_equal(layer(x, training=True, mask=np.asfortranarray(mask)), earlier)
+    assert general == ["train"]
 
 
 @pytest.mark.parametrize("wrong", [np.full(12, -1.0), np.full(12, np.nan), np.full(12, 1j)], ids=["-1", "nan", "1j"])
@@ -515,6 +537,36 @@ def test_a_copy_built_otherwise_is_not_taken_for_the_original():
     twin(X[:, :5].copy())
     with pytest.raises(ValueError, match="built for"):
         twin(X)
+
+
+@pytest.mark.skipif(PLAIN, reason="plain Python needs arrays, which the general way makes")
+@pytest.mark.parametrize("form", ["Fortran", "channels last in memory"])
+@pytest.mark.parametrize("options", [{"axis": 1}, {"axis": 2}, {"axis": -1, "activation": "relu"}], ids=str)
+@pytest.mark.parametrize("size", [5, 70])
+def test_transposed_arrays(form, options, size):
+    """Whatever the order of dimensions is, arrays that all have it take the short way, with the bits of the general."""
+    xs = [arrange(RNG.standard_normal((4, 6, size, 90)).astype(np.float32), form) for _ in range(3)]
+    layer = BatchNormalization(**options)
+    general = watch(layer)
+    layer(xs[0], training=True), layer(xs[0])
+    twin, infer = twin_of(layer), {"training": False}
+    twins = watch(twin)
+    out, general[:] = np.empty_like(xs[0]), []
+    calls = [
+        {"training": True},
+        infer,
+        {"residual": xs[2], **infer},
+        {"residual": xs[2], **infer},
+        {"out": out, **infer},
+    ]
+    found, expected = ([one(xs[1], **call) for call in calls] for one in (layer, twin))
+    assert (general, twins) == (["infer"], ["train", *["infer"] * 4])
+    assert found[4] is out
+    assert_same_bits(found, expected)
+    assert {y.strides for y in found} == {xs[0].strides}
+    check_gradients(layer, twin, xs, {}, general, twins)
+    mask = arrange(RNG.random(xs[0].shape) < 0.5, form)
+    assert_same_bits(*([one(x, training=True, mask=mask) for x in xs] for one in (layer, twin)))
 
 
 @pytest.mark.parametrize("order", ["C", "F"])

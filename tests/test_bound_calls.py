@@ -15,7 +15,19 @@ from nbbn import BatchNormalization
 from nbbn.compat import v1
 from nbbn.core import dtypes
 from tests.helpers.engines import ImaginedEngine, forgetful, watch
-from tests.oracle.strategies import FORMS, ODD_FORMS, OUTS, Call, Case, calls, cases, layer_options, odd
+from tests.oracle.strategies import (
+    FORMS,
+    MASK_FORMS,
+    ODD_FORMS,
+    OUTS,
+    Call,
+    Case,
+    arrange,
+    calls,
+    cases,
+    layer_options,
+    odd,
+)
 
 
 class KeepsMore(BatchNormalization):
@@ -77,7 +89,9 @@ class Subject:
         x, dy, mask = case.batch(0)
         z = replace(case, residual_form="C").residual(0)
         x, dy, z = map(with_room, (x, dy, z))
-        given = {"x": odd(x, call.form), "mask": mask if call.masked else None}
+        given = {"x": odd(x, call.form), "mask": None}
+        if mask is not None and call.mask is not None:
+            given["mask"] = mask if call.mask == "C" else arrange(np.asarray(mask), call.mask)
         given["residual"] = given["x"] if call.residual == "the input" else call.residual and odd(z, call.residual)
         given["out"] = out_for(call.out, x, given["x"], given["residual"])
         given["dy"] = given["x"] if call.dy == "the input" else call.dy and odd(dy, call.dy)
@@ -127,7 +141,7 @@ def out_for(form, like, first, second):
 
 
 PLAIN = Case((4, 3), np.float32, {"axis": -1, "fused": None}, None, ("weights", "plain"), "C", "C", 0)
-CALL = Call(True, False, True, "C", None, None, 1, "C", None)
+CALL = Call(True, None, True, "C", None, None, 1, "C", None)
 PROFILE = settings(
     deadline=None,
     derandomize=True,
@@ -154,6 +168,7 @@ def test_every_option_and_every_operand():
             for step in ("train", "infer", "backward"):
                 assert short[step, residual, out] >= 10, f"{step}, residual: {residual}, out: {out}; {short}"
     assert min(short["masked", step] for step in ("train", "backward")) >= 10, short
+    assert min(short["transposed", step] for step in ("train", "infer", "backward")) >= 5, short
 
 
 PLAIN_CALLS = {
@@ -161,7 +176,9 @@ PLAIN_CALLS = {
     "training": replace(CALL, gradients=None),
     "gradients": CALL,
     "residual": replace(CALL, residual="C"),
-    "mask": replace(CALL, masked=True),
+    "mask": replace(CALL, mask="C"),
+    "transposed": replace(CALL, form="Fortran", dy="Fortran"),
+    "transposed residual": replace(CALL, form="Fortran", dy="Fortran", residual="Fortran"),
 }
 
 
@@ -176,7 +193,8 @@ def changed(call):
         yield replace(call, gradient_out=out)
     for training in (None, True, False, 1, np.False_, "yes"):
         yield replace(call, training=training)
-    yield replace(call, masked=not call.masked)
+    for form in (None, *MASK_FORMS):
+        yield replace(call, mask=form)
     yield replace(call, update=False)
     yield replace(call, gradients=3)
     yield replace(call, residual="the input")
@@ -198,8 +216,8 @@ def test_the_calls_that_are_made_most_and_each_way_to_differ(kind, name, activat
         check_calls(kind, PLAIN, options, None, [PLAIN_CALLS[name], other], short)
     for out in (False, True):
         batch = "infer" if name == "inference" else "train"
-        assert short[batch, name == "residual", out]
-        assert name in ("inference", "training") or short["backward", name == "residual", out]
+        assert short[batch, "residual" in name, out]
+        assert name in ("inference", "training") or short["backward", "residual" in name, out]
 
 
 def check_calls(kind, case, options, parallel, several, short):
@@ -217,10 +235,15 @@ def check_calls(kind, case, options, parallel, several, short):
 
 def note(short, call, batch, general):
     """Count the steps that took the short way."""
-    residual, masked = call.residual is not None, call.masked and batch == "train"
+    residual, masked = call.residual is not None, call.mask is not None and batch == "train"
+    transposed = call.form in ("Fortran", "channels last in memory", "channels first in memory")
+
+    def count(step, out):
+        short[step, residual, out is not None] += 1
+        short["masked", step] += masked
+        short["transposed", step] += transposed
+
     if not general or general[0].endswith("backward"):
-        short[batch, residual, call.out is not None] += 1
-        short["masked", batch] += masked
+        count(batch, call.out)
     if call.gradients and not any(s.endswith("backward") for s in general):
-        short["backward", residual, call.gradient_out is not None] += 1
-        short["masked", "backward"] += masked
+        count("backward", call.gradient_out)

@@ -9,7 +9,7 @@ import numpy as np
 from nbbn.arrays import Array, giver, place_of, view
 from nbbn.call.collector import Collector
 from nbbn.call.gradients import Gradients, Record, gradients
-from nbbn.call.operands import Lengths, own_weights
+from nbbn.call.operands import Lengths, lies_like, own_weights
 from nbbn.call.preparation import prepare
 from nbbn.call.step import Host, TrainingStep
 from nbbn.core import dtypes
@@ -205,6 +205,9 @@ class Normalizer:
         if is_numpy:
             step = self._dispatcher.bound.get((name, residual is not None, x.shape, x.dtype, mask_shape))
         general = step is None or not step.fits(variables, x, target, residual)
+        if general and is_numpy and not x.flags.c_contiguous:
+            step = self._dispatcher.bound.get((name, residual is not None, x.shape, x.dtype, mask_shape, x.strides))
+            general = step is None or not step.fits(variables, x, target, residual)
         if general:
             x, target, operands, dtype, numbers, variables = prepare(self, x, batch, mask, target, residual, keep)
             residual = operands.residual
@@ -243,10 +246,8 @@ class Normalizer:
             record = Record(
                 x, saved, batch, operands, dtype, variables, None if general or not batch else step, 0, give
             )
-        if general:
-            beside = [a for a in (target, residual) if a is not None]
-            if mask_shape != () and all(isinstance(a, np.ndarray) and a.flags.c_contiguous for a in beside):
-                self._dispatcher.bind(name, x, residual is not None, variables, operands.weights, mask_shape)
+        if general and mask_shape != () and all(a is None or lies_like(a, x) for a in (target, residual)):
+            self._dispatcher.bind(name, x, residual is not None, variables, operands.weights, mask_shape)
         if general or give is not None:
             y = out if out is not None else (give or place_of(y).give)(y)
         return y, record

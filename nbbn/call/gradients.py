@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbbn.arrays import Array, place_of, view
-from nbbn.call.operands import as_like, as_out, refuse_overlap, sum_to
+from nbbn.call.operands import as_like, as_out, lies_like, refuse_overlap, sum_to
 from nbbn.core import rules
 from nbbn.engine.base import Operands
 from nbbn.engine.dispatcher import Dispatcher
@@ -60,7 +60,8 @@ def gradients(dispatcher: Dispatcher, record: Record, dy: Any, out: Any, scale: 
     plain = plain and operands.lengths is None and operands.a is None
     step, adjustment, dz = None if forward is None else forward.gradient, None, None
     if step is None and plain and type(x) is np.ndarray:
-        step = dispatcher.bound.get(("backward", residual is not None, x.shape, x.dtype, mask_shape))
+        order = () if x.flags.c_contiguous else (x.strides,)
+        step = dispatcher.bound.get(("backward", residual is not None, x.shape, x.dtype, mask_shape, *order))
     if step is not None and dy is not None and step.fits(variables, x, out, residual, dy):
         params = variables.params
         dparams = np.empty(params.shape, params.dtype)  # empty_like() goes through NumPy's dispatch of functions
@@ -69,7 +70,7 @@ def gradients(dispatcher: Dispatcher, record: Record, dy: Any, out: Any, scale: 
             return Gradients(dx, gamma if scale else None, beta if center else None)
         activated = dispatcher.options.activation is not None
         if residual is not None:
-            dz = np.empty_like(x) if activated else dy.copy()
+            dz = np.empty_like(x) if activated else dy.copy(order="K")
         dx = step.backward(dy, x, residual, dz if activated else None, out, dparams, saved, weights)
     else:
         upstream = Upstream(dispatcher, record, dy, out)
@@ -79,7 +80,7 @@ def gradients(dispatcher: Dispatcher, record: Record, dy: Any, out: Any, scale: 
         dz = upstream.own(dz)  # after the step: planning stops there
         if operands.adjusted:
             adjustment = adjustment_gradients(dispatcher, x, saved, operands, dz)
-        if plain and all(a is None or _is_like(a, x) for a in (dy, out, residual)):
+        if plain and all(a is None or lies_like(a, x) for a in (dy, out, residual)):
             dispatcher.bind("backward", x, residual is not None, variables, weights, mask_shape)
     return _as_users_have_them(record, dx, dparams, dz, adjustment, given_out, scale, center)
 
@@ -102,12 +103,6 @@ def _as_users_have_them(
         gamma, beta = [None if row is None else give(row) for row in (gamma, beta)]
     dz = None if record.operands.residual is None else give(dz)
     return Gradients(dx if dx is out else give(dx), gamma, beta, adjustment, dz)
-
-
-def _is_like(dy: Any, x: Array) -> bool:
-    if type(dy) is not np.ndarray or dy.shape != x.shape or dy.strides != x.strides or dy.dtype != x.dtype:
-        return False
-    return dy.flags.aligned
 
 
 class Upstream:

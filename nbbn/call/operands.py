@@ -2,7 +2,7 @@
 
 import reprlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -47,6 +47,13 @@ def as_like(value: Any, x: Array, argument: str, whose: str) -> Array:
     return place.astype(array, x.dtype)
 
 
+def lies_like(array: Any, x: Any) -> bool:
+    """Whether an array is one of NumPy's with the shape, dtype and order in memory of another."""
+    if type(array) is not np.ndarray or array.shape != x.shape or array.dtype != x.dtype or not array.flags.aligned:
+        return False
+    return array.strides == x.strides or bool(array.flags.c_contiguous and x.flags.c_contiguous)
+
+
 def refuse_overlap(out: Array | None, needed: list[Array | None], message: str) -> None:
     """Raises: ValueError if `out` may share memory with what is needed later."""
     if out is not None and any(a is not None and place_of(out).overlap(out, a) for a in needed):
@@ -59,7 +66,8 @@ def as_weights(mask: Any, x: Array, kept: Sizes, dtype: np.dtype, argument: str 
 
 
 def own_weights(mask: Any, x: Array, kept: Sizes, dtype: np.dtype, argument: str = "mask") -> Array:
-    """Weights as a copy in `dtype`, with the dimensions of `x`, of size 1 where they are the same for all.
+    """Weights as a copy in `dtype`, with the dimensions of `x`, of size 1 where they are the same for all; beside a
+    C-contiguous `x` they are C-contiguous, too.
 
     Args:
         mask: bool (True counts) or real weights >= 0. With fewer dimensions than `x` they are its leading ones that are
@@ -69,7 +77,8 @@ def own_weights(mask: Any, x: Array, kept: Sizes, dtype: np.dtype, argument: str
     place, reduced = place_of(x), tuple(s for i, s in enumerate(x.shape) if i not in kept)
     array = place.take_operand(mask, argument)
     if array is None:
-        weights = _weights_of_host(mask, place, dtype, argument)
+        in_order = isinstance(x, np.ndarray) and x.flags.c_contiguous  # as the input, or the two have no common view
+        weights = _weights_of_host(mask, place, dtype, argument, "C" if in_order else "K")
     else:
         dtypes.check(array.dtype, argument, floats=False)
         weights = place.astype(array, dtype, copy=True)
@@ -117,12 +126,12 @@ def as_lengths(value: Any, x: Array, steps: int) -> np.ndarray:
     return found.astype(np.int64)
 
 
-def _weights_of_host(mask: Any, place: Place, dtype: np.dtype, argument: str) -> Array:
+def _weights_of_host(mask: Any, place: Place, dtype: np.dtype, argument: str, order: Literal["C", "K"]) -> Array:
     array = numbers_of(mask, argument)
     if array.dtype == np.bool_:  # there are no wrong values
-        return place.from_host(array.astype(dtype))
+        return place.from_host(array.astype(dtype, order))
     with np.errstate(over="ignore"):  # what does not fit is infinite, and refused below
-        weights = array.astype(dtype)
+        weights = array.astype(dtype, order)
     if weights.size and not 0 <= weights.min() <= weights.max() < np.inf:  # nor if one of them is NaN
         raise ValueError(
             f"{argument} must be finite in {dtype.name} and not negative; "

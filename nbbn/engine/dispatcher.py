@@ -43,7 +43,7 @@ class Dispatcher:
         self._engines: dict[str, Engine] = {}
         self._axis: dict[int, Sizes] = {}
         self._hyper: dict[tuple[int, np.dtype], np.ndarray] = {}
-        self.bound: dict[tuple[Any, ...], BoundStep] = {}  # see bind()
+        self.bound: dict[tuple[Any, ...], BoundStep | None] = {}  # see bind()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Dispatcher, (self.options, self.force)
@@ -319,13 +319,20 @@ class Dispatcher:
         weights: Array | None = None,
         mask_shape: Sizes | None = None,
     ) -> None:
-        """Keep a step for inputs like `x`, beside which there is nothing but weights, and C-contiguous arrays of the
-        same shape and dtype, if the geometry of the input decides all about it.
+        """Keep a step for inputs like `x`, beside which there is nothing but weights, and arrays of the same shape,
+        dtype and order in memory, if the geometry of the input decides all about it; None if not.
 
         residual: whether there is one. owner: whose parameters and state the step will get. weights: of a mask of
         `mask_shape`, which decides about theirs.
         """
-        if not isinstance(x, np.ndarray) or not (x.size and x.flags.c_contiguous and self.options.is_constant):
+        if not isinstance(x, np.ndarray) or not (x.size and self.options.is_constant):
+            return
+        order = () if x.flags.c_contiguous else (x.strides,)
+        if order and weights is not None:  # which may lie in any order
+            return
+        key = name, residual, x.shape, x.dtype, mask_shape, *order
+        known = self.bound.get(key)
+        if known is None and key in self.bound:  # there is none
             return
         if self.layout(x.shape, name != "infer").parts:  # several steps
             return
@@ -333,8 +340,6 @@ class Dispatcher:
             return
         if not (owner.params.flags.c_contiguous and owner.params.flags.aligned):
             return  # general steps get a copy
-        key = name, residual, x.shape, x.dtype, mask_shape
-        known = self.bound.get(key)
         if known is None or not known.fits(owner, x, None, None):
             known = self._new_bound(key, x, owner, weights)
         if known is None:
@@ -362,17 +367,15 @@ class Dispatcher:
         return engine.on_memory(self._plain_step(name, x, residual)._replace(numbers={"hyper": hyper}))
 
     def _new_bound(self, key: Any, x: np.ndarray, owner: Any, weights: Array | None) -> BoundStep | None:
-        (name, residual, *_, mask_shape), engine = key, self.engine(x)
+        (name, residual, _, _, mask_shape, *_), engine = key, self.engine(x)
         assert isinstance(engine, CpuEngine)
         step = self._plain_step(name, x, residual)
         if weights is not None:
             step.views["weights"] = np.broadcast_to(weights, x.shape)
         hyper = self.hyper(x.ndim, x.dtype) if name == "train" else self._epsilon
-        found = engine.bind(step._replace(numbers={"hyper": hyper}), owner, mask_shape)
-        if found is not None:
-            if len(self.bound) >= self.force.max_plans:
-                self.bound.clear()
-            self.bound[key] = found
+        if len(self.bound) >= self.force.max_plans:
+            self.bound.clear()
+        found = self.bound[key] = engine.bind(step._replace(numbers={"hyper": hyper}), owner, mask_shape)
         return found
 
     def _batch(self, x: Array, training: bool, operands: Operands, out: Array | None, dy: Array | None = None) -> Batch:

@@ -173,10 +173,16 @@ def empty_like(x: Array) -> Array:
         return np.empty_like(x, subok=False)
     if x.flags.c_contiguous:
         return empty(x.shape, x.dtype)
-    if x.flags.f_contiguous:
-        return empty(x.shape[::-1], x.dtype).T
-    order = sorted(range(x.ndim), key=lambda i: -abs(x.strides[i]))
-    return empty(tuple(x.shape[i] for i in order), x.dtype).transpose(sorted(order, key=order.__getitem__))
+    order, back = order_in_memory(x)
+    return empty(tuple(x.shape[i] for i in order), x.dtype).transpose(back)
+
+
+def order_in_memory(x: Array) -> tuple[list[int], list[int]]:
+    """The dimensions of an array, those that are furthest apart in memory first, and where each of them is there."""
+    order = list(reversed(range(x.ndim)))
+    if not x.flags.f_contiguous:
+        order = sorted(range(x.ndim), key=lambda i: -abs(x.strides[i]))
+    return order, sorted(order, key=order.__getitem__)
 
 
 def clear() -> None:

@@ -192,8 +192,8 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
 
 
 def _forget_modules(kernel: CompileResult) -> None:
-    """Free what Numba keeps for linking a kernel into others, and for looking at its code, which nobody does: 2 MB, more
-    than its machine code."""
+    """Free what Numba keeps for linking a kernel into others and for looking at its code, which nobody does: 2 MB, more
+    than the machine code."""
     library = kernel.library
     library._shared_module = None
     with contextlib.suppress(AttributeError):  # the engine under Numba's may have another name one day

@@ -4,7 +4,7 @@ A `Case` is a whole experiment in a few plain values, so that a failing example 
 again; its arrays come from a generator seeded with them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,11 +44,11 @@ def arrange(values: NDArray[Any], form: str) -> NDArray[Any]:
         return np.moveaxis(np.ascontiguousarray(np.moveaxis(values, -1, 1)), 1, -1)
     if form == "every second element":
         wide = np.zeros([2 * n for n in values.shape], values.dtype)
-        view = wide[tuple(slice(None, None, 2) for _ in values.shape)]
+        view = wide[(..., *[slice(None, None, 2)] * values.ndim)]
         view[...] = values
         return view
     if form == "reversed":
-        backwards = (slice(None, None, -1),) * values.ndim
+        backwards = (..., *[slice(None, None, -1)] * values.ndim)
         return np.ascontiguousarray(values[backwards])[backwards]
     if form == "broadcast":
         return np.broadcast_to(values[:1], values.shape)
@@ -256,6 +256,7 @@ ODD_FORMS = [
     "subclass",
     "unaligned",
 ]
+MASK_FORMS = ["C", "Fortran", "every second element", "reversed"]
 OUTS = [
     "another dtype",
     "another shape",
@@ -305,13 +306,14 @@ def odd(values: NDArray[Any], form: str) -> Any:
 class Call:
     """How a layer is called, in plain values.
 
-    form, residual, dy: one of FORMS or ODD_FORMS, or "the input" itself; None is none. out, gradient_out: one of OUTS,
-    where "in place" is in the input (of the gradient: in dy), and "the other" in the residual (of the gradient: in the
-    input); None is none. gradients: how many times the pullback of vjp() is called; None is a call without vjp().
+    mask: one of MASK_FORMS. form, residual, dy: one of FORMS or ODD_FORMS, or "the input" itself; None is none. out,
+    gradient_out: one of OUTS, where "in place" is in the input (of the gradient: in dy), and "the other" in the
+    residual (of the gradient: in the input); None is none. gradients: how many times the pullback of vjp() is called;
+    None is a call without vjp().
     """
 
     training: Any
-    masked: bool
+    mask: str | None
     update: bool
     form: str
     residual: str | None
@@ -328,10 +330,10 @@ def _mostly(often: Any, rarely: Any) -> Any:
 
 def calls() -> st.SearchStrategy[Call]:
     """Legal calls and others, mostly such as an earlier call can have prepared."""
-    return st.builds(
+    made = st.builds(
         Call,
         training=_mostly([True, True, False], [None, 1, 0, np.True_, np.False_, "yes", 1.0]),
-        masked=_mostly([False], [True]),
+        mask=_mostly([None], MASK_FORMS),
         update=_mostly([True], [False]),
         form=_mostly(["C"], FORMS + ODD_FORMS),
         residual=_mostly([None, "C"], [*FORMS, *ODD_FORMS, "the input"]),
@@ -340,6 +342,14 @@ def calls() -> st.SearchStrategy[Call]:
         dy=_mostly(["C"], [*FORMS, *ODD_FORMS, "the input", None]),
         gradient_out=_mostly([None, "new"], OUTS),
     )
+    return st.builds(_in_order, made, _mostly(["C"], ["Fortran"]))
+
+
+def _in_order(call: Call, form: str) -> Call:
+    """The call with arrays in this order where they are in C's."""
+    orders = {"C": form, "new": form if form in OUTS else "new"}
+    names = "form", "residual", "out", "dy", "gradient_out"
+    return replace(call, **{name: orders.get(getattr(call, name), getattr(call, name)) for name in names})
 
 
 @st.composite

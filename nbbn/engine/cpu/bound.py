@@ -14,6 +14,7 @@ from nbbn.engine.base import Step
 from nbbn.engine.cpu.plan import Plan
 from nbbn.kernels.channel import SAVED_ROWS
 from nbbn.runtime import buffers
+from nbbn.runtime.buffers import order_in_memory
 
 Array = np.ndarray
 
@@ -127,3 +128,29 @@ class BoundStep:
         run = self._run if weights is None else self._beside(weights)
         run(dz, residual, x, dy, dx, saved, dparams)
         return dx
+
+
+class TransposedStep(BoundStep):
+    """The same on arrays without gaps whose dimensions lie in another order, all in the same."""
+
+    __slots__ = ("_strides",)
+
+    def __init__(self, plan: Plan, step: Step, owner: Any, mask_shape: Sizes | None = None) -> None:
+        super().__init__(plan, step, owner, mask_shape)
+        self._strides, empty = step.x.strides, self._empty
+        order, back = order_in_memory(step.x)
+        ordered = tuple(self._shape[i] for i in order)
+        self._empty = lambda shape, dtype: empty(ordered, dtype).transpose(back)
+
+    def fits(self, owner: Any, x: Array, out: Any, residual: Any, dy: Any = None) -> bool:
+        """As for a BoundStep."""
+        given = [a for a in (x, dy, residual) if a is not None]
+        if owner is not self._owner or not all(map(self._is_like_input, given)):
+            return False
+        if out is None:
+            return True
+        fitting = self._is_like_input(out) and out.flags.writeable
+        return fitting and not any(np.may_share_memory(out, a) for a in given)
+
+    def _is_like_input(self, array: Any) -> bool:
+        return self._has_geometry(array) and array.strides == self._strides and array.flags.aligned

@@ -8,7 +8,7 @@ import numpy as np
 from nbbn.core.layout import Sizes, contiguous_strides, sequences_view, steps_dimension
 from nbbn.core.options import Options
 from nbbn.engine.base import Batch, Canonical, Engine, Force, Step, canonical_view
-from nbbn.engine.cpu.bound import LAST_ARGUMENTS, BoundStep
+from nbbn.engine.cpu.bound import LAST_ARGUMENTS, BoundStep, TransposedStep
 from nbbn.engine.cpu.plan import Plan, check_arrays
 from nbbn.engine.cpu.schedule import Thresholds, choose, of_whole_samples
 from nbbn.kernels.channel import MOMENT_ROWS
@@ -24,11 +24,13 @@ class CpuEngine(Engine):
         self._thresholds = Thresholds(**force.thresholds)
 
     def bind(self, step: Step, owner: Any, mask_shape: Sizes | None) -> BoundStep | None:
-        """The step for other arrays like these, if it runs on them as they lie and all but weights are C-contiguous."""
+        """The step for other arrays like these, if it runs on them as they lie and all but weights have no gaps."""
         plan: Plan = self.plan(step)
-        if plan.copied is not None or any(s is not None for n, s in plan.strides.items() if n != "weights"):
+        if plan.copied is not None:
             return None
-        return BoundStep(plan, step, owner, mask_shape)
+        if all(s is None for n, s in plan.strides.items() if n != "weights"):
+            return BoundStep(plan, step, owner, mask_shape)
+        return TransposedStep(plan, step, owner, mask_shape) if plan.contiguous and not PLAIN else None
 
     def on_memory(self, step: Step) -> Callable[..., None] | None:
         """The step as a function of memory, see Dispatcher.on_memory()."""
