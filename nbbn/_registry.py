@@ -130,7 +130,7 @@ class Registry:
         """{"class_name", "config"}, as TensorFlow's Keras reads it, of an object that has get_config(), else its name;
         None for None.
 
-        Raises: ValueError for an object with neither.
+        Raises: ValueError for an object with neither, or with a name that is another's here.
         """
         if component is None:
             return None
@@ -139,6 +139,10 @@ class Registry:
         name = getattr(component, "__name__", None)
         if not isinstance(name, str) or not name.isidentifier():  # a lambda's is none
             raise ValueError(f"{self._kind} must have get_config() or a name to be serialized, received {component!r}.")
+        if self._makers.get(name, component) is not component:
+            raise ValueError(
+                f"{self._kind} must have a name of its own to be serialized, received {component!r}: {name!r} is known."
+            )
         return name
 
     def _from_dict(self, identifier: Mapping[str, Any], argument: str) -> Callable[..., Any]:
@@ -162,5 +166,11 @@ class Registry:
                 f"itself, received {name!r}."
             )
         maker: Any = self._makers[name]
-        made: Callable[..., Any] = maker.from_config(config) if hasattr(maker, "from_config") else maker(**config)
+        try:
+            made: Callable[..., Any] = maker.from_config(config) if hasattr(maker, "from_config") else maker(**config)
+        except TypeError as error:
+            known = ", ".join(inspect.signature(maker).parameters)
+            raise ValueError(
+                f"config of {argument} {name!r} must have none but the keys {known}, received {dict(config)!r}."
+            ) from error
         return made

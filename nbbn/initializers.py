@@ -56,7 +56,7 @@ class Constant(Initializer):
 
     def __init__(self, value: npt.ArrayLike = 0.0) -> None:
         array = np.asarray(value)
-        if array.dtype.kind not in "biufV":
+        if array.dtype.kind not in "biufV" or isinstance(value, np.ma.MaskedArray):
             raise ValueError(f"value must be a number or an array of numbers, received {value!r}.")
         self.value: Any = array.astype(np.float64).tolist()
 
@@ -239,8 +239,8 @@ def initialize(
     """The array that an initializer gives for `shape`, checked.
 
     Args:
-        initializer: anything that `get` takes. A foreign callable is called as f(shape, dtype=dtype), or as
-            f(shape) where its signature has no dtype; what it returns is converted to NumPy.
+        initializer: anything that `get` takes. A foreign callable is called as f(shape, dtype=dtype), or, where its
+            signature has no dtype, with as many of the two as it must have; what it returns is converted to NumPy.
         shape: of the parameter.
         dtype: of the parameter; None means float32.
         argument: what an error message calls the initializer.
@@ -248,7 +248,10 @@ def initialize(
     Raises: ValueError if the values do not have exactly that shape; TypeError if they are not real numbers.
     """
     function, shape, dtype = get(initializer, argument), _as_shape(shape), _as_dtype(dtype)
-    values = np.asarray(function(shape, dtype=dtype) if _takes_dtype(function) else function(shape))
+    returned = _call(function, shape, dtype)
+    if isinstance(returned, np.ma.MaskedArray):
+        raise TypeError(f"{argument} {initializer!r} must return an array without a mask, received a masked array.")
+    values = np.asarray(returned)
     if values.shape != shape:
         raise ValueError(
             f"{argument} {initializer!r} must return an array of the parameter's shape {shape}, "
@@ -260,12 +263,16 @@ def initialize(
     return np.array(values, dtype=dtype, order="C", copy=True)
 
 
-def _takes_dtype(function: Callable[..., Any]) -> bool:
+def _call(function: Callable[..., Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some C functions have no signature
-        return False
-    return any(p.name == "dtype" or p.kind is p.VAR_KEYWORD for p in parameters)
+        return function(shape)
+    if any(p.name == "dtype" or p.kind is p.VAR_KEYWORD for p in parameters):
+        return function(shape, dtype=dtype)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in parameters if p.kind in positional and p.default is p.empty]
+    return function(shape, dtype) if len(needed) > 1 else function(shape)
 
 
 def _truncated_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:

@@ -60,6 +60,12 @@ def _keepdims(keepdims: bool | None, keep_dims: bool | None) -> bool:
     return given is not None and boolean(name, given)
 
 
+def _broadcasts(shape: Sizes, target: Sizes) -> bool:
+    """Whether an array of one shape can stand beside one of another that stays as it is."""
+    last = target[len(target) - len(shape) :]
+    return len(shape) <= len(target) and all(n in (1, size) for n, size in zip(shape, last, strict=True))
+
+
 def _with_channels(x: Array, kept: Sizes) -> tuple[Array, Sizes]:
     """x with a kept axis: one of size 1 in front where there is none."""
     return (x, kept) if kept else (x[np.newaxis], (0,))
@@ -119,6 +125,10 @@ def weighted_moments(
     """
     x = _input(x)
     weights = numbers_of(frequency_weights, "frequency_weights")
+    if not _broadcasts(weights.shape, x.shape):
+        raise ValueError(
+            f"frequency_weights must broadcast against the shape {x.shape} of x; received shape {weights.shape}"
+        )
     weights = weights.reshape((1,) * (x.ndim - weights.ndim) + weights.shape)
     weights = as_weights(weights, x, (), dtypes.statistic(x.dtype), "frequency_weights")
     return _moments(x, weights, _axes(axes, x.ndim), _keepdims(keepdims, keep_dims))
@@ -155,7 +165,7 @@ def batch_normalization(
 
 def _fused_dispatcher(x: Array, data_format: str, epsilon: float, momentum: float = 0.0) -> Dispatcher:
     check_number("epsilon", epsilon, np.inf, EPSILON)
-    if data_format not in list(_FUSED_AXIS):  # a list has no hash
+    if not isinstance(data_format, str) or data_format not in _FUSED_AXIS:
         raise ValueError(f"data_format must be one of {list(_FUSED_AXIS)}; received {data_format!r}")
     rank, axis = _FUSED_AXIS[data_format]
     if x.ndim != rank:
@@ -200,6 +210,9 @@ def fused_batch_norm(
     check_number("exponential_avg_factor", exponential_avg_factor, 1.0, "a number from 0 to 1")
     dispatcher = _fused_dispatcher(x, data_format, epsilon, 1.0 - float(exponential_avg_factor))
     params = _per_channel([scale, offset], ["scale", "offset"], x, dispatcher)
+    for argument, value in (("mean", mean), ("variance", variance)):
+        if value is not None:
+            numbers_of(value, argument)
     given = mean is not None and variance is not None
     if not given and (not is_training or exponential_avg_factor != 1.0):
         raise ValueError(

@@ -85,11 +85,13 @@ def loss(regularizer: Callable[..., Any], w: npt.ArrayLike, argument: str = "reg
 
     argument: what an error message calls it.
 
-    Raises: ValueError if the result is not a scalar.
+    Raises: ValueError if the result is not a scalar, TypeError if it is no real number.
     """
     value = np.asarray(_native(regularizer)(w))
     if value.shape != ():
         raise ValueError(f"{argument} {regularizer!r} must return a scalar, received shape {value.shape}.")
+    if value.dtype.kind not in "biufV":
+        raise TypeError(f"{argument} {regularizer!r} must return a real number, received {value.item()!r}.")
     return float(value)
 
 

@@ -428,6 +428,26 @@ def test_shapes_of_nn_that_do_not_broadcast():
         nn.batch_normalization(X, np.ones(2), GAMMA, GAMMA, GAMMA, 0.1)
 
 
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (1, 4, 3), (2, 1)], ids=str)
+def test_weights_of_nn_that_do_not_broadcast(shape):
+    message = f"frequency_weights must broadcast .* (4, 3) of x; received shape {shape}"
+    with pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")):
+        nn.weighted_moments(X, 0, np.ones(shape))
+
+
+@pytest.mark.parametrize("value", [np.array(["NHWC"]), ["NHWC"], None, 4, "nhwc"], ids=repr)
+def test_data_formats(value):
+    with pytest.raises(ValueError, match=r"^data_format must be one of "):
+        nn.fused_batch_norm(IMAGE, GAMMA, GAMMA, data_format=value)
+
+
+@pytest.mark.parametrize("name", ["mean", "variance"])
+@pytest.mark.parametrize("value", ["abc", 1j, {}, object()], ids=["text", "complex", "dict", "object"])
+def test_what_training_does_not_need_is_looked_at(name, value):
+    with pytest.raises(TypeError, match=f"^{name} must be "):
+        nn.fused_batch_norm(IMAGE, GAMMA, GAMMA, **{name: value})
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_keep_dims(keep):
     for function, weights in ((nn.moments, ()), (nn.weighted_moments, (X,))):

@@ -157,6 +157,11 @@ def train_two_layers():
     run_updates()
 
 
+def train_an_object():
+    tf1.layers.BatchNormalization()(X, training=True)  # this line
+    run_updates()
+
+
 def train_without_updates():
     bn(X, training=True)  # this line
 
@@ -179,6 +184,7 @@ def default_scopes():
     [
         (train_forgetfully, 20),
         (train_two_layers, 20),
+        (train_an_object, 20),
         (train_without_updates, 100),
         (infer, 100),
         (gradients, 100),

@@ -77,7 +77,7 @@ def test_constant_reads_the_form_in_which_keras_writes_an_array():
     assert initializers.Constant.from_config(config) == initializers.Constant([1.0, 2.0])
 
 
-@pytest.mark.parametrize("value", ["a", None, 1j, object()])
+@pytest.mark.parametrize("value", ["a", None, 1j, object(), np.ma.ones(3)])
 def test_constant_refuses_what_is_no_number(value):
     with pytest.raises(ValueError, match="value must be a number"):
         initializers.Constant(value)
@@ -250,12 +250,16 @@ def test_initialize_passes_the_dtype_where_the_signature_has_it():
         received.append(options["dtype"])
         return np.ones(shape)
 
-    def without(shape):
-        return np.ones(shape, "int64")
+    def by_position(s, d):
+        received.append(d)
+        return np.ones(s)
 
-    for function in (with_dtype, with_keywords, without):
-        assert initialize(function, (3,), "float64").dtype == np.float64
-    assert received == [np.dtype("float64")] * 2
+    def without(shape, fill=1):
+        return np.full(shape, fill, "int64")
+
+    for function in (with_dtype, with_keywords, by_position, without):
+        np.testing.assert_array_equal(initialize(function, (3,), "float64"), np.ones(3), strict=True)
+    assert received == [np.dtype("float64")] * 3
 
 
 def test_an_error_inside_a_foreign_function_comes_through():
@@ -288,6 +292,11 @@ def test_initialize_refuses_what_is_not_real(values):
     with pytest.raises(TypeError, match="must return real numbers") as caught:
         initialize(lambda _: values, (3,))
     assert str(values.dtype) in str(caught.value)
+
+
+def test_initialize_refuses_a_masked_array():
+    with pytest.raises(TypeError, match=r"^gamma_initializer .* received a masked array"):
+        initialize(lambda shape: np.ma.ones(shape), (3,), argument="gamma_initializer")
 
 
 def test_initialize_returns_an_array_of_its_own():

@@ -164,6 +164,28 @@ def test_masked_elements_may_be_nan(shape, axis):
         assert np.isfinite(one).all()
 
 
+@LAYOUTS
+@pytest.mark.parametrize("options", [{}, {"activation": "relu"}, {"trainable": False}], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_masked_elements_may_be_nan_where_statistics_are_constants(shape, axis, options, bad):
+    """The gradients of gamma and beta are those of the others, where no gradient comes from what does not count."""
+    rng = np.random.default_rng(6)
+    x, dy = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    mask = rng.random(tuple(np.delete(shape, axis))) < 0.75
+    np.moveaxis(dy, axis, -1)[~mask] = 0
+    results = []
+    for fill in (0.0, bad):
+        np.moveaxis(x, axis, -1)[~mask] = fill
+        layer = nbbn.BatchNormalization(axis=axis, **options)
+        y, pullback = layer.vjp(x, training=layer.trainable is False, mask=mask)
+        np.testing.assert_array_equal(y, layer(x, mask=mask))
+        found = pullback(dy)
+        results.append([np.moveaxis(found.inputs, axis, -1), found.gamma, found.beta])
+    for one, two in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, two)
+        assert np.isfinite(one).all()
+
+
 # --- one value per statistic ------------------------------------------------
 
 

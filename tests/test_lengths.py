@@ -227,6 +227,7 @@ def test_they_may_change_afterwards():
         (LENGTHS > 0, TypeError, r"lengths must be integers; received dtype bool"),
         ("six", TypeError, r"lengths must be integers; received 'six'"),
         (LENGTHS.astype(object), TypeError, r"lengths must be integers; received array\(.*object\)"),
+        (np.ma.array(LENGTHS), TypeError, r"lengths must be a plain array; received a masked array"),
         (LENGTHS[:5], ValueError, r"lengths must have shape \(6,\), one for each sample; received \(5,\)"),
         (3, ValueError, r"lengths must have shape \(6,\).* received \(\)"),
         (LENGTHS + 1, ValueError, r"from 0 to 7, the size of dimension 1 .* from 1 to 8"),

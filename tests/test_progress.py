@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numba
 import pytest
 
+from nbbn.kernels.cpu.views import Data, Numbers
 from nbbn.runtime import cache, progress
 
 
@@ -87,11 +88,12 @@ def test_a_line_for_each_kernel_that_is_compiled(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("NBBN_CACHE_DIR", str(tmp_path))
     tmp_path.chmod(0o700)
     cache.cache_folder.cache_clear()
-    arrays = {"x": numba.uint16, "y": numba.int16, "mean": numba.float32, "scale": numba.float32}
-    signature = numba.void(*[numba.types.Array(t, 1, "C") for t in arrays.values()], numba.types.none)
+    memory = [Data(numba.uint16), numba.types.Array(numba.int16, 1, "C")]
+    rows, grid = [numba.types.Array(numba.float32, 1, "C")] * 2, Numbers(numba.types.int64, 3)
+    signature = numba.void(*memory, *rows, grid, numba.types.none)
     with caplog.at_level(logging.INFO, logger="nbbn"):
         for _ in range(2):
-            cache.compile_kernel(lambda x, y, mean, scale, relu: None, "nothing", signature)
+            cache.compile_kernel(lambda x, y, mean, scale, grid, relu: None, "nothing", signature)
     cache.cache_folder.cache_clear()
     (line,) = [r.getMessage() for r in caplog.records if r.name == "nbbn"]
     kept = re.escape(f"kept in {tmp_path}")

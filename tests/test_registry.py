@@ -163,6 +163,20 @@ def test_function_and_class_serialize_to_their_name(module):
 
 
 @each_module
+def test_a_function_that_has_the_name_of_another_cannot_be_serialized(module):
+    """Its name would be read as the other."""
+    cls, snake_name = CLASSES[module][0].split()
+
+    def namesake(*args):
+        return make_values(*args)
+
+    for name in (cls, snake_name):
+        namesake.__name__ = name
+        with pytest.raises(ValueError, match=f"a name of its own.*{name}"):
+            module.serialize(namesake)
+
+
+@each_module
 def test_foreign_object_serializes_by_its_config(module):
     class Foreign:
         def __call__(self, *args, **kwargs):
@@ -205,8 +219,8 @@ def test_what_is_no_identifier_is_refused_with_the_value(module, identifier):
 
 def test_unknown_argument_in_a_config_is_refused():
     for module, name in [(initializers, "Constant"), (regularizers, "l1_l2"), (constraints, "MaxNorm")]:
-        with pytest.raises(TypeError, match="levle"):
-            module.get({"class_name": name, "config": {"levle": 3}})
+        with pytest.raises(ValueError, match=f"config of gamma_thing '{name}' .* keys .*levle"):
+            module.get({"class_name": name, "config": {"levle": 3}}, "gamma_thing")
 
 
 def test_none_stays_none_where_there_may_be_nothing():

@@ -186,3 +186,9 @@ def test_gradient_of_another_shape_is_refused():
 def test_penalty_that_is_no_scalar_is_refused():
     with pytest.raises(ValueError, match=r"must return a scalar, received shape \(3,\)"):
         regularizers.loss(np.abs, np.ones(3))
+
+
+@pytest.mark.parametrize("value", ["abc", None, 1j])
+def test_penalty_that_is_no_number_is_refused(value):
+    with pytest.raises(TypeError, match=f"^beta_regularizer .* must return a real number, received {value!r}"):
+        regularizers.loss(lambda w: value, np.ones(3), "beta_regularizer")

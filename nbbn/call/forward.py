@@ -79,7 +79,7 @@ class Normalizer:
             mask: bool or real weights >= 0 of the elements in the batch's statistics. With fewer dimensions than the
                 input it stands for the leading ones that are no feature axes, as Keras's masks do: (N,) for samples,
                 (N, T) for steps, where 1 stands for all, as in (1, T). With the input's rank it broadcasts against
-                it. Ignored in inference.
+                it. Without consequence for the output of inference.
             update_statistics: False leaves the moving statistics alone.
             out: an array for the result, which is returned; may be `inputs` or `residual` itself.
             residual: array of the input's shape that is added to the normalized input, before the activation.
@@ -200,6 +200,8 @@ class Normalizer:
         if not is_numpy and (give := giver(inputs)) is not None:
             x, target, residual, is_numpy = view(inputs), view(out), view(residual), True
         name, mask_shape, weights = "train" if batch else "infer", None, None
+        if not (batch or keep):
+            mask = None  # inference has no sums
         if mask is not None:
             mask_shape = mask.shape if batch and type(mask) is np.ndarray else ()  # which no mask of a bound step has
         if is_numpy:

@@ -110,6 +110,7 @@ def as_lengths(value: Any, x: Array, steps: int) -> np.ndarray:
     Raises: TypeError for what are no integers; ValueError unless there is one for each sample of `x`, from 0 to the
         size of its dimension `steps`.
     """
+    dtypes.refuse_masked(value, "lengths")
     try:
         found, most = as_numpy(value, "lengths"), x.shape[steps]
     except TypeError as error:  # of numbers of any kind

@@ -69,13 +69,13 @@ def prepare(layer: Layer, inputs: Any, batch: bool, mask: Any, out: Any, residua
         if layer.options.adjustment is not None:
             a, b = as_adjustment(layer.options.adjustment, x, dtype)
             operands = operands._replace(a=a, b=b)
-        if isinstance(mask, Lengths):
-            lengths = as_lengths(mask.value, x, layer._dispatcher.steps(x.ndim))
-            operands = operands._replace(lengths=lengths)
-        elif mask is not None:
-            operands = operands._replace(weights=as_weights(mask, x, tuple(shapes.features), dtype))
-        if not layer.options.is_constant:
-            numbers = layer.options.numbers()  # callables are asked once, and raise before anything changes
+    if isinstance(mask, Lengths):
+        lengths = as_lengths(mask.value, x, layer._dispatcher.steps(x.ndim))
+        operands = operands._replace(lengths=lengths)
+    elif mask is not None:
+        operands = operands._replace(weights=as_weights(mask, x, tuple(shapes.features), dtype))
+    if batch and not layer.options.is_constant:
+        numbers = layer.options.numbers()  # callables are asked once, and raise before anything changes
     return Prepared(x, target, operands, given, numbers, _variables_for(layer, x, shapes))
 
 

@@ -230,7 +230,7 @@ class Engine(ABC):
             return own_dx, own_dparams, own_dz
         name, dparams = "backward", self._empty_dparams(batch)
         numbers, (views, dx, dz) = {"saved": saved, "dparams": dparams}, self._gradient_views(batch, dy, wants_dz)
-        if not (training or self.relu):
+        if not (training or self.relu or batch.operands.weights is not None):
             name, views = "frozen_backward", {"x": batch.x, "dy": dy, "dx": dx}
         self._run(Step(name, batch.lay, views, numbers, batch.out is not None))
         return dx, dparams, dz

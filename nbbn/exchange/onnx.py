@@ -99,4 +99,7 @@ def from_onnx(model: Any, name: str | None = None, *, ndim: int | None = None, *
     own = {"axis": 1, "momentum": 0.9, "epsilon": 1e-5, "bessel_correction": False} | attributes
     told = {v.name: v.type.tensor_type for v in (*model.graph.input, *model.graph.value_info)}
     known = {n: len(t.shape.dim) for n, t in told.items() if t.HasField("shape")}
-    return make_layer(arrays, own | options, known.get(node.input[0]) if ndim is None else ndim)
+    casts, source = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Cast"}, node.input[0]
+    while source not in known and source in casts:
+        source = casts[source]
+    return make_layer(arrays, own | options, known.get(source) if ndim is None else ndim)

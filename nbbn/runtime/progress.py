@@ -61,6 +61,6 @@ def in_short(function: Callable[..., Any], signature: Any) -> str:
     """The arrays among a kernel's arguments, by their dtype."""
     found: dict[str, list[str]] = {}
     for name, kind in zip(inspect.signature(function).parameters, signature.args, strict=True):
-        if isinstance(kind, types.Array):
+        if hasattr(kind, "dtype") and not isinstance(kind, types.BaseTuple):
             found.setdefault(_FLOATS.get(str(kind.dtype), str(kind.dtype)), []).append(name)
     return "; ".join(f"{dtype} {', '.join(names)}" for dtype, names in found.items())

@@ -101,10 +101,12 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
             debias=debias,
             skip_nonfinite=skip_nonfinite,
         )
+        track_running_stats = boolean("track_running_stats", track_running_stats)
         if not track_running_stats and (renorm or debias):
             raise ValueError("renorm and debias are about running statistics; received track_running_stats=False")
         if renorm_clipping and not renorm:
             raise ValueError(f"renorm_clipping needs renorm=True; received {dict(renorm_clipping)!r}")
+        affine, bias = boolean("affine", affine), boolean("bias", bias)
         more = {} if bias else {"bias": False}
         self._extra = (RENORM if renorm else ()) + (DEBIAS if debias else ())
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, **more)

@@ -442,6 +442,14 @@ ERRORS = [
         "track_running_stats=False",
         lambda m: nbbn.torch.BatchNorm1d(4, renorm=True, track_running_stats=False),
     ),
+    *(
+        (
+            TypeError,
+            f"{name} must be True or False; received 'no'",
+            lambda m, name=name: nbbn.torch.BatchNorm1d(4, **{name: "no"}),
+        )
+        for name in ("affine", "track_running_stats", "bias")
+    ),
     (
         ValueError,
         "virtual_batch_size=5 must divide .* 6 samples",

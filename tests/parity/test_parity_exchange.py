@@ -178,6 +178,8 @@ def test_from_onnx(tmp_path: Path) -> None:
     twin = exchange.from_onnx(tmp_path / "layer.onnx")
     np.testing.assert_array_equal(twin(FIRST), layer(FIRST))
     assert (twin.momentum, twin.epsilon, twin.bessel_correction) == (0.75, 1e-3, False)
+    half = filled(FIRST.astype(np.float16), axis=1)
+    np.testing.assert_array_equal(exchange.from_onnx(exchange.to_onnx(half))(FIRST[:2]), half(FIRST[:2]))
     del model.graph.initializer[1]
     with pytest.raises(ValueError, match=r"constants.*beta"):
         exchange.from_onnx(model)

@@ -49,12 +49,14 @@ class BatchNormalization(KerasBatchNormalization):
         another shape; for reuse without a name.
     """
 
+    _is_kept = True  # by whoever has made it
+
     def __init__(self, *args: Any, _reuse: Reuse = None, _scope: str | None = None, **kwargs: Any) -> None:
         name = _V2_SIGNATURE.bind(*args, **kwargs).arguments.get("name", _scope)
         if _reuse and name is None:
             raise ValueError(f"reuse={_reuse!r} needs a name for the layer; received name=None")
         self._scope_argument, self._reuse = _scope, _reuse
-        self._base_name = _BASE_NAME if name is None else str(name)
+        self._has_name, self._base_name = name is not None, _BASE_NAME if name is None else str(name)
         self._scope: Scope | None = None
         super().__init__(*args, **kwargs)
 
@@ -95,6 +97,8 @@ class BatchNormalization(KerasBatchNormalization):
             return existing
 
     def _collect(self, scope: Scope, variables: Variables) -> None:
+        if not self._has_name:
+            default_graph().loops.notice(lambda: any(update.done for update in self._updates), self._is_kept)
         regularizers = {"gamma": self.gamma_regularizer, "beta": self.beta_regularizer}
         for name in variables.names:
             variable = Variable(f"{scope.name}/{name}:0", variables)
@@ -135,10 +139,7 @@ def _check_reuse(scope: Scope, existing: Variables, wanted: Variables) -> None:
 class _Call(BatchNormalization):
     """The layer of one call of the functional form: nobody keeps it, its variables are found by their name alone."""
 
-    def _collect(self, scope: Scope, variables: Variables) -> None:
-        if self._scope_argument is None:
-            default_graph().loops.notice(lambda: any(update.done for update in self._updates))
-        super()._collect(scope, variables)
+    _is_kept = False
 
 
 def _call(method: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:

@@ -22,13 +22,18 @@ class Loops:
         self._seen: dict[_Way, tuple[int, Callable[[], bool]]] = {}
         self._warned = False
 
-    def notice(self, is_trained: Callable[[], bool]) -> None:
-        """To be called before a set of variables is made. is_trained: asked when this place makes the next one."""
+    def notice(self, is_trained: Callable[[], bool], is_kept: bool) -> None:
+        """To be called before a set of variables is made.
+
+        is_trained: asked when this place makes the next one. is_kept: whether somebody has a layer with them, so that
+        nothing is lost before one is trained."""
         way, level = _where()
         count, predecessor_is_trained = self._seen.get(way, (0, lambda: False))
         count += 1
         self._seen[way] = count, is_trained
-        if self._warned or count < (_TRAINED if predecessor_is_trained() else _UNTRAINED):
+        if self._warned or count < _TRAINED:
+            return
+        if not predecessor_is_trained() and (is_kept or count < _UNTRAINED):
             return
         self._warned = True
         warnings.warn(
