@@ -11,7 +11,7 @@ import pytest
 from nbbn.compat import v1
 from nbbn.runtime import thread_limit
 
-MOST_PROCESSES = 4  # each has some 1 GB of compiled kernels
+MOST_PROCESSES = 4  # each has some 600 MB
 
 
 def pytest_configure(config: pytest.Config) -> None:

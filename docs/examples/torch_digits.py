@@ -3,7 +3,7 @@
 A batch's own statistics tell which digits are in it, and the running ones do not. So a network that was trained with
 the former fails with the latter. Batch renormalization trains with the running statistics; one line makes it.
 
-Needs: pip install "nbbn[torch]" scikit-learn
+Needs: nbbn, PyTorch and scikit-learn
 """
 
 import functools
