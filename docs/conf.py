@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 project = "nbbn"
 version = release = nbbn.__version__
 copyright = "the authors of nbbn, Apache-2.0"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "docstrings", "public_names"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "docstrings", "frameworks", "public_names"]
 
 html_theme = "furo"
 html_title = f"nbbn {release}"

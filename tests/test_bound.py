@@ -539,33 +539,37 @@ def test_a_copy_built_otherwise_is_not_taken_for_the_original():
         twin(X)
 
 
+def lie(values, form):
+    return np.repeat(values, 2, -1)[..., ::2] if form == "columns of a wider array" else arrange(values, form)
+
+
 @pytest.mark.skipif(PLAIN, reason="plain Python needs arrays, which the general way makes")
-@pytest.mark.parametrize("form", ["Fortran", "channels last in memory"])
-@pytest.mark.parametrize("options", [{"axis": 1}, {"axis": 2}, {"axis": -1, "activation": "relu"}], ids=str)
+@pytest.mark.parametrize("form", ["Fortran", "channels last in memory", "reversed", "columns of a wider array"])
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [({"axis": 1}, "float32"), ({"axis": 2}, "bfloat16"), ({"axis": -1, "activation": "relu"}, "float32")],
+    ids=str,
+)
 @pytest.mark.parametrize("size", [5, 70])
-def test_transposed_arrays(form, options, size):
-    """Whatever the order of dimensions is, arrays that all have it take the short way, with the bits of the general."""
-    xs = [arrange(RNG.standard_normal((4, 6, size, 90)).astype(np.float32), form) for _ in range(3)]
+def test_inputs_that_are_not_c_contiguous(form, options, dtype, size):
+    """They take the short way beside arrays that lie as results do, with the bits of the general one."""
+    shape, kind = (4, 6, size, 90), dtypes.resolve(dtype)
+    xs = [lie(RNG.standard_normal(shape).astype(np.float32).astype(kind), form) for _ in range(2)]
+    beside, out = xs[1][::-1].copy(order="K"), np.empty_like(xs[0])
     layer = BatchNormalization(**options)
     general = watch(layer)
     layer(xs[0], training=True), layer(xs[0])
     twin, infer = twin_of(layer), {"training": False}
     twins = watch(twin)
-    out, general[:] = np.empty_like(xs[0]), []
-    calls = [
-        {"training": True},
-        infer,
-        {"residual": xs[2], **infer},
-        {"residual": xs[2], **infer},
-        {"out": out, **infer},
-    ]
+    general.clear()
+    calls = [{"training": True}, infer, *[{"residual": beside, **infer}] * 2, {"out": out, **infer}]
     found, expected = ([one(xs[1], **call) for call in calls] for one in (layer, twin))
     assert (general, twins) == (["infer"], ["train", *["infer"] * 4])
     assert found[4] is out
     assert_same_bits(found, expected)
-    assert {y.strides for y in found} == {xs[0].strides}
-    check_gradients(layer, twin, xs, {}, general, twins)
-    mask = arrange(RNG.random(xs[0].shape) < 0.5, form)
+    assert {y.strides for y in found} == {out.strides}
+    check_gradients(layer, twin, [*xs, beside], {}, general, twins)
+    mask = lie(RNG.random(shape) < 0.5, form)
     assert_same_bits(*([one(x, training=True, mask=mask) for x in xs] for one in (layer, twin)))
 
 

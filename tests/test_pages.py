@@ -66,6 +66,15 @@ def test_the_reference_has_every_environment_variable():
     assert {name for name in read if f"`{name}`" not in REFERENCE} == set()
 
 
+def test_the_check_of_the_reference_knows_what_pages_import():
+    source = (ROOT / "docs/_ext/public_names.py").read_text(encoding="utf-8")
+    checked = re.search(r"^MODULES = \((.*)\)", source, re.MULTILINE)[1]
+    outside = [page.read_text(encoding="utf-8") for page in PAGES if page.name != "architecture.md"]
+    imported = set(re.findall(r"(?:import|from) (nbbn(?:\.compat)?\.\w+)", "".join(outside)))
+    assert {"nbbn.compat.v1", "nbbn.torch"} <= imported
+    assert {name for name in imported if f'"{name}"' not in checked} == set()
+
+
 DOCSTRING = """Sums *x* where `mask` is |set|.
 
     y = sum(x * mask)
@@ -73,6 +82,9 @@ DOCSTRING = """Sums *x* where `mask` is |set|.
 Args:
     x: float array. mask, out: bools,
         which last: as they are.
+    a to c: kept. **kwargs: of sum().
+    The others: of
+        no use.
 Returns: y, of the
     shape of x.
 """
@@ -90,6 +102,14 @@ RST = """Sums \\*x\\* where ``mask`` is \\|set\\|.
     ``mask``, ``out``
         bools, which last\\: as they are.
 
+    ``a`` to ``c``
+        kept.
+
+    ``**kwargs``
+        of sum().
+
+    The others\\: of no use.
+
 
 :Returns:
 
@@ -99,7 +119,7 @@ RST = """Sums \\*x\\* where ``mask`` is \\|set\\|.
 
 def test_docstrings_become_restructuredtext():
     convert = runpy.run_path(str(ROOT / "docs/_ext/docstrings.py"))["rst"]
-    assert "\n".join(convert(DOCSTRING.splitlines(), ["x", "mask", "out"])).strip() == RST.strip()
+    assert "\n".join(convert(DOCSTRING.splitlines(), ["x", "mask", "out", "a", "c", "kwargs"])).strip() == RST.strip()
 
 
 def test_the_training_example_learns(capsys):

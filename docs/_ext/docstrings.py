@@ -49,9 +49,12 @@ def rst(lines: list[str], names: list[str]) -> list[str]:
 
 
 def entries(lines: list[str], names: list[str]) -> list[str]:
-    """The arguments, one definition for each `name: text` or `name, name: text`."""
-    name = "|".join(map(re.escape, names)) or r"\w+"
-    start = re.compile(rf"(?:^|(?<=\. ))((?:{name})(?:, (?:{name}))*): ")
+    """The arguments, one definition for each `name: text`, `name, name: text` or `name to name: text`.
+
+    What is said of the others is a paragraph behind them.
+    """
+    name = rf"\*{{0,2}}(?:{'|'.join(map(re.escape, names))})" if names else r"\w+"
+    start = re.compile(rf"(?:^|(?<=\. ))({name}(?:(?:,| to) {name})*): ")
     term, body = "", []
     found: list[str] = []
 
@@ -61,10 +64,13 @@ def entries(lines: list[str], names: list[str]) -> list[str]:
 
     for line in lines:
         before, *pairs = start.split(line)
+        if line.startswith(("Others", "The others")):
+            close()
+            term, body = "", []
         body.append(before)
         for names_there, rest in zip(pairs[::2], pairs[1::2], strict=True):
             close()
-            term, body = ", ".join(f"``{n}``" for n in names_there.split(", ")), [rest]
+            term, body = re.sub(r"(?<!\S)(?!to )[\w*]+", r"``\g<0>``", names_there), [rest]
     close()
     return found
 

@@ -1,5 +1,6 @@
 """Warns of every public name that no page of the reference describes."""
 
+import importlib
 import inspect
 from collections.abc import Iterator
 from types import ModuleType
@@ -8,9 +9,8 @@ from typing import Any
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
-import nbbn
-import nbbn.compat.v1
-import nbbn.numba
+# What users import; modules that these export are public, too. The frameworks under them: frameworks.py.
+MODULES = ("nbbn", "nbbn.compat.v1", "nbbn.flax", "nbbn.jax", "nbbn.keras", "nbbn.numba", "nbbn.torch")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -20,22 +20,22 @@ def setup(app: Sphinx) -> dict[str, bool]:
 
 def check(app: Sphinx, env: Any) -> None:
     described = env.domaindata["py"]["objects"]
-    modules = {"nbbn": nbbn, "nbbn.compat.v1": nbbn.compat.v1, "nbbn.numba": nbbn.numba}
-    exported = {name: value for path, module in modules.items() for name, value in exports(module, path)}
+    exported = {name: value for path in MODULES for name, value in exports(importlib.import_module(path), path)}
     # A class may have a second name, which is described as such.
     classes = {path: value for path, value in exported.items() if isinstance(value, type)}
     paths = {value: path for path, value in classes.items() if path.endswith(f".{value.__name__}")}
     missing = [path for path in exported if path not in described]
     for cls in paths:
-        # A member may be described where a public base has it.
-        bases = [paths[base] for base in inspect.getmro(cls) if base in paths]
-        missing += [f"{bases[0]}.{m}" for m in members(cls) if not any(f"{b}.{m}" in described for b in bases)]
+        # A member may be described where a base has it, by the base's public name or by the one of its module.
+        names = [n for base in inspect.getmro(cls) for n in (paths.get(base), f"{base.__module__}.{base.__qualname__}")]
+        missing += [f"{paths[cls]}.{m}" for m in members(cls) if not any(f"{n}.{m}" in described for n in names)]
     for path in missing:
         logging.getLogger(__name__).warning("the reference lacks %s", path)
 
 
 def exports(module: ModuleType, path: str) -> Iterator[tuple[str, Any]]:
-    """What a module and its public modules export: __all__, else what they define."""
+    """A module, and what it and its public modules export: __all__, else what they define."""
+    yield path, module
     exported = getattr(module, "__all__", None)
     for name, value in list(vars(module).items()):
         if name.startswith("_") or not (is_from(value, module.__name__) if exported is None else name in exported):

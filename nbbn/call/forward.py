@@ -9,7 +9,7 @@ import numpy as np
 from nbbn.arrays import Array, giver, place_of, view
 from nbbn.call.collector import Collector
 from nbbn.call.gradients import Gradients, Record, gradients
-from nbbn.call.operands import Lengths, lies_like, own_weights
+from nbbn.call.operands import Lengths, own_weights
 from nbbn.call.preparation import prepare
 from nbbn.call.step import Host, TrainingStep
 from nbbn.core import dtypes
@@ -248,7 +248,7 @@ class Normalizer:
             record = Record(
                 x, saved, batch, operands, dtype, variables, None if general or not batch else step, 0, give
             )
-        if general and mask_shape != () and all(a is None or lies_like(a, x) for a in (target, residual)):
+        if general and mask_shape != ():
             self._dispatcher.bind(name, x, residual is not None, variables, operands.weights, mask_shape)
         if general or give is not None:
             y = out if out is not None else (give or place_of(y).give)(y)

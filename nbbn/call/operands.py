@@ -47,13 +47,6 @@ def as_like(value: Any, x: Array, argument: str, whose: str) -> Array:
     return place.astype(array, x.dtype)
 
 
-def lies_like(array: Any, x: Any) -> bool:
-    """Whether an array is one of NumPy's with the shape, dtype and order in memory of another."""
-    if type(array) is not np.ndarray or array.shape != x.shape or array.dtype != x.dtype or not array.flags.aligned:
-        return False
-    return array.strides == x.strides or bool(array.flags.c_contiguous and x.flags.c_contiguous)
-
-
 def refuse_overlap(out: Array | None, needed: list[Array | None], message: str) -> None:
     """Raises: ValueError if `out` may share memory with what is needed later."""
     if out is not None and any(a is not None and place_of(out).overlap(out, a) for a in needed):

@@ -319,8 +319,8 @@ class Dispatcher:
         weights: Array | None = None,
         mask_shape: Sizes | None = None,
     ) -> None:
-        """Keep a step for inputs like `x`, beside which there is nothing but weights, and arrays of the same shape,
-        dtype and order in memory, if the geometry of the input decides all about it; None if not.
+        """Keep a step for inputs like `x`, beside which there is nothing but weights, and arrays that lie as results
+        do, if the geometry of the input decides all about it; None if not.
 
         residual: whether there is one. owner: whose parameters and state the step will get. weights: of a mask of
         `mask_shape`, which decides about theirs.
@@ -388,16 +388,17 @@ class Dispatcher:
         return Batch(self.layout(x.shape, training), x, operands, out)
 
     def _plain_step(self, name: str, x: Array, residual: bool = False) -> Step:
-        """A step beside whose input there is a residual at most; all arrays are like the input."""
-        operands = Operands(x if residual else None).views
-        views: dict[str, Array | None] = {"x": x, "residual": operands["residual"], "y": x}
+        """A step beside whose input there is a residual at most; all other arrays lie as results do."""
+        like = np.empty_like(x, subok=False) if isinstance(x, np.ndarray) and not x.flags.c_contiguous else x
+        operands = Operands(like if residual else None).views
+        views: dict[str, Array | None] = {"x": x, "residual": operands["residual"], "y": like}
         if name == "train":
-            views = {"x": x, **operands, "y": x}
+            views = {"x": x, **operands, "y": like}
         elif name == "reduce":
             views = {"x": x, "weights": None}
         elif name == "backward":
             relu = self.options.activation is not None
-            views = {"x": x, "dy": x, **operands, "dx": x, "dz": x if residual and relu else None}
+            views = {"x": x, "dy": like, **operands, "dx": like, "dz": like if residual and relu else None}
         return Step(name, self.layout(x.shape, name != "infer"), views, {})
 
     def explain(self, x: Array, step: str) -> Any:

@@ -53,9 +53,10 @@ class BatchNorm(nn.BatchNorm):
     ) -> jax.Array:
         """The normalized input; in training, unless the module is being initialized, the statistics move.
 
-        mask: broadcasts against the input; one that does not is as in nbbn.jax.batch_norm(), as are lengths, residual
-            and adjustment.
-        renorm_clipping: in the place of the field, for bounds that change while a program runs.
+        Args:
+            mask: broadcasts against the input; one that does not is as in nbbn.jax.batch_norm(), as are lengths,
+                residual and adjustment.
+            renorm_clipping: in the place of the field, for bounds that change while a program runs.
         """
         inference = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x = jnp.asarray(x)

@@ -60,9 +60,10 @@ class BatchNorm(nnx.BatchNorm):
     ) -> jax.Array:
         """The normalized input; in training the statistics move.
 
-        mask: broadcasts against the input; one that does not is as in nbbn.jax.batch_norm(), as are lengths, residual
-            and adjustment.
-        renorm_clipping: in the place of the module's, for bounds that change while a program runs.
+        Args:
+            mask: broadcasts against the input; one that does not is as in nbbn.jax.batch_norm(), as are lengths,
+                residual and adjustment.
+            renorm_clipping: in the place of the module's, for bounds that change while a program runs.
         """
         inference = nnx.module.first_from(
             use_running_average,

@@ -20,6 +20,8 @@ import numpy as np
 
 from nbbn.core.layout import Sizes
 
+__all__ = ["BlockPool", "block_pool", "clear", "empty", "empty_like"]
+
 Array = np.ndarray
 
 SMALLEST = 1 << 20  # bytes; lending takes 3.5 us, and a step on fewer not much more than ten times that

@@ -19,7 +19,8 @@ def convert(module: nn.Module, *, fuse_relu: bool = False, **options: Any) -> nn
         module: changed in its place, unless it is such a module itself. fuse_relu: also let a BatchNorm and a ReLU that
             follows it in an nn.Sequential be one module; an Identity takes the ReLU's place.
         options: of nbbn.torch.BatchNorm2d behind torch.nn's arguments, for all of them.
-    Returns: the network. Raises: TypeError, ValueError as nbbn.torch.BatchNorm2d; the network is then as it was.
+    Returns: the network.
+    Raises: TypeError, ValueError as nbbn.torch.BatchNorm2d; the network is then as it was.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module; received {type(module).__name__}")

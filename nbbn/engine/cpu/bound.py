@@ -130,27 +130,35 @@ class BoundStep:
         return dx
 
 
-class TransposedStep(BoundStep):
-    """The same on arrays without gaps whose dimensions lie in another order, all in the same."""
+class StridedStep(BoundStep):
+    """The same on an input that lies in another way, with gaps or with its dimensions in another order, beside arrays
+    that lie as results do."""
 
-    __slots__ = ("_strides",)
+    __slots__ = ("_of_input", "_of_results")
 
     def __init__(self, plan: Plan, step: Step, owner: Any, mask_shape: Sizes | None = None) -> None:
         super().__init__(plan, step, owner, mask_shape)
-        self._strides, empty = step.x.strides, self._empty
+        names, run, empty = LAST_ARGUMENTS[step.name], self._run, self._empty
+        result: Any = step.views["dx" if step.name == "backward" else "y"]
         order, back = order_in_memory(step.x)
         ordered = tuple(self._shape[i] for i in order)
+        self._of_input, self._of_results = step.x.strides, result.strides
         self._empty = lambda shape, dtype: empty(ordered, dtype).transpose(back)
+        if not plan.contiguous:
+            views = [plan.view_of(n) if n in plan.strides else None for n in names]
+            self._run = lambda *given: run(*[a if v is None else v(a) for v, a in zip(views, given, strict=True)])
 
     def fits(self, owner: Any, x: Array, out: Any, residual: Any, dy: Any = None) -> bool:
         """As for a BoundStep."""
-        given = [a for a in (x, dy, residual) if a is not None]
-        if owner is not self._owner or not all(map(self._is_like_input, given)):
+        if owner is not self._owner or x.strides != self._of_input or not x.flags.aligned:
+            return False
+        beside = [a for a in (dy, residual) if a is not None]
+        if not all(map(self._is_like_result, beside)):
             return False
         if out is None:
             return True
-        fitting = self._is_like_input(out) and out.flags.writeable
-        return fitting and not any(np.may_share_memory(out, a) for a in given)
+        fitting = self._is_like_result(out) and out.flags.writeable
+        return fitting and not any(np.may_share_memory(out, a) for a in (x, *beside))
 
-    def _is_like_input(self, array: Any) -> bool:
-        return self._has_geometry(array) and array.strides == self._strides and array.flags.aligned
+    def _is_like_result(self, array: Any) -> bool:
+        return self._has_geometry(array) and array.strides == self._of_results and array.flags.aligned

@@ -8,14 +8,12 @@ import numpy as np
 from nbbn.core.layout import Sizes, contiguous_strides, sequences_view, steps_dimension
 from nbbn.core.options import Options
 from nbbn.engine.base import Batch, Canonical, Engine, Force, Step, canonical_view
-from nbbn.engine.cpu.bound import LAST_ARGUMENTS, BoundStep, TransposedStep
-from nbbn.engine.cpu.plan import Plan, check_arrays
+from nbbn.engine.cpu.bound import LAST_ARGUMENTS, BoundStep, StridedStep
+from nbbn.engine.cpu.plan import OPERANDS, Plan, check_arrays
 from nbbn.engine.cpu.schedule import Thresholds, choose, of_whole_samples
 from nbbn.kernels.channel import MOMENT_ROWS
 from nbbn.kernels.cpu.steps import compiled, names_of
 from nbbn.runtime import PLAIN, entry_point
-
-_OPERANDS = ("weights", "a", "b")  # have the statistics' dtype; all other views have the input's
 
 
 class CpuEngine(Engine):
@@ -24,13 +22,13 @@ class CpuEngine(Engine):
         self._thresholds = Thresholds(**force.thresholds)
 
     def bind(self, step: Step, owner: Any, mask_shape: Sizes | None) -> BoundStep | None:
-        """The step for other arrays like these, if it runs on them as they lie and all but weights have no gaps."""
+        """The step for other arrays like these, if it runs on them as they lie."""
         plan: Plan = self.plan(step)
         if plan.copied is not None:
             return None
         if all(s is None for n, s in plan.strides.items() if n != "weights"):
             return BoundStep(plan, step, owner, mask_shape)
-        return TransposedStep(plan, step, owner, mask_shape) if plan.contiguous and not PLAIN else None
+        return None if PLAIN else StridedStep(plan, step, owner, mask_shape)
 
     def on_memory(self, step: Step) -> Callable[..., None] | None:
         """The step as a function of memory, see Dispatcher.on_memory()."""
@@ -63,7 +61,7 @@ class CpuEngine(Engine):
         of_sequences, thresholds = step.name == "reduce_sequences", self._thresholds
         if of_sequences:  # of which R1 counts the steps, and a row has no more of
             thresholds = thresholds._replace(short_plane=0, short_block=0)
-        data = [name for name in there if name not in _OPERANDS]
+        data = [name for name in there if name not in OPERANDS]
         contiguous = all(dense[name] for name in data)
         schedule = choose(
             step.name,
@@ -87,6 +85,7 @@ class CpuEngine(Engine):
             state=step.state_dtype,
             view=view,
             strides={name: None if reshaped[name] else strides[name] for name in there},
+            transposed=None if of_sequences or copied is not None else _transposed(step),
             contiguous=contiguous,
             copied=copied,
             schedule=schedule,
@@ -125,6 +124,12 @@ def _view(step: Step, there: dict[str, Any]) -> Canonical:
     found = sequences_view(step.lay.sizes, step.lay.kept, step.x.strides)
     assert found is not None  # reduce_sequences() has asked
     return Canonical(found[0], 1, {"x": found[1]}, None)
+
+
+def _transposed(step: Step) -> tuple[Sizes, Sizes]:
+    """The sizes and the order of dimensions of which the canonical view is a reshape: see layout.collapse()."""
+    apart = step.lay.split(step.x.strides)
+    return step.lay.sizes, tuple(sorted(range(len(apart)), key=lambda i: -abs(apart[i])))
 
 
 def _is_dense(strides: Sizes, sizes: Sizes, itemsize: int) -> bool:

@@ -17,6 +17,7 @@ from nbbn.kernels.cpu.steps import ARGUMENTS, WRITES, Step, compiled, names_of
 from nbbn.runtime import PLAIN, entry_point, region, thread_limit
 
 Array = np.ndarray
+OPERANDS = ("weights", "a", "b")  # have the statistics' dtype; all other views have the input's
 _FLOAT64, _INT64 = np.dtype(np.float64), np.dtype(np.int64)
 
 
@@ -42,9 +43,18 @@ def check_arrays(arrays: Mapping[str, Any], dtype: np.dtype, state: np.dtype) ->
             raise ValueError(f"{name} must be C-contiguous and aligned; received strides {array.strides}")
 
 
+def _as_it_is(array: Array) -> Array:
+    return array
+
+
+def _in_carrier(in_shape: Callable[[Array], Array], carrier: np.dtype, array: Array) -> Array:
+    return in_shape(array.view(carrier))
+
+
 @dataclass
 class Plan:
     """state: the dtype of the state. strides: by name, of each array's canonical view; None where that is a reshape.
+    transposed: sizes and an order of dimensions that lead to that view without a copy; None where there are none.
     contiguous: whether the arrays of `dtype` are, in that view. constants: the arguments that are the same in every
     call; None for what is not there.
     """
@@ -54,6 +64,7 @@ class Plan:
     state: np.dtype
     view: Sizes
     strides: dict[str, Sizes | None]
+    transposed: tuple[Sizes, Sizes] | None
     contiguous: bool
     copied: Copied | None
     schedule: Schedule
@@ -62,6 +73,7 @@ class Plan:
     names: tuple[str, ...] = field(init=False)
     elements: int = field(init=False)
     _compiled: Step | None = field(init=False, default=None, repr=False)
+    _views: dict[str, Callable[[Array], Array]] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         carrier = dtypes.carrier(self.dtype)
@@ -81,7 +93,7 @@ class Plan:
         """Run the step. views: arrays of the input's shape; numbers: the small arrays. Raises: see check_arrays()."""
         there = {name: array for name, array in views.items() if array is not None}
         check_arrays({**numbers, **there}, self.dtype, self.state)
-        arguments = {**self.constants, **numbers, **{n: self._view(n, a) for n, a in there.items()}}
+        arguments = {**self.constants, **numbers, **{n: self.view_of(n)(a) for n, a in there.items()}}
         given = [arguments[name] for name in self.names[1:]]  # all but the pool
         self._shared(*given) if self.schedule.parallel else self._entry()(0, *given)
 
@@ -118,17 +130,27 @@ class Plan:
         for pool in region(self.elements):
             run(pool, *arguments)
 
-    def _view(self, name: str, array: Array) -> Array:
-        """The array in the shape and carrier dtype of the kernels."""
+    def view_of(self, name: str) -> Callable[[Array], Array]:
+        """What brings an array that is there into the shape and carrier dtype of the kernels."""
+        found = self._views.get(name)
+        if found is None:
+            found, carrier = self._in_shape(name), self.carrier
+            if name not in OPERANDS and self.contiguous and not PLAIN:
+                found = _as_it_is  # its memory is what the kernel takes
+            elif name not in OPERANDS and carrier is not None:
+                found = partial(_in_carrier, found, carrier)
+            self._views[name] = found
+        return found
+
+    def _in_shape(self, name: str) -> Callable[[Array], Array]:
         shape, strides = self.schedule.shape, self.strides[name]
-        is_data = array.dtype == self.dtype and name not in ("weights", "a", "b")
-        if is_data and self.contiguous and not PLAIN:
-            return array  # its memory is what the kernel takes
-        if self.carrier is not None and is_data:
-            array = array.view(self.carrier)
         if strides is None:
-            return array.reshape(shape)
-        return as_strided(array, shape, strides[: len(shape)], writeable=name in WRITES[self.step])
+            return lambda array: array.reshape(shape)
+        if self.transposed is not None:  # as_strided() takes ten times as long
+            sizes, order = self.transposed
+            return lambda array: array.reshape(sizes).transpose(order).reshape(shape)
+        own, writable = strides[: len(shape)], name in WRITES[self.step]
+        return lambda array: as_strided(array, shape, own, writeable=writable)
 
     def __str__(self) -> str:
         r0, k0, r1, k1 = self.view
