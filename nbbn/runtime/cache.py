@@ -265,6 +265,7 @@ def _place() -> str:
     return f"kept in {folder}" if not why else f"not kept: {f'{folder} is read-only' if folder else why}"
 
 
+@lru_cache(maxsize=1024)  # to look into what Numba keeps takes 10 us
 def entry_point(kernel: Any) -> Callable[..., Any]:
     """The compiled function behind a kernel: quicker, as it does not look at the types of its arguments.
 
