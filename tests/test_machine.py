@@ -53,6 +53,7 @@ GROUPS = [
     ({"cpu/cpu.cfs_quota_us": "350000\n", "cpu/cpu.cfs_period_us": "100000\n"}, "", 4),
     ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, V1.format("/"), None),
     ({"cpu/cpu.cfs_quota_us": "350000\n"}, "", None),
+    ({"cpu,cpuacct/cpu.cfs_quota_us": "350000\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"}, V1.format("/"), 4),
     ({}, "", None),
     # nested: the smallest on the way up counts
     ({"a/b/cpu.max": "300000 100000\n", "a/cpu.max": "200000 100000\n"}, V2.format("/a/b"), 2),

@@ -48,7 +48,8 @@ def _groups(root: Path, own: Path) -> list[tuple[Path, str]]:
             paths |= dict.fromkeys(controllers.split(","), path)
     except (OSError, ValueError):
         pass
-    return [(root, paths.get("", "")), (root / "cpu", paths.get("cpu", ""))]
+    of_version_1 = [(root / name, paths.get("cpu", "")) for name in ("cpu", "cpu,cpuacct")]
+    return [(root, paths.get("", "")), *of_version_1]
 
 
 def _prefixes(path: str) -> list[str]:
