@@ -75,11 +75,12 @@ def test_second_time_comes_from_the_cache(folder):
     assert len(files(folder)) == 1
 
 
-def test_what_is_on_disk_keeps_only_its_machine_code(folder):
-    """A kernel's code for LLVM is 2 MB, of which a process that compiled many had gigabytes."""
+def test_a_kernel_keeps_only_its_machine_code(use_folder, tmp_path):
+    """Its code for LLVM is 2 MB, of which a process that compiled many had gigabytes."""
     modules = cpu_target.target_context.codegen()._engine._ee._modules
     before = len(modules)
-    for cached in (False, True):
+    for folder, cached in ((tmp_path / "cache", False), (tmp_path / "cache", True), ("", False)):
+        use_folder(folder)
         assert compile_add(2) == ([2.0, 2.0, 2.0], cached)
         assert len(modules) == before
 

@@ -249,7 +249,7 @@ class Normalizer:
                 x, saved, batch, operands, dtype, variables, None if general or not batch else step, 0, give
             )
         if general and mask_shape != ():
-            self._dispatcher.bind(name, x, residual is not None, variables, operands.weights, mask_shape)
+            self._dispatcher.bind(name, x, residual is not None, (y, residual), variables, operands.weights, mask_shape)
         if general or give is not None:
             y = out if out is not None else (give or place_of(y).give)(y)
         return y, record

@@ -81,7 +81,8 @@ def gradients(dispatcher: Dispatcher, record: Record, dy: Any, out: Any, scale: 
         if operands.adjusted:
             adjustment = adjustment_gradients(dispatcher, x, saved, operands, dz)
         if plain:
-            dispatcher.bind("backward", x, residual is not None, variables, weights, mask_shape)
+            beside = upstream.dy, dx, residual
+            dispatcher.bind("backward", x, residual is not None, beside, variables, weights, mask_shape)
     return _as_users_have_them(record, dx, dparams, dz, adjustment, given_out, scale, center)
 
 

@@ -5,12 +5,13 @@ momenta and clips of this step, enter. It runs a step in the engine's fast form;
 inputs takes the stages, and merges what is between them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from nbbn.arrays import Array, Place, place_of
 from nbbn.core import dtypes
@@ -20,6 +21,7 @@ from nbbn.engine.base import NOTHING, Batch, Engine, Force, Operands, PartPlans,
 from nbbn.engine.cpu.bound import BoundStep
 from nbbn.engine.cpu.engine import CpuEngine
 from nbbn.kernels import channel
+from nbbn.runtime import buffers
 
 # Elements of a group of a virtual batch, at least, for a reduction of its own, where there are lengths: that costs
 # 17 us, and saves 0.26 ns per element of what weights cost.
@@ -315,15 +317,17 @@ class Dispatcher:
         name: str,
         x: Array,
         residual: bool,
+        beside: Sequence[Array | None],
         owner: Any,
         weights: Array | None = None,
         mask_shape: Sizes | None = None,
     ) -> None:
-        """Keep a step for inputs like `x`, beside which there is nothing but weights, and arrays that lie as results
-        do, if the geometry of the input decides all about it; None if not.
+        """Keep the step that has just run, for inputs like `x` beside which there is nothing but weights, and arrays
+        that lie as results do, if the geometry of the input decides all about it; None if not.
 
-        residual: whether there is one. owner: whose parameters and state the step will get. weights: of a mask of
-        `mask_shape`, which decides about theirs.
+        residual: whether there is one. beside: the arrays of that step, which has been of another kind where they lie
+        in another way. owner: whose parameters and state the step will get. weights: of a mask of `mask_shape`, which
+        decides about theirs.
         """
         if not isinstance(x, np.ndarray) or not (x.size and self.options.is_constant):
             return
@@ -332,7 +336,7 @@ class Dispatcher:
             return
         key = name, residual, x.shape, x.dtype, mask_shape, *order
         known = self.bound.get(key)
-        if known is None and key in self.bound:  # there is none
+        if known is None and (key in self.bound or not _lie_as_results(beside, x)):
             return
         if self.layout(x.shape, name != "infer").parts:  # several steps
             return
@@ -389,7 +393,9 @@ class Dispatcher:
 
     def _plain_step(self, name: str, x: Array, residual: bool = False) -> Step:
         """A step beside whose input there is a residual at most; all other arrays lie as results do."""
-        like = np.empty_like(x, subok=False) if isinstance(x, np.ndarray) and not x.flags.c_contiguous else x
+        like = x
+        if isinstance(x, np.ndarray) and not x.flags.c_contiguous:
+            like = as_strided(np.empty(1, x.dtype), x.shape, buffers.strides_of_results(x))  # nobody looks into it
         operands = Operands(like if residual else None).views
         views: dict[str, Array | None] = {"x": x, "residual": operands["residual"], "y": like}
         if name == "train":
@@ -408,6 +414,11 @@ class Dispatcher:
             return engine.plan(planned)
         steps = engine.of_parts(planned._replace(name="reduce", views={"x": x, "weights": None}))
         return PartPlans(engine.plan(s) for s in steps)
+
+
+def _lie_as_results(arrays: Sequence[Array | None], x: np.ndarray) -> bool:
+    strides = buffers.strides_of_results(x)
+    return all(a is None or a.strides == strides or (a.flags.c_contiguous and x.flags.c_contiguous) for a in arrays)
 
 
 def _check(name: str, array: Array, *shape: int) -> None:

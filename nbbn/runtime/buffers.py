@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from nbbn.core.layout import Sizes
+from nbbn.core.layout import Sizes, contiguous_strides
 
 __all__ = ["BlockPool", "block_pool", "clear", "empty", "empty_like"]
 
@@ -185,6 +185,13 @@ def order_in_memory(x: Array) -> tuple[list[int], list[int]]:
     if not x.flags.f_contiguous:
         order = sorted(range(x.ndim), key=lambda i: -abs(x.strides[i]))
     return order, sorted(order, key=order.__getitem__)
+
+
+def strides_of_results(x: Array) -> Sizes:
+    """The strides of empty_like(x), where nobody needs the memory."""
+    order, back = order_in_memory(x)
+    strides = contiguous_strides(tuple(x.shape[i] for i in order), x.itemsize)
+    return contiguous_strides(x.shape, x.itemsize) if x.flags.c_contiguous else tuple(strides[i] for i in back)
 
 
 def clear() -> None:

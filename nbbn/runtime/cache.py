@@ -151,9 +151,7 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
                 return None
             with contextlib.suppress(OSError):  # the folder may be read-only
                 os.utime(path)  # _prune() deletes what nobody has used
-            found = CompileResult._rebuild(target_context, *pickle.loads(content[64:]))
-            _forget_modules(found)
-            return found
+            return CompileResult._rebuild(target_context, *pickle.loads(content[64:]))
         except Exception:  # a damaged file, or one that this Numba cannot read, only costs a compilation
             return None
 
@@ -163,7 +161,6 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
             return
         path, key = entry
         payload = dumps(data._reduce())
-        _forget_modules(data)
         # A full or vanished disk costs a compilation next time. Readers see the old file or the new one, never a part.
         new_file = tempfile.NamedTemporaryFile
         with contextlib.suppress(OSError), new_file(dir=path.parent, suffix=".kernel", delete=False) as file:
@@ -196,7 +193,7 @@ def _forget_modules(kernel: CompileResult) -> None:
     than the machine code."""
     library = kernel.library
     library._shared_module = None
-    with contextlib.suppress(AttributeError):  # the engine under Numba's may have another name one day
+    with contextlib.suppress(AttributeError, RuntimeError):  # of another Numba, which keeps them in another way
         library.codegen._engine._ee.remove_module(library._final_module)  # the machine code stays
         del library._final_module
 
@@ -252,6 +249,7 @@ def compile_kernel(
     start, place = perf_counter(), _place()
     with _unique_symbols(), compiling(place):
         dispatcher.compile(signature)
+        _forget_modules(*dispatcher.overloads.values())
     if not dispatcher.stats.cache_hits:
         seconds = perf_counter() - start
         LOGGER.info("compiled %s (%s) in %.1f s; %s", name, in_short(function, signature), seconds, place)
@@ -265,7 +263,7 @@ def _place() -> str:
     return f"kept in {folder}" if not why else f"not kept: {f'{folder} is read-only' if folder else why}"
 
 
-@lru_cache(maxsize=1024)  # to look into what Numba keeps takes 10 us
+@lru_cache(maxsize=1024)  # to look into what Numba keeps takes some 5 us
 def entry_point(kernel: Any) -> Callable[..., Any]:
     """The compiled function behind a kernel: quicker, as it does not look at the types of its arguments.
 

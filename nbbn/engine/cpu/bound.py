@@ -134,7 +134,7 @@ class StridedStep(BoundStep):
     """The same on an input that lies in another way, with gaps or with its dimensions in another order, beside arrays
     that lie as results do."""
 
-    __slots__ = ("_of_input", "_of_results")
+    __slots__ = ("_of_results",)
 
     def __init__(self, plan: Plan, step: Step, owner: Any, mask_shape: Sizes | None = None) -> None:
         super().__init__(plan, step, owner, mask_shape)
@@ -142,15 +142,15 @@ class StridedStep(BoundStep):
         result: Any = step.views["dx" if step.name == "backward" else "y"]
         order, back = order_in_memory(step.x)
         ordered = tuple(self._shape[i] for i in order)
-        self._of_input, self._of_results = step.x.strides, result.strides
+        self._of_results = result.strides
         self._empty = lambda shape, dtype: empty(ordered, dtype).transpose(back)
         if not plan.contiguous:
             views = [plan.view_of(n) if n in plan.strides else None for n in names]
             self._run = lambda *given: run(*[a if v is None else v(a) for v, a in zip(views, given, strict=True)])
 
     def fits(self, owner: Any, x: Array, out: Any, residual: Any, dy: Any = None) -> bool:
-        """As for a BoundStep."""
-        if owner is not self._owner or x.strides != self._of_input or not x.flags.aligned:
+        """As for a BoundStep, on `x` that has its strides, too."""
+        if owner is not self._owner or not x.flags.aligned:
             return False
         beside = [a for a in (dy, residual) if a is not None]
         if not all(map(self._is_like_result, beside)):

@@ -13,7 +13,7 @@ from nbbn.core import dtypes
 from nbbn.core.layout import Sizes
 from nbbn.engine.base import Copied
 from nbbn.engine.cpu.schedule import Schedule
-from nbbn.kernels.cpu.steps import ARGUMENTS, WRITES, Step, compiled, names_of
+from nbbn.kernels.cpu.steps import ARGUMENTS, Step, compiled, names_of
 from nbbn.runtime import PLAIN, entry_point, region, thread_limit
 
 Array = np.ndarray
@@ -149,8 +149,8 @@ class Plan:
         if self.transposed is not None:  # as_strided() takes ten times as long
             sizes, order = self.transposed
             return lambda array: array.reshape(sizes).transpose(order).reshape(shape)
-        own, writable = strides[: len(shape)], name in WRITES[self.step]
-        return lambda array: as_strided(array, shape, own, writeable=writable)
+        own = strides[: len(shape)]  # of what is only read
+        return lambda array: as_strided(array, shape, own, writeable=False)
 
     def __str__(self) -> str:
         r0, k0, r1, k1 = self.view
