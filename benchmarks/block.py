@@ -214,8 +214,8 @@ def _lines(report: Report) -> Iterator[str]:
 def ratio_table(report: Report) -> Iterator[str]:
     """One row per shape. What is first in a heading is measured in a block, of nbbn where PyTorch's is not named.
 
-    Calls alone find in the caches what they read; what PyTorch's lose in the block beside its own pool, that is not
-    for another pool's sake.
+    Calls alone find what they read in the caches. PyTorch's batch norms have the convolutions' own threads: what they
+    lose in the block is what the caches cost, and nothing that a second pool of threads costs.
     """
     yield (
         "| shape | nbbn's calls / alone | PyTorch's calls / alone | convolutions / beside PyTorch's | "

@@ -139,7 +139,8 @@ class Registry:
         name = getattr(component, "__name__", None)
         if not isinstance(name, str) or not name.isidentifier():  # a lambda's is none
             raise ValueError(f"{self._kind} must have get_config() or a name to be serialized, received {component!r}.")
-        if self._makers.get(name, component) is not component:
+        is_numpys = defined_by(getattr(component, "__module__", None), ("numpy",))  # whose ones and zeros are the same
+        if self._makers.get(name, component) is not component and not is_numpys:
             raise ValueError(
                 f"{self._kind} must have a name of its own to be serialized, received {component!r}: {name!r} is known."
             )
@@ -170,7 +171,6 @@ class Registry:
             made: Callable[..., Any] = maker.from_config(config) if hasattr(maker, "from_config") else maker(**config)
         except TypeError as error:
             known = ", ".join(inspect.signature(maker).parameters)
-            raise ValueError(
-                f"config of {argument} {name!r} must have none but the keys {known}, received {dict(config)!r}."
-            ) from error
+            keys = f"have none but the keys {known}" if known else "be empty"
+            raise ValueError(f"config of {argument} {name!r} must {keys}, received {dict(config)!r}.") from error
         return made

@@ -239,8 +239,8 @@ def initialize(
     """The array that an initializer gives for `shape`, checked.
 
     Args:
-        initializer: anything that `get` takes. A foreign callable is called as f(shape, dtype=dtype), or, where its
-            signature has no dtype, with as many of the two as it must have; what it returns is converted to NumPy.
+        initializer: anything that `get` takes. A foreign callable is called as f(shape, dtype=dtype), or as
+            f(shape) where its signature has no dtype; what it returns is converted to NumPy.
         shape: of the parameter.
         dtype: of the parameter; None means float32.
         argument: what an error message calls the initializer.
@@ -248,7 +248,7 @@ def initialize(
     Raises: ValueError if the values do not have exactly that shape; TypeError if they are not real numbers.
     """
     function, shape, dtype = get(initializer, argument), _as_shape(shape), _as_dtype(dtype)
-    returned = _call(function, shape, dtype)
+    returned = function(shape, dtype=dtype) if _takes_dtype(function, argument) else function(shape)
     if isinstance(returned, np.ma.MaskedArray):
         raise TypeError(f"{argument} {initializer!r} must return an array without a mask, received a masked array.")
     values = np.asarray(returned)
@@ -263,16 +263,20 @@ def initialize(
     return np.array(values, dtype=dtype, order="C", copy=True)
 
 
-def _call(function: Callable[..., Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+def _takes_dtype(function: Callable[..., Any], argument: str) -> bool:
+    """Raises: TypeError for a function that can be called neither with a shape nor with a shape and a dtype."""
     try:
-        parameters = inspect.signature(function).parameters.values()
+        signature = inspect.signature(function)
     except (TypeError, ValueError):  # some C functions have no signature
-        return function(shape)
-    if any(p.name == "dtype" or p.kind is p.VAR_KEYWORD for p in parameters):
-        return function(shape, dtype=dtype)
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p for p in parameters if p.kind in positional and p.default is p.empty]
-    return function(shape, dtype) if len(needed) > 1 else function(shape)
+        return False
+    takes_dtype = any(p.name == "dtype" or p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    try:
+        signature.bind((), **({"dtype": None} if takes_dtype else {}))
+    except TypeError as error:
+        raise TypeError(
+            f"{argument} {function!r} must be a function of (shape) or (shape, dtype), received one of {signature}."
+        ) from error
+    return takes_dtype
 
 
 def _truncated_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:

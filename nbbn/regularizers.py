@@ -90,9 +90,10 @@ def loss(regularizer: Callable[..., Any], w: npt.ArrayLike, argument: str = "reg
     value = np.asarray(_native(regularizer)(w))
     if value.shape != ():
         raise ValueError(f"{argument} {regularizer!r} must return a scalar, received shape {value.shape}.")
-    if value.dtype.kind not in "biufV":
-        raise TypeError(f"{argument} {regularizer!r} must return a real number, received {value.item()!r}.")
-    return float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{argument} {regularizer!r} must return a real number, received {value.item()!r}.") from error
 
 
 def gradient(regularizer: Callable[..., Any], w: npt.ArrayLike, argument: str = "regularizer") -> Array:

@@ -226,6 +226,22 @@ def of_layer_objects():
         layer(X)
 
 
+def of_layer_objects_in_turn():
+    """Each is trained before the next one is called."""
+    x = X
+    for layer in [tf1.layers.BatchNormalization() for _ in range(64)]:
+        x = layer(x, training=True)
+        run_updates()
+
+
+def of_folds():
+    for _ in range(25):
+        layer = tf1.layers.BatchNormalization()
+        for _ in range(5):
+            layer(X, training=True)
+            run_updates()
+
+
 def in_a_template():
     net = tf1.make_template("net", of_many_layers)
     for _ in range(2):
@@ -246,7 +262,9 @@ def by_scope():
         run_updates()
 
 
-@pytest.mark.parametrize("program", [of_many_layers, of_layer_objects, in_a_template, by_name, by_scope])
+@pytest.mark.parametrize(
+    "program", [of_many_layers, of_layer_objects, of_layer_objects_in_turn, of_folds, in_a_template, by_name, by_scope]
+)
 def test_a_network_is_not_taken_for_a_loop(program):
     program()  # a warning is an error here
 

@@ -250,16 +250,20 @@ def test_initialize_passes_the_dtype_where_the_signature_has_it():
         received.append(options["dtype"])
         return np.ones(shape)
 
-    def by_position(s, d):
-        received.append(d)
-        return np.ones(s)
-
     def without(shape, fill=1):
         return np.full(shape, fill, "int64")
 
-    for function in (with_dtype, with_keywords, by_position, without):
+    for function in (with_dtype, with_keywords, without):
         np.testing.assert_array_equal(initialize(function, (3,), "float64"), np.ones(3), strict=True)
-    assert received == [np.dtype("float64")] * 3
+    assert received == [np.dtype("float64")] * 2
+
+
+@pytest.mark.parametrize("function", [lambda s, d: s, lambda: 1, lambda shape, dtype, rng: 1, lambda *, dtype: 1])
+def test_a_function_of_other_arguments(function):
+    with pytest.raises(
+        TypeError, match=r"^gamma_initializer .* must be a function of \(shape\) or .* received one of \("
+    ):
+        initialize(function, (3,), argument="gamma_initializer")
 
 
 def test_an_error_inside_a_foreign_function_comes_through():

@@ -223,6 +223,15 @@ def test_unknown_argument_in_a_config_is_refused():
             module.get({"class_name": name, "config": {"levle": 3}}, "gamma_thing")
 
 
+def test_a_config_that_must_be_empty():
+    with pytest.raises(ValueError, match=r"config of initializer 'Ones' must be empty, received"):
+        initializers.get({"class_name": "Ones", "config": {"level": 3}})
+
+
+def test_numpys_ones_are_the_ones_of_that_name():
+    assert initializers.get(initializers.serialize(np.ones)) == initializers.Ones()
+
+
 def test_none_stays_none_where_there_may_be_nothing():
     assert regularizers.get(None) is None
     assert constraints.get(None) is None

@@ -101,5 +101,5 @@ def from_onnx(model: Any, name: str | None = None, *, ndim: int | None = None, *
     known = {n: len(t.shape.dim) for n, t in told.items() if t.HasField("shape")}
     casts, source = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Cast"}, node.input[0]
     while source not in known and source in casts:
-        source = casts[source]
+        source = casts.pop(source)
     return make_layer(arrays, own | options, known.get(source) if ndim is None else ndim)

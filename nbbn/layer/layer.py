@@ -36,7 +36,7 @@ class BatchNormalization(Saved):
         epsilon: added to the variance.
         center, scale: whether there is a beta, a gamma.
         beta_initializer, gamma_initializer, moving_mean_initializer, moving_variance_initializer: Keras name,
-            config, object or callable f(shape, dtype).
+            config, object or callable f(shape) or f(shape, dtype=…).
         beta_regularizer, gamma_regularizer: Keras name, config, object or callable; see `losses`.
         beta_constraint, gamma_constraint: likewise; applied by apply_constraints(), after an optimizer's step.
         renorm: batch renormalization (Ioffe, 2017).

@@ -20,7 +20,7 @@ from nbbn.compat.v1.keras.layers import Update
 from nbbn.layer.layer import BatchNormalization as BatchNormalizationV2
 from nbbn.regularizers import loss
 from nbbn.state.shapes import Shapes
-from nbbn.state.variables import PARAMETERS, Variables
+from nbbn.state.variables import PARAMETERS, PARTS, Variables
 
 _BASE_NAME = "batch_normalization"
 _V2_SIGNATURE = inspect.signature(BatchNormalizationV2)
@@ -57,6 +57,7 @@ class BatchNormalization(KerasBatchNormalization):
             raise ValueError(f"reuse={_reuse!r} needs a name for the layer; received name=None")
         self._scope_argument, self._reuse = _scope, _reuse
         self._has_name, self._base_name = name is not None, _BASE_NAME if name is None else str(name)
+        self._began = default_graph().loops.made
         self._scope: Scope | None = None
         super().__init__(*args, **kwargs)
 
@@ -97,8 +98,9 @@ class BatchNormalization(KerasBatchNormalization):
             return existing
 
     def _collect(self, scope: Scope, variables: Variables) -> None:
-        if not self._has_name:
-            default_graph().loops.notice(lambda: any(update.done for update in self._updates), self._is_kept)
+        # Of layers that were made together and are called one by one, nothing is lost.
+        if not self._has_name and self._began == default_graph().loops.made:
+            default_graph().loops.notice(self._is_trained_once, self._is_kept)
         regularizers = {"gamma": self.gamma_regularizer, "beta": self.beta_regularizer}
         for name in variables.names:
             variable = Variable(f"{scope.name}/{name}:0", variables)
@@ -107,6 +109,9 @@ class BatchNormalization(KerasBatchNormalization):
                 add_to_collection(GraphKeys.TRAINABLE_VARIABLES, variable)
             if regularizers.get(name) is not None:
                 add_to_collection(GraphKeys.REGULARIZATION_LOSSES, _Loss(variable, regularizers[name]))
+
+    def _is_trained_once(self) -> bool:
+        return len(self._updates) == len(PARTS) and any(update.done for update in self._updates)
 
     @property
     def _update_prefix(self) -> str:

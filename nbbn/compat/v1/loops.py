@@ -16,17 +16,19 @@ _Way = tuple[tuple[object, int], ...]
 
 
 class Loops:
-    """The places that have made variables without a name. It warns once."""
+    """The places that have made variables without a name. It warns once. made: how many it has noticed."""
 
     def __init__(self) -> None:
+        self.made = 0
         self._seen: dict[_Way, tuple[int, Callable[[], bool]]] = {}
         self._warned = False
 
     def notice(self, is_trained: Callable[[], bool], is_kept: bool) -> None:
         """To be called before a set of variables is made.
 
-        is_trained: asked when this place makes the next one. is_kept: whether somebody has a layer with them, so that
-        nothing is lost before one is trained."""
+        is_trained: asked when this place makes the next one: whether one batch has been trained with them. is_kept:
+        whether somebody has a layer with them, so that nothing is lost before that."""
+        self.made += 1
         way, level = _where()
         count, predecessor_is_trained = self._seen.get(way, (0, lambda: False))
         count += 1
