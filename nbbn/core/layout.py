@@ -241,6 +241,30 @@ def contiguous_strides(sizes: Sizes, itemsize: int = 1) -> Sizes:
     return tuple(reversed(strides))
 
 
+def is_contiguous(sizes: Sizes, strides: Sizes, itemsize: int) -> bool:
+    """Whether an array is C-contiguous, as NumPy says it."""
+    dense = contiguous_strides(sizes, itemsize)
+    return all(a == b for a, b, size in zip(strides, dense, sizes, strict=True) if size != 1)
+
+
+def order_in_memory(sizes: Sizes, strides: Sizes, itemsize: int) -> tuple[list[int], list[int]]:
+    """The dimensions of an array in the order in which numpy.empty_like has them in memory, from those that are
+    furthest apart, and where each of them is there."""
+    order = list(reversed(range(len(sizes))))
+    if not is_contiguous(sizes[::-1], strides[::-1], itemsize):
+        order.sort(key=lambda i: (-abs(strides[i]), i))
+    return order, sorted(order, key=order.__getitem__)
+
+
+def strides_of_results(sizes: Sizes, strides: Sizes, itemsize: int) -> Sizes:
+    """The strides of numpy.empty_like for an array."""
+    if is_contiguous(sizes, strides, itemsize):
+        return contiguous_strides(sizes, itemsize)
+    order, back = order_in_memory(sizes, strides, itemsize)
+    dense = contiguous_strides(tuple(sizes[i] for i in order), itemsize)
+    return tuple(dense[i] for i in back)
+
+
 def copy_order(sizes: Sizes, kept: tuple[bool, ...]) -> Sizes:
     """The order of dimensions for a copy that has a canonical view."""
 

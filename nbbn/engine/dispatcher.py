@@ -15,13 +15,12 @@ from numpy.lib.stride_tricks import as_strided
 
 from nbbn.arrays import Array, Place, place_of
 from nbbn.core import dtypes
-from nbbn.core.layout import Layout, Sizes, layout, resolve_axis, steps_dimension
+from nbbn.core.layout import Layout, Sizes, layout, resolve_axis, steps_dimension, strides_of_results
 from nbbn.core.options import Momentum, Numbers, Options
 from nbbn.engine.base import NOTHING, Batch, Engine, Force, Operands, PartPlans, Step
 from nbbn.engine.cpu.bound import BoundStep
 from nbbn.engine.cpu.engine import CpuEngine
 from nbbn.kernels import channel
-from nbbn.runtime import buffers
 
 # Elements of a group of a virtual batch, at least, for a reduction of its own, where there are lengths: that costs
 # 17 us, and saves 0.26 ns per element of what weights cost.
@@ -395,7 +394,8 @@ class Dispatcher:
         """A step beside whose input there is a residual at most; all other arrays lie as results do."""
         like = x
         if isinstance(x, np.ndarray) and not x.flags.c_contiguous:
-            like = as_strided(np.empty(1, x.dtype), x.shape, buffers.strides_of_results(x))  # nobody looks into it
+            strides = strides_of_results(x.shape, x.strides, x.itemsize)
+            like = as_strided(np.empty(1, x.dtype), x.shape, strides)  # nobody looks into it
         operands = Operands(like if residual else None).views
         views: dict[str, Array | None] = {"x": x, "residual": operands["residual"], "y": like}
         if name == "train":
@@ -417,7 +417,7 @@ class Dispatcher:
 
 
 def _lie_as_results(arrays: Sequence[Array | None], x: np.ndarray) -> bool:
-    strides = buffers.strides_of_results(x)
+    strides = strides_of_results(x.shape, x.strides, x.itemsize)
     return all(a is None or a.strides == strides or (a.flags.c_contiguous and x.flags.c_contiguous) for a in arrays)
 
 

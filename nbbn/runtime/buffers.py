@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from nbbn.core.layout import Sizes, contiguous_strides
+from nbbn.core.layout import Sizes, order_in_memory
 
 __all__ = ["BlockPool", "block_pool", "clear", "empty", "empty_like"]
 
@@ -175,23 +175,8 @@ def empty_like(x: Array) -> Array:
         return np.empty_like(x, subok=False)
     if x.flags.c_contiguous:
         return empty(x.shape, x.dtype)
-    order, back = order_in_memory(x)
+    order, back = order_in_memory(x.shape, x.strides, x.itemsize)
     return empty(tuple(x.shape[i] for i in order), x.dtype).transpose(back)
-
-
-def order_in_memory(x: Array) -> tuple[list[int], list[int]]:
-    """The dimensions of an array, those that are furthest apart in memory first, and where each of them is there."""
-    order = list(reversed(range(x.ndim)))
-    if not x.flags.f_contiguous:
-        order = sorted(range(x.ndim), key=lambda i: -abs(x.strides[i]))
-    return order, sorted(order, key=order.__getitem__)
-
-
-def strides_of_results(x: Array) -> Sizes:
-    """The strides of empty_like(x), where nobody needs the memory."""
-    order, back = order_in_memory(x)
-    strides = contiguous_strides(tuple(x.shape[i] for i in order), x.itemsize)
-    return contiguous_strides(x.shape, x.itemsize) if x.flags.c_contiguous else tuple(strides[i] for i in back)
 
 
 def clear() -> None:

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from nbbn.core.layout import Sizes
+from nbbn.core.layout import Sizes, order_in_memory
 from nbbn.engine.base import Step
 from nbbn.engine.cpu.plan import Plan
 from nbbn.kernels.channel import SAVED_ROWS
 from nbbn.runtime import buffers
-from nbbn.runtime.buffers import order_in_memory
 
 Array = np.ndarray
 
@@ -140,7 +139,7 @@ class StridedStep(BoundStep):
         super().__init__(plan, step, owner, mask_shape)
         names, run, empty = LAST_ARGUMENTS[step.name], self._run, self._empty
         result: Any = step.views["dx" if step.name == "backward" else "y"]
-        order, back = order_in_memory(step.x)
+        order, back = order_in_memory(step.x.shape, step.x.strides, step.x.itemsize)
         ordered = tuple(self._shape[i] for i in order)
         self._of_results = result.strides
         self._empty = lambda shape, dtype: empty(ordered, dtype).transpose(back)

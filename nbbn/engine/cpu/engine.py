@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from nbbn.core.layout import Sizes, contiguous_strides, sequences_view, steps_dimension
+from nbbn.core.layout import Sizes, is_contiguous, sequences_view, steps_dimension
 from nbbn.core.options import Options
 from nbbn.engine.base import Batch, Canonical, Engine, Force, Step, canonical_view
 from nbbn.engine.cpu.bound import LAST_ARGUMENTS, BoundStep, StridedStep
@@ -56,7 +56,7 @@ class CpuEngine(Engine):
     def _new_plan(self, step: Step, in_place: bool) -> Plan:
         there = {name: a for name, a in step.views.items() if a is not None}
         view, slices, strides, copied = _view(step, there)
-        dense = {name: _is_dense(strides[name], view, a.itemsize) for name, a in there.items()}
+        dense = {name: is_contiguous(view, strides[name], a.itemsize) for name, a in there.items()}
         reshaped = {n: dense[n] and (copied is not None or a.flags.c_contiguous) for n, a in there.items()}
         of_sequences, thresholds = step.name == "reduce_sequences", self._thresholds
         if of_sequences:  # of which R1 counts the steps, and a row has no more of
@@ -130,8 +130,3 @@ def _transposed(step: Step) -> tuple[Sizes, Sizes]:
     """The sizes and the order of dimensions of which the canonical view is a reshape: see layout.collapse()."""
     apart = step.lay.split(step.x.strides)
     return step.lay.sizes, tuple(sorted(range(len(apart)), key=lambda i: -abs(apart[i])))
-
-
-def _is_dense(strides: Sizes, sizes: Sizes, itemsize: int) -> bool:
-    dense = contiguous_strides(sizes, itemsize)
-    return all(a == b for a, b, size in zip(strides, dense, sizes, strict=True) if size != 1)
