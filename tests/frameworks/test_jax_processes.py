@@ -18,13 +18,13 @@ jax.block_until_ready(run(x))
 """
 
 
-def outcome(code, **environment):
+def outcome(code, timeout=120, **environment):
     """Return code, stdout and stderr of a process. Raises: subprocess.TimeoutExpired where it hangs."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         env=os.environ | environment,
         check=False,
     )
@@ -60,7 +60,11 @@ def test_an_import_starts_no_backend_at_the_end():
 
 
 def test_interrupts():
-    """One that comes during a step is raised behind it: neither lost nor the end of the process."""
+    """One that comes during a step is raised behind it: neither lost nor the end of the process.
+
+    Where other processes keep the cores, JAX 0.10 may never come back from block_until_ready() after an interrupt, also
+    in programs without nbbn: then once more.
+    """
     code = """
 x = x[:, :8, :8]  # JAX runs it in the main thread, where signals are handled
 jax.block_until_ready(run(x))
@@ -76,5 +80,11 @@ for seconds in np.random.default_rng().uniform(0.001, 0.02, 40):
     timer.join()
 print(found)
 """
-    code_of_exit, printed, _ = outcome(PROGRAM + code)
+    for last in (False, False, True):
+        try:
+            code_of_exit, printed, _ = outcome(PROGRAM + code, timeout=60)
+            break
+        except subprocess.TimeoutExpired:
+            if last:
+                raise
     assert (code_of_exit, printed) == (0, "40\n")
