@@ -62,8 +62,8 @@ def test_an_import_starts_no_backend_at_the_end():
 def test_interrupts():
     """One that comes during a step is raised behind it: neither lost nor the end of the process.
 
-    Where other processes keep the cores, JAX 0.10 may never come back from block_until_ready() after an interrupt, also
-    in programs without nbbn: then once more.
+    Where other processes keep the cores, JAX 0.10 may never come back from block_until_ready() after an interrupt, in
+    programs without nbbn, too: whether it does so here is tried then.
     """
     code = """
 x = x[:, :8, :8]  # JAX runs it in the main thread, where signals are handled
@@ -80,11 +80,14 @@ for seconds in np.random.default_rng().uniform(0.001, 0.02, 40):
     timer.join()
 print(found)
 """
-    for last in (False, False, True):
+    try:
+        code_of_exit, printed, _ = outcome(PROGRAM + code, timeout=60)
+    except subprocess.TimeoutExpired:
+        own = "batch_norm(x, None, None, initial_state(64), training=True)[0]"
+        assert own in PROGRAM
         try:
-            code_of_exit, printed, _ = outcome(PROGRAM + code, timeout=60)
-            break
+            outcome(PROGRAM.replace(own, "(x - x.mean((0, 1, 2)))") + code, timeout=60)
         except subprocess.TimeoutExpired:
-            if last:
-                raise
+            pytest.skip("JAX hangs here after an interrupt, without nbbn, too")
+        code_of_exit, printed, _ = outcome(PROGRAM + code, timeout=60)
     assert (code_of_exit, printed) == (0, "40\n")
