@@ -17,7 +17,7 @@ from benchmarks import problem as cpu_problem
 from benchmarks.__main__ import main
 from benchmarks.cases import ITEM_SIZES, MODES, Case, select
 from benchmarks.cuda import bounds, peers, report, suite, timing
-from benchmarks.cuda.cases import CASES, least_bytes
+from benchmarks.cuda.cases import CASES, launches, least_bytes
 from benchmarks.cuda.problem import Problem, check
 from benchmarks.problem import WrongResult
 from benchmarks.timing import Effort
@@ -304,7 +304,7 @@ def _report(names=CASES, times=TIMES):
         case = CASES[name]
         for mode in MODES:
             least = least_bytes(case, mode, L2)
-            facts = {"case": name, "mode": mode, "bytes": case.bytes, "least_bytes": least}
+            facts = {"case": name, "mode": mode, "bytes": case.bytes, "least_bytes": least, "launches": 2}
             limit = times.get("yardstick/copy", 0.5) * least / (2 * case.bytes)
             calls = contenders if case.bytes <= suite.SMALL else {}
             results.append(
@@ -369,11 +369,27 @@ def test_tables():
     text = report.tables(_report(["resnet1-nchw", "dense-32x64"], {k: v * 1e-3 for k, v in TIMES.items()}))
     assert "A GPU (compute capability 9.0, 132 multiprocessors, 80 GiB, L2 50 MiB)" in text
     assert f"{2 * CASES['resnet1-nchw'].bytes / 0.5e-3 / GIGABYTE:.0f} GB/s" in text
-    assert "| case | limit | copy | nbbn, `out=` | nbbn | PyTorch, eager | without cuDNN | compiled | module |" in text
-    assert "| resnet1-nchw | 500 | 500 | 800 | 1000 | 2000 | 1200 | 1600 | 400 | 3000 | 2.00 |" in text
+    assert "| case | limit | model | copy | nbbn, `out=` | nbbn | PyTorch, eager | without cuDNN | compiled |" in text
+    assert "| resnet1-nchw | 500 | 1500 | 500 | 800 | 1000 | 2000 | 1200 | 1600 | 400 | 3000 | 2.00 |" in text
     assert text.count("| dense-32x64 |") == 6  # by events and by the clock
     assert text.count("| resnet1-nchw |") == 3
     assert "| jax/x | a reason | resnet1-nchw, dense-32x64 |" in text
+
+
+def test_model():
+    """Bytes at the speed of the largest copy, and the shortest copy's time for each launch."""
+    found = _report(["resnet1-nchw", "dense-32x64"], {"yardstick/copy": 1e-3})
+    for r in found["results"]:
+        r["contenders"] = {"yardstick/copy": _sample(1e-3 if r["case"] == "resnet1-nchw" else 4e-6)}
+    text, large, small = report.tables(found), CASES["resnet1-nchw"].bytes, CASES["dense-32x64"].bytes
+    assert f"| resnet1-nchw | 1000 | {1e3 + 8:.4g} |" in text
+    assert f"| dense-32x64 | {1e3:.4g} | {1e3 * small / large + 8:.4g} |" in text
+
+
+@pytest.mark.skipif(find_spec("numba_cuda") is None, reason="numba-cuda is not installed (extra: cuda)")
+@pytest.mark.parametrize(("name", "found"), [("resnet1-nchw", 2), ("resnet1-nhwc", 2), ("dense-32x64", 1)])
+def test_launches(name, found):
+    assert [launches(CASES[name], mode) for mode in MODES] == [1, found, found]
 
 
 def test_draw(tmp_path):

@@ -18,6 +18,7 @@ from nbbn.arrays.gpu import device_place
 from nbbn.engine.base import Operands
 from nbbn.engine.cuda.schedule import Thresholds, choose
 from nbbn.kernels import channel
+from nbbn.kernels.cuda.tasks import divide, division
 from tests.oracle.targets_cuda import Cuda, DeviceMemory, to_host
 
 WAYS_ON_GPU = pytest.mark.parametrize("way", WAYS["cuda"].values(), ids=WAYS["cuda"])
@@ -122,6 +123,7 @@ def test_the_ways_are_wide_and_cut():
     assert {name for name, s in found.items() if s.width == 1} == {"planes", "rows", "rows, two passes"}
     assert all((s.reduce.chunks == 1) == s.one_launch for s in found.values())
     assert all(s.apply.chunks * s.apply.tiles > 1 for s in found.values())
+    assert any(s.reduce.groups > 1 for s in found.values())
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 150, 1), (9, 2, 6, 1), (2, 2, 5, 7), (1, 1, 20, 24)], ids=str)
@@ -130,6 +132,19 @@ def test_larger_blocks(shape):
     for one_launch in (True, False):
         problem = Problem(shape, np.float32)
         problem.check_training(small(Cuda, problem.options, one_pass=one_launch, threads=32, columns=4))
+
+
+@pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 2}], ids=["plain", "groups of a batch"])
+@pytest.mark.parametrize("group", [1, 3, 4, 16, 100])
+@pytest.mark.parametrize("shape", [(8, 2, 50, 1), (8, 2, 2, 9), (40, 2, 3, 3)], ids=["planes", "rows", "many rows"])
+def test_chunks_are_added_up_in_groups(shape, group, options):
+    """By the last block of each, and then the groups by the last one of a family; whatever a group's size is."""
+    problem = Problem(shape, np.float32, **options)
+    run = small(Cuda, problem.options, one_pass=False, blocks=200, max_chunks=200, vectors=1, group=group)
+    problem.check_training(run)
+    for schedule in run.schedules():
+        assert schedule.reduce.chunks >= 2
+        assert schedule.reduce.groups == -(-schedule.reduce.chunks // group)
 
 
 @pytest.mark.parametrize("operands", [{}, {"weights": True, "adjustment": True}], ids=["plain", "operands"])
@@ -167,6 +182,17 @@ def test_families(name, families):
     found = run.schedules()
     assert {s.reduce.families for s in found} == {families}
     assert {s.one_launch for s in found} == {name != "tiles that are not of one group"}
+
+
+def test_a_division_is_a_product_and_a_shift():
+    """Of numbers below 2^31; near multiples of the divisor, where it would go wrong first."""
+    rng, most, plain = np.random.default_rng(0), (1 << 31) - 1, getattr(divide, "py_func", divide)
+    powers = [(1 << bits) + d for bits in range(1, 31) for d in (-1, 0, 1)]
+    for divisor in [*powers, most, *rng.integers(1, most, 500).tolist(), *range(1, 100)]:
+        near = [k * divisor + d for k in (0, 1, most // divisor) for d in (-1, 0, 1)]
+        for number in [*near, most, *rng.integers(0, most, 20).tolist()]:
+            if 0 <= number <= most:
+                assert plain(number, divisor, division(divisor)) == divmod(number, divisor)
 
 
 # --- memory --------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from tests.helpers.ptx import (
     ptx_of,
     resources,
 )
+from tests.helpers.sass import machine_code, nvdisasm
 from tests.oracle.targets_cuda import conversion
 
 THREADS = Thresholds().threads
@@ -86,6 +87,8 @@ CASES = {
             ("input_gradient", np.float32, "planes", {"dz": True, "weights": True, **OPERANDS}),
             ("input_gradient", np.float16, "rows", {"dz": True, "residual": True, "relu": True}),
             ("input_gradient", bfloat16, "short", {"frozen": True}),
+            ("train_reduce", np.float16, "rows", {"wide": True}),
+            ("input_gradient", np.float32, "planes", {"wide": True}),
         )
     },
 }
@@ -114,9 +117,9 @@ def test_elements_are_read_and_written_16_bytes_at_a_time(case):
 
 
 @EVERY_KERNEL
-def test_no_division_of_64_bits(case):
-    """It takes a hundred instructions, and a task may be no more than 16 elements of each thread."""
-    assert not re.search(r"\b(div|rem)\.[su]64", compiled(*case))
+def test_no_division_of_integers(case):
+    """It takes twenty instructions, of 64 bits a hundred, and a task may be no more than 16 elements of each thread."""
+    assert not re.search(r"\b(div|rem)\.[su](32|64)", compiled(*case))
 
 
 @EVERY_KERNEL
@@ -126,6 +129,53 @@ def test_a_multiprocessor_has_registers_for_two_blocks(case):
     step, v, cc = case
     blocks = 1 if v.adjustment and v.rows and step in ("sum_gradient", "backward_reduce") else 2
     assert resources(compiled(*case), cc).registers * THREADS * blocks <= 1 << 16
+
+
+# --- what a GPU gets ----------------------------------------------------------------------------------------------
+
+LISTED = pytest.mark.skipif(nvdisasm() is None, reason="nvdisasm is not installed (extra: machine-code)")
+ONE_ELEMENT = {2: "LDG.E.U16", 4: "LDG.E", 8: "LDG.E.64"}  # a load of it, by its size
+# What finds a thread's place and its coefficients: in 16-bit rows of eight statistics, and with a gate more of each.
+BEFORE_THE_FIRST_LOAD, WITH_OPERANDS = 340, 480
+
+
+def inputs_of(step, v):
+    """Arrays that are read for each element."""
+    plain = 1 if step in ("normalize", "infer", *MOMENTS) else 2
+    if v.frozen:
+        plain -= 1
+    return plain + v.weights + (0 if step in MOMENTS[:2] else v.residual + 2 * v.adjustment)
+
+
+@LISTED
+@EVERY_KERNEL
+def test_a_thread_waits_for_all_its_loads_at_once(case):
+    """A load takes some hundreds of clock cycles, in which others can be made; a conversion waits for its load."""
+    step, v, cc = case
+    code = machine_code(compiled(*case), cc)
+    unroll = v.unroll if step in MOMENTS[:2] else v.unroll_beside
+    assert code.on_their_way("LDG.E.128") >= unroll * inputs_of(step, v)
+
+
+@LISTED
+@EVERY_KERNEL
+def test_the_first_load_comes_soon(case):
+    """Of threads that have little more than 16 elements to do."""
+    _, v, cc = case
+    code = machine_code(compiled(*case), cc)
+    most = WITH_OPERANDS if v.residual or v.adjustment else BEFORE_THE_FIRST_LOAD
+    assert code.before("LDG.E.128") <= most
+
+
+@LISTED
+@pytest.mark.parametrize("step", ["normalize", "infer", "reduce", "train_reduce"])
+@pytest.mark.parametrize("loops", ["planes", "short", "rows"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_elements_one_by_one_are_on_their_way_together(dtype, loops, step):
+    """As those of planes of 7 x 7: nothing but a single one begins at a multiple of more."""
+    ptx = compiled(step, variant(dtype, loops, width=1), (9, 0))
+    code = machine_code(ptx, (9, 0))
+    assert code.on_their_way(ONE_ELEMENT[dtype.itemsize]) >= (8 if dtype == FLOAT64 else 16)
 
 
 @pytest.mark.parametrize("step", ["normalize", "input_gradient"])
@@ -162,10 +212,10 @@ def sums_of(step, v):
 
 @EVERY_KERNEL
 def test_nothing_depends_on_the_order_of_threads(case):
-    """The only atomic operation counts blocks."""
+    """The only atomic operations count blocks: those of a group of chunks, and the groups."""
     found = re.findall(r"\b(?:atom|red)\.\S+", compiled(*case))
     assert all(re.search(r"\.inc\.u32", name) for name in found), found
-    assert len(found) == (1 if case[0] in COUNTING else 0)
+    assert len(found) == (2 if case[0] in COUNTING else 0)
 
 
 @pytest.mark.parametrize("case", ADDING.values(), ids=ADDING)

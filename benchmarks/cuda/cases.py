@@ -1,9 +1,10 @@
 """The named cases on a GPU, and the least that each must move through its memory."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
-from benchmarks.cases import STAGES, Case, both_layouts
+from benchmarks.cases import ITEM_SIZES, STAGES, Case, both_layouts
 
 BATCH = 256
 
@@ -11,6 +12,18 @@ BATCH = 256
 def least_bytes(case: Case, mode: str, cache: int) -> int:
     """As Case.least_bytes, for a GPU with an L2 cache of `cache` bytes: it works on all channels at once."""
     return case.least_bytes(mode, cache, by_channel=False)
+
+
+def launches(case: Case, mode: str) -> int:
+    """Of kernels, which nbbn makes for a dense array that is aligned."""
+    from nbbn.engine.cuda.schedule import Thresholds, choose
+
+    if mode == "inference":
+        return 1
+    (axis,) = case.kept
+    outer, inner = math.prod(case.shape[:axis]), math.prod(case.shape[axis + 1 :])
+    view = (1, 1, outer, case.channels) if inner == 1 else (outer, case.channels, inner, 1)
+    return 1 if choose(view, 1, 1, ITEM_SIZES[case.dtype], [], Thresholds()).one_launch else 2
 
 
 def _cases() -> Iterable[Case]:

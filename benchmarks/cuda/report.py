@@ -1,6 +1,6 @@
 """A report of a GPU as tables in Markdown and as a picture."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +54,31 @@ def _times(report: Report, kind: str, mode: str) -> Iterator[str]:
     results = [r for r in report["results"] if r["mode"] == mode and r[kind]]
     if not results:
         return
-    columns = [name for name in FORMS if any(name in r[kind] for r in results)]
+    columns, model = [name for name in FORMS if any(name in r[kind] for r in results)], _model(report)
     what = "by the GPU's events, L2 cache cold" if kind == "contenders" else "by the host's clock, many calls in a row"
     yield f"{mode.capitalize()}, microseconds ({what}; medians):"
     yield ""
-    yield f"| case | limit | {' | '.join(FORMS[c][0] for c in columns)} | nbbn / PyTorch |"
-    yield "|---" * (len(columns) + 3) + "|"
+    yield f"| case | limit | model | {' | '.join(FORMS[c][0] for c in columns)} | nbbn / PyTorch |"
+    yield "|---" * (len(columns) + 4) + "|"
     for r in results:
         times = {name: s["median"] for name, s in r[kind].items()}
         best = {
             lib: min((t for n, t in times.items() if n.startswith(f"{lib}/")), default=0.0) for lib in (OWN, "torch")
         }
         ratio = f"{best[OWN] / best['torch']:.2f}" if best["torch"] else "-"
-        limit = f"{1e6 * r['limit']:.4g}" if kind == "contenders" else "-"
-        yield f"| {r['case']} | {limit} | {' | '.join(_us(times.get(c)) for c in columns)} | {ratio} |"
+        should = (r["limit"], model(r)) if kind == "contenders" else (None, None)
+        cells = " | ".join(map(_us, (*should, *map(times.get, columns))))
+        yield f"| {r['case']} | {cells} | {ratio} |"
+
+
+def _model(report: Report) -> Callable[[dict[str, Any]], float | None]:
+    """What nbbn's kernels should take: the fewest bytes at the speed of the largest copy, and for each launch the time
+    of the shortest one. A kernel that takes longer does something that the model does not know of."""
+    copies = [(r["bytes"], r["contenders"][COPY]["median"]) for r in report["results"] if COPY in r["contenders"]]
+    if not copies:
+        return lambda result: None
+    (size, seconds), start = max(copies), min(s for _, s in copies)
+    return lambda result: result["least_bytes"] * seconds / (2 * size) + result["launches"] * start
 
 
 def _us(seconds: float | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import machine, suite
 from benchmarks.cases import Case
 from benchmarks.cuda import bounds, peers
-from benchmarks.cuda.cases import least_bytes
+from benchmarks.cuda.cases import launches, least_bytes
 from benchmarks.cuda.problem import Problem, check
 from benchmarks.cuda.timing import Device, Gpu, measure, measure_calls
 from benchmarks.peers import OWN, find
@@ -103,7 +103,8 @@ def time_mode(problem: Problem, mode: str, plan: Plan, device: Device, cache: in
     least = least_bytes(case, mode, cache)
     limit = samples[bounds.COPY].median * least / (2 * case.bytes)
     result = suite.describe(case, mode, least, limit, samples, entrants)
-    return result | {"calls": {name: sample._asdict() for name, sample in calls.items()}, "left_out": left_out}
+    called = {name: sample._asdict() for name, sample in calls.items()}
+    return result | {"launches": launches(case, mode), "calls": called, "left_out": left_out}
 
 
 def enter(

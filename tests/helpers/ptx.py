@@ -113,8 +113,32 @@ def innermost(found: list[Loop]) -> list[Loop]:
     return [a for a in found if not any(b.blocks < a.blocks for b in found)]
 
 
+class Linked(NamedTuple):
+    """What ptxas makes of a kernel: its program, and what it tells about it."""
+
+    cubin: bytes
+    log: bytes
+
+
+@lru_cache(maxsize=256)
+def linked(ptx: str, cc: tuple[int, int]) -> Linked:
+    options = [f"-arch=sm_{cc[0]}{cc[1]}", "-verbose", "-Xptxas=-v"]
+    linker = nvjitlink.create(len(options), options)
+    try:
+        nvjitlink.add_data(linker, nvjitlink.InputType.PTX, ptx.encode(), len(ptx), "kernel")
+        nvjitlink.complete(linker)
+        log, cubin = (
+            bytearray(size(linker)) for size in (nvjitlink.get_info_log_size, nvjitlink.get_linked_cubin_size)
+        )
+        nvjitlink.get_info_log(linker, log)
+        nvjitlink.get_linked_cubin(linker, cubin)
+    finally:
+        nvjitlink.destroy(linker)
+    return Linked(bytes(cubin), bytes(log))
+
+
 class Resources(NamedTuple):
-    """What ptxas gives to a thread of a kernel; bytes in local memory: its stack, and spilled registers."""
+    """What a thread of a kernel gets; bytes in local memory: its stack, and spilled registers."""
 
     registers: int
     stack: int
@@ -122,15 +146,7 @@ class Resources(NamedTuple):
 
 
 def resources(ptx: str, cc: tuple[int, int]) -> Resources:
-    options = [f"-arch=sm_{cc[0]}{cc[1]}", "-verbose", "-Xptxas=-v"]
-    linker = nvjitlink.create(len(options), options)
-    try:
-        nvjitlink.add_data(linker, nvjitlink.InputType.PTX, ptx.encode(), len(ptx), "kernel")
-        nvjitlink.complete(linker)
-        log = bytearray(nvjitlink.get_info_log_size(linker))
-        nvjitlink.get_info_log(linker, log)
-    finally:
-        nvjitlink.destroy(linker)
+    log = linked(ptx, cc).log
     found = re.search(rb"used (\d+) registers.*?(\d+) stack.*?(\d+) bytes lmem", log)
     assert found is not None, log
     return Resources(*map(int, found.groups()))

@@ -32,7 +32,7 @@ THRESHOLDS: dict[str, dict[str, Any]] = {
         "streamed_share": math.inf,
         "streamed_run": 0,
     },
-    "cuda": {"threads": 4, "columns": 2, "vectors": 1, "applied": 8, "max_chunks": 3},
+    "cuda": {"group": 2, "threads": 4, "columns": 2, "vectors": 1, "applied": 8, "max_chunks": 3},
 }
 
 

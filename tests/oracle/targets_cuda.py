@@ -151,15 +151,22 @@ def conversion(source: np.dtype[Any], target: np.dtype[Any], width: int) -> Any:
     """A kernel that copies `count` times `width` elements from one address to another, in another dtype."""
     size, read_width = source.itemsize, min(width, VECTOR_BYTES // source.itemsize)
     target_size, write_width = target.itemsize, min(width, VECTOR_BYTES // target.itemsize)
-    read, write = vector(source, read_width).read, vector(target, write_width).write
+    origins, targets = vector(source, read_width), vector(target, write_width)
+    fetch, decode, words, word, write = origins.fetch, origins.decode, origins.words, origins.word, targets.write
 
     def convert(origin, address, count):
-        values = cuda.local.array(width, np.float32)
+        raw, values = cuda.local.array(words, word), cuda.local.array(width, np.float32)
+        found, given = cuda.local.array(read_width, np.float32), cuda.local.array(write_width, np.float32)
         i = cuda.grid(1)
         if i < count:
             for lane in range(0, width, read_width):
-                read(origin + (i * width + lane) * size, values, lane)
+                fetch(origin + (i * width + lane) * size, raw, 0)
+                decode(raw, 0, found)
+                for k in range(read_width):
+                    values[lane + k] = found[k]
             for lane in range(0, width, write_width):
-                write(address + (i * width + lane) * target_size, values, lane)
+                for k in range(write_width):
+                    given[k] = values[lane + k]
+                write(address + (i * width + lane) * target_size, given)
 
     return convert

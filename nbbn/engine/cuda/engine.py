@@ -14,9 +14,11 @@ from nbbn.engine.base import Copied, Engine, Force, Step, canonical_view
 from nbbn.engine.cuda.launching import clear, launch, primary_context
 from nbbn.engine.cuda.schedule import Schedule, Thresholds, choose
 from nbbn.kernels.cuda import steps
-from nbbn.kernels.cuda.blocks import Grid, Variant
+from nbbn.kernels.cuda.blocks import Variant
 from nbbn.kernels.cuda.memory import VECTOR_BYTES
+from nbbn.kernels.cuda.tasks import grid_of
 
+_NARROW = 1 << 30  # sizes and strides below it leave room in 32 bits for what a block reads beyond the end
 _NOTHING = (0,) * 5  # the view of an array that is not there
 _ALIGNMENT = VECTOR_BYTES  # of the parts of a call's scratch memory
 # The launches of a step: the one that does everything, where a block has its channels for itself, and those that take
@@ -108,6 +110,7 @@ class CudaEngine(Engine):
             skip=self.options.skip_nonfinite,
             dz="dz" in there,
             frozen=step.name == "frozen_backward",
+            wide=any(abs(n) >= _NARROW for sizes in (view, *strides.values()) for n in sizes),
         )
         placed = {name: schedule.place(s) for name, s in strides.items()}
         return Plan(schedule.place(view), placed, copied, schedule, variant)
@@ -123,7 +126,7 @@ class CudaEngine(Engine):
         memory = tuple(addresses.values())
         with primary_context(x.device):
             if counting:
-                clear(addresses["counters"], 4 * schedule.reduce.families, stream)
+                clear(addresses["counters"], 4 * schedule.counters, stream)
             for name in launches:
                 if name == "spread_gradient":
                     self._launch_over_channels(name, plan.variant, x, memory, lay.channels, lay.statistics, stream)
@@ -163,7 +166,7 @@ class CudaEngine(Engine):
             return
         threads = self._thresholds.threads
         blocks = -(-channels // threads)
-        shape, grid = (1, 1, 1, statistics), Grid(1, 1, threads, 1, 1, blocks, 1, blocks, 1)
+        shape, grid = (1, 1, 1, statistics), grid_of((1, 1, threads), blocks, k1_pieces=blocks)
         arguments = [shape, grid, memory, channels, self.options.epsilon]
         launch(name, variant, like.device, stream, blocks, (threads, 1), arguments)
 
@@ -201,7 +204,7 @@ def _scratch(x: Array, plan: Plan, lay: Layout, addresses: dict[str, int], count
     """
     sizes = {"partial": 4 * plan.schedule.reduce.chunks * lay.statistics * 8}
     if counting:
-        sizes["counters"] = 4 * plan.schedule.reduce.families
+        sizes["counters"] = 4 * plan.schedule.counters
     if not addresses["coefficients"]:
         sizes["coefficients"] = 5 * lay.statistics * 8
     total = sum(-(-n // _ALIGNMENT) * _ALIGNMENT for n in sizes.values())

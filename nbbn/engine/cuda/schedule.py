@@ -5,17 +5,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nbbn.core.layout import Sizes
-from nbbn.kernels.cuda.blocks import Grid
+from nbbn.kernels.cuda.blocks import COLUMNS
 from nbbn.kernels.cuda.memory import VECTOR_BYTES
+from nbbn.kernels.cuda.tasks import Grid, grid_of
 
 
 @dataclass(frozen=True)
 class Thresholds:
     """What sizes are compared with.
 
-    threads: of a block. columns: threads of a block side by side in rows: a warp reads one piece of a row.
+    threads: of a block. columns: threads of a block side by side in rows, COLUMNS at most.
     blocks: that reduce, about: several for each multiprocessor of the largest GPUs.
-    max_chunks: whose sums one thread per statistic adds up.
+    max_chunks: of a statistic. group: chunks whose sums are added up at once, by the last block of these, before the
+    last group's adds up those of the groups: a thread does so one after the other, and the step waits for it.
     vectors: that a reducing thread reads, at least: its share of the block's tree is then small.
     applied, most_applied: elements that a thread writes, about. With few the look-up of coefficients is repeated often,
     with many there may not be `blocks`.
@@ -26,9 +28,10 @@ class Thresholds:
     """
 
     threads: int = 256
-    columns: int = 32
+    columns: int = COLUMNS
     blocks: int = 1024
     max_chunks: int = 256
+    group: int = 16
     vectors: int = 16
     applied: int = 16
     most_applied: int = 64
@@ -58,6 +61,11 @@ class Schedule:
     apply: Grid
     one_launch: bool
 
+    @property
+    def counters(self) -> int:
+        """How many a reduction takes: one for the blocks of each group of chunks, and one for the groups."""
+        return int(self.reduce.families * (self.reduce.groups + 1))
+
     def place(self, sizes: Sizes) -> Sizes:
         """A canonical shape, or strides, as the kernels get them."""
         return (sizes[2], sizes[1], sizes[0], sizes[3]) if self.swapped else sizes
@@ -82,7 +90,7 @@ def choose(
     t, (r0, k0, r1, k1) = thresholds, view
     rows = k1 > 1
     width = _width(view, itemsize, places)
-    across = min(t.columns, t.threads) if rows else t.threads
+    across = min(t.columns, COLUMNS, t.threads) if rows else t.threads
     x = min(across, _power_of_two(-(-(k1 if rows else r1) // width)))
     block = (x, t.threads // x)
     columns = min(k1, x * width) if rows else 1
@@ -107,14 +115,15 @@ def choose(
     apply_chunks = max(1, min(most, max(least, t.blocks // tiles)))
     apply = reduce if one else _cut(r0, r1, apply_chunks, unit, short)
     extent = r0, k0, r1, k1
-    to_reduce, to_apply = (_grid(extent, k0 // slices, *cut, columns, families) for cut in (reduce, apply))
+    to_reduce, to_apply = (_grid(extent, k0 // slices, *cut, columns, families, t.group) for cut in (reduce, apply))
     return Schedule(rows, swapped, width, block, to_reduce, to_apply, one)
 
 
-def _grid(extent: Sizes, slice_k0: int, r0_step: int, r1_step: int, k1_step: int, families: int) -> Grid:
+def _grid(extent: Sizes, slice_k0: int, r0_step: int, r1_step: int, k1_step: int, families: int, group: int) -> Grid:
     steps = r0_step, 1, r1_step, max(1, k1_step)
     r0s, k0, r1s, k1s = (-(-n // step) for n, step in zip(extent, steps, strict=True))
-    return Grid(r0_step, r1_step, k1_step, families, r0s * r1s, k0 * k1s, r1s, k1s, max(1, slice_k0))
+    counts = {"chunks": r0s * r1s, "group": group, "r1_pieces": r1s, "k1_pieces": k1s, "slice_k0": max(1, slice_k0)}
+    return grid_of((r0_step, r1_step, k1_step), k0 * k1s, families, **counts)
 
 
 def _width(view: Sizes, itemsize: int, places: Iterable[Place]) -> int:

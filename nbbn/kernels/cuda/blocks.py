@@ -1,6 +1,5 @@
 """How the threads of a block share a task, and what is compiled into a kernel."""
 
-from collections import namedtuple
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
@@ -11,12 +10,10 @@ from nbbn.core import rules
 from nbbn.kernels import channel
 from nbbn.kernels.channel import BATCH_MEAN, COUNT, M2, SQUARES
 from nbbn.kernels.cuda.memory import vector
-from nbbn.kernels.cuda.target import cuda, device
+from nbbn.kernels.cuda.target import cuda, device, index_type
 
-ELEMENTS = 16  # that a thread reads before it waits for any: enough to hide the latency, few enough for its registers
-# What a step is told about its loops. The steps of tasks.py; how many families of tiles there are, which share their
-# channels; how many chunks R0 x R1 is cut into, tiles K0 x K1, and pieces R1 and K1; the K0 of one slice of R0.
-Grid = namedtuple("Grid", "r0_step r1_step k1_step families chunks tiles r1_pieces k1_pieces slice_k0")
+AHEAD = 64  # bytes of numbers that a thread reads before it waits for any: enough to hide the latency, few registers
+COLUMNS = 32  # threads of a block side by side in rows, at most: a warp reads one piece of a row
 # A view of elements: the address of the first, and the strides in bytes.
 ADDRESS, S_R0, S_K0, S_R1, S_K1 = range(5)
 VIEW_SIZE = 5
@@ -29,7 +26,7 @@ class Variant:
     dtype: of the elements. rows: whether statistics lie side by side. width: elements of one access. sums: dtype of the
     sums of a few elements. threads: of a block. state: dtype of the state; None for that of the statistics. short:
     whether r0 counts neighbours, and not r1, where statistics do not lie side by side. Then: which arguments and
-    options there are, and whether the statistics are constants.
+    options there are, and whether the statistics are constants. wide: whether indices have 64 bits.
     """
 
     dtype: np.dtype
@@ -48,6 +45,7 @@ class Variant:
     skip: bool = False
     dz: bool = False
     frozen: bool = False
+    wide: bool = False
 
     @property
     def statistic(self) -> np.dtype:
@@ -61,18 +59,12 @@ class Variant:
     @property
     def unroll(self) -> int:
         """Accesses to the input that a thread makes before it waits for any."""
-        return max(1, min(4, ELEMENTS // self.width))
+        return max(1, AHEAD // (self.width * self.statistic.itemsize))
 
     @property
     def unroll_beside(self) -> int:
         """The same where there are accesses to other operands at once, which need registers, too."""
         return max(1, self.unroll // 2) if self.residual or self.adjustment else self.unroll
-
-
-@device
-def at(array, r0, k0, r1, k1):
-    """The address of an element."""
-    return array[ADDRESS] + r0 * array[S_R0] + k0 * array[S_K0] + r1 * array[S_R1] + k1 * array[S_K1]
 
 
 @device
@@ -107,21 +99,28 @@ def combine_moments(a, i, b, j):
 
 
 @lru_cache(maxsize=16)
-def block_functions(rows: bool, short: bool, threads: int) -> SimpleNamespace:
+def block_functions(rows: bool, short: bool, threads: int, wide: bool) -> SimpleNamespace:
     """How the threads of a block share its work."""
+    index = index_type(wide)
+
+    @device
+    def at(array, r0, k0, r1, k1):
+        """The address of an element."""
+        begin = array[ADDRESS] + np.int64(r0) * array[S_R0] + np.int64(k0) * array[S_K0]
+        return begin + np.int64(r1) * array[S_R1] + np.int64(k1) * array[S_K1]
 
     @device
     def walk(bounds, width):
         """The first r0 of this thread and its step, the first r1 and its step, and k1; without a column, no r0."""
-        x, y = np.int64(cuda.threadIdx.x), np.int64(cuda.threadIdx.y)
+        x, y, ys = index(cuda.threadIdx.x), index(cuda.threadIdx.y), index(cuda.blockDim.y)
         if rows:
-            k1 = bounds.k1_begin + x * width
+            k1 = index(bounds.k1_begin + x * width)
             first = bounds.r0_begin if k1 < bounds.k1_end else bounds.r0_end
-            return first, np.int64(1), bounds.r1_begin + y, cuda.blockDim.y, k1
-        across, step = x * width, np.int64(cuda.blockDim.x * width)
+            return first, index(1), index(bounds.r1_begin + y), ys, k1
+        across, step = x * width, index(cuda.blockDim.x * width)
         if short:
-            return bounds.r0_begin + across, step, bounds.r1_begin + y, cuda.blockDim.y, np.int64(0)
-        return bounds.r0_begin + y, np.int64(cuda.blockDim.y), bounds.r1_begin + across, step, np.int64(0)
+            return index(bounds.r0_begin + across), step, index(bounds.r1_begin + y), ys, index(0)
+        return index(bounds.r0_begin + y), ys, index(bounds.r1_begin + across), step, index(0)
 
     @device
     def is_writer():
@@ -161,31 +160,46 @@ def block_functions(rows: bool, short: bool, threads: int) -> SimpleNamespace:
     def add_moments(shared, thread, other, count):
         combine_moments(shared, thread, shared, other)
 
-    return SimpleNamespace(walk=walk, is_writer=is_writer, block_sum=tree(add_sums), block_moments=tree(add_moments))
+    return SimpleNamespace(
+        at=at, walk=walk, is_writer=is_writer, block_sum=tree(add_sums), block_moments=tree(add_moments)
+    )
 
 
 @lru_cache(maxsize=256)
 def input_functions(v: Variant, needs_x: bool) -> SimpleNamespace:
     """What a thread reads for an element of the output, and the parts of it: None, which is a type to the rules, where
     there is no such operand."""
-    read, read_operand = vector(v.dtype, v.width).read, vector(v.statistic, v.width).read
-    fused, adjusted = v.residual, v.adjustment
+    elements, width, fused, adjusted = vector(v.dtype, v.width), v.width, v.residual, v.adjustment
+    words, fetch, decode = elements.words, elements.fetch, elements.decode
+    fetch_operand, at = vector(v.statistic, width).fetch, block_functions(v.rows, v.short, v.threads, v.wide).at
 
     @device
-    def read_inputs(x, residual, a, b, r0, k0, r1, k1, values, rv, av, bv, i):
-        """`width` elements of each array to the i-th place of its values."""
+    def fetch_inputs(x, residual, a, b, r0, k0, r1, k1, raw, raw_residual, av, bv, u):
+        """The u-th access to each array. a and b have the statistics' dtype: they are values as they are."""
         if needs_x:
-            read(at(x, r0, k0, r1, k1), values, i)
+            fetch(at(x, r0, k0, r1, k1), raw, u * words)
         if fused:
-            read(at(residual, r0, k0, r1, k1), rv, i)
+            fetch(at(residual, r0, k0, r1, k1), raw_residual, u * words)
         if adjusted:
-            read_operand(at(a, r0, k0, r1, k1), av, i)
-            read_operand(at(b, r0, k0, r1, k1), bv, i)
+            fetch_operand(at(a, r0, k0, r1, k1), av, u * width)
+            fetch_operand(at(b, r0, k0, r1, k1), bv, u * width)
+
+    @device
+    def decode_inputs(raw, raw_residual, u, values, rv):
+        """What the u-th access has found, as numbers."""
+        if needs_x:
+            decode(raw, u * words, values)
+        if fused:
+            decode(raw_residual, u * words, rv)
 
     of_residual, of_adjustment, of_weights = (
         device((lambda values, i: values[i]) if there else (lambda values, i: None))
         for there in (fused, adjusted, v.weights)
     )
     return SimpleNamespace(
-        read_inputs=read_inputs, of_residual=of_residual, of_adjustment=of_adjustment, of_weights=of_weights
+        fetch=fetch_inputs,
+        decode=decode_inputs,
+        of_residual=of_residual,
+        of_adjustment=of_adjustment,
+        of_weights=of_weights,
     )

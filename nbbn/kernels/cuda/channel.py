@@ -20,42 +20,43 @@ AHEAD = 4
 
 
 @device
-def add_chunks(s, partial):
-    """Add up the sums of all chunks of a statistic, in the place of the first chunk's."""
-    chunks, loaded = partial.shape[0], cuda.local.array(AHEAD, np.float64)
+def add_chunks(s, partial, first, last, step):
+    """Add up the sums of a statistic in every `step`-th chunk from the first to before the last, in the place of the
+    first one's."""
+    loaded = cuda.local.array(AHEAD, np.float64)
     for row in range(partial.shape[1]):
-        total, chunk = partial[0, row, s], 1
-        while chunk + AHEAD <= chunks:
+        total, chunk = partial[first, row, s], first + step
+        while chunk + (AHEAD - 1) * step < last:
             for i in range(AHEAD):
-                loaded[i] = partial[chunk + i, row, s]
+                loaded[i] = partial[chunk + i * step, row, s]
             for i in range(AHEAD):
                 total += loaded[i]
-            chunk += AHEAD
-        while chunk < chunks:
+            chunk += AHEAD * step
+        while chunk < last:
             total += partial[chunk, row, s]
-            chunk += 1
-        partial[0, row, s] = total
+            chunk += step
+        partial[first, row, s] = total
 
 
 @device
-def combine_chunks(s, partial, moments):
-    """Write the moments of a statistic from those of all chunks."""
-    chunks, loaded = partial.shape[0], cuda.local.array((MOMENT_ROWS, AHEAD), np.float64)
-    total, chunk = cuda.local.array((MOMENT_ROWS, 1), np.float64), 1
+def combine_chunks(s, partial, first, last, step):
+    """The same for moments."""
+    loaded, total = cuda.local.array((MOMENT_ROWS, AHEAD), np.float64), cuda.local.array((MOMENT_ROWS, 1), np.float64)
     for row in range(MOMENT_ROWS):
-        total[row, 0] = partial[0, row, s]
-    while chunk + AHEAD <= chunks:
+        total[row, 0] = partial[first, row, s]
+    chunk = first + step
+    while chunk + (AHEAD - 1) * step < last:
         for row in range(MOMENT_ROWS):
             for i in range(AHEAD):
-                loaded[row, i] = partial[chunk + i, row, s]
+                loaded[row, i] = partial[chunk + i * step, row, s]
         for i in range(AHEAD):
             combine_moments(total, 0, loaded, i)
-        chunk += AHEAD
-    while chunk < chunks:
+        chunk += AHEAD * step
+    while chunk < last:
         combine_moments(total, 0, partial[chunk], s)
-        chunk += 1
+        chunk += step
     for row in range(MOMENT_ROWS):
-        moments[row, s] = total[row, 0]
+        partial[first, row, s] = total[row, 0]
 
 
 @device

@@ -32,8 +32,12 @@ _STORED: dict[str, tuple[ir.Type, Any, Any]] = {
 
 
 def vector(dtype: np.dtype, width: int) -> SimpleNamespace:
-    """read(address, values, i): the `width` elements that begin there, a multiple of their size, to values[i:], which
-    is float32, or float64 for float64. write(address, values, i): the other way, rounded to nearest even."""
+    """Access to `width` elements at once, which lie side by side from a multiple of their size on.
+
+    fetch(address, raw, i): to raw[i:] as they are, `words` of the type `word`. decode(raw, i, values): from there to
+    values[:width], which is float32, or float64 for float64. So all that a thread reads is on its way before it waits
+    for any: a conversion waits. write(address, values): the other way, rounded to nearest even.
+    """
     return (_simulated_vector if SIMULATED else _vector)(dtype, width)
 
 
@@ -48,12 +52,11 @@ def _vector(dtype: np.dtype, width: int) -> SimpleNamespace:
     def place(builder: Any, address: Any) -> Any:
         return builder.inttoptr(address, ir.PointerType(access, addrspace=_GLOBAL))
 
-    def lanes(context: Any, builder: Any, array: Any, value: Any, first: Any) -> list[Any]:
+    def lanes(context: Any, builder: Any, array: Any, value: Any, first: Any, count: int) -> list[Any]:
         data = builder.gep(context.make_array(array)(context, builder, value).data, [first])
-        return [builder.gep(data, [_I32(lane)]) for lane in range(width)]
+        return [builder.gep(data, [_I32(lane)]) for lane in range(count)]
 
-    def unpack(builder: Any, found: Any) -> list[Any]:
-        parts = [builder.extract_element(found, _I32(i)) for i in range(words)] if words > 1 else [found]
+    def unpack(builder: Any, parts: list[Any]) -> list[Any]:
         if packed == 1:
             return parts
         return [builder.trunc(builder.lshr(p, _I32(shift)), stored) for p in parts for shift in (0, 16)]
@@ -70,28 +73,40 @@ def _vector(dtype: np.dtype, width: int) -> SimpleNamespace:
         return found
 
     @intrinsic
-    def read(typingctx, address, values, first):
+    def fetch(typingctx, address, raw, first):
         def emit(context, builder, signature, args):
             found = builder.load(place(builder, args[0]))
             found.align = width * dtype.itemsize
-            targets = lanes(context, builder, signature.args[1], *args[1:])
-            for value, lane in zip(unpack(builder, found), targets, strict=True):
-                builder.store(load(builder, value) if load else value, lane)
+            parts = [builder.extract_element(found, _I32(i)) for i in range(words)] if words > 1 else [found]
+            for part, target in zip(parts, lanes(context, builder, raw, *args[1:], words), strict=True):
+                builder.store(part, target)
             return context.get_dummy_value()
 
-        return types.void(types.int64, values, types.int64), emit
+        return types.void(types.int64, raw, types.int64), emit
 
     @intrinsic
-    def write(typingctx, address, values, first):
+    def decode(typingctx, raw, first, values):
         def emit(context, builder, signature, args):
-            found = [builder.load(lane) for lane in lanes(context, builder, signature.args[1], *args[1:])]
+            parts = [builder.load(part) for part in lanes(context, builder, raw, *args[:2], words)]
+            targets = lanes(context, builder, values, args[2], _I64(0), width)
+            for value, target in zip(unpack(builder, parts), targets, strict=True):
+                builder.store(load(builder, value) if load else value, target)
+            return context.get_dummy_value()
+
+        return types.void(raw, types.int64, values), emit
+
+    @intrinsic
+    def write(typingctx, address, values):
+        def emit(context, builder, signature, args):
+            found = [builder.load(lane) for lane in lanes(context, builder, values, args[1], _I64(0), width)]
             found = pack(builder, [store(builder, v) if store else v for v in found])
             builder.store(found, place(builder, args[0])).align = width * dtype.itemsize
             return context.get_dummy_value()
 
-        return types.void(types.int64, values, types.int64), emit
+        return types.void(types.int64, values), emit
 
-    return SimpleNamespace(read=read, write=write)
+    kind = types.uint32 if packed == 2 else _WORDS[dtype.itemsize]
+    return SimpleNamespace(fetch=fetch, decode=decode, write=write, words=words, word=kind)
 
 
 def matrices(dtype: Any) -> Any:
@@ -120,23 +135,7 @@ def matrices(dtype: Any) -> Any:
 
 
 _TYPES = {np.dtype(t.name): t for t in (types.float32, types.float64, types.uint32)}
-
-
-if SIMULATED:
-    divide = divmod
-else:
-
-    @intrinsic
-    def divide(typingctx, number, divisor):
-        """Quotient and remainder of numbers of blocks, pieces or tiles. All are less than 2^31: one of 64 bits takes a
-        hundred instructions."""
-
-        def emit(context, builder, signature, args):
-            a, b = (builder.trunc(value, _I32) for value in args)
-            found = [builder.zext(f(a, b), _I64) for f in (builder.udiv, builder.urem)]
-            return context.make_tuple(builder, signature.return_type, found)
-
-        return types.UniTuple(types.int64, 2)(types.int64, types.int64), emit
+_WORDS = {2: types.uint16, 4: types.float32, 8: types.float64}  # an element as it lies, by its size
 
 
 def _host_view(address: int, shape: Any, dtype: np.dtype) -> Any:
@@ -152,10 +151,13 @@ def _simulated_vector(dtype: np.dtype, width: int) -> SimpleNamespace:
         assert address % (width * dtype.itemsize) == 0, "a GPU would fault"
         return _host_view(address, (width,), dtype)
 
-    def read(address: int, values: Any, first: int) -> None:
-        values[first : first + width] = view(address)
+    def fetch(address: int, raw: Any, first: int) -> None:
+        raw[first : first + width] = view(address)
 
-    def write(address: int, values: Any, first: int) -> None:
-        view(address)[:] = values[first : first + width].astype(dtype)
+    def decode(raw: Any, first: int, values: Any) -> None:
+        values[:width] = raw[first : first + width]
 
-    return SimpleNamespace(read=read, write=write)
+    def write(address: int, values: Any) -> None:
+        view(address)[:] = values[:width].astype(dtype)
+
+    return SimpleNamespace(fetch=fetch, decode=decode, write=write, words=width, word=dtype)

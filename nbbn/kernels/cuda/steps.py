@@ -4,8 +4,8 @@ A block of (x, y) threads has one task at a time, a chunk of the values of a til
 Where statistics lie side by side (rows), x runs over them and y over their values; where the values of a statistic do
 (planes), x and y both run over them. A thread takes `width` neighbours at once and adds a few of them up before it
 adds that to float64 sums, the sums of a block's threads are a tree, and those of the chunks are added in their order,
-by whichever block is the last of a family: the tiles that have the same channels. So the order in which blocks finish
-changes no bit.
+by whichever block is the last of a group of them, and those of the groups by the last one of a family: the tiles that
+have the same channels. So the order in which blocks finish changes no bit.
 """
 
 import inspect
@@ -20,11 +20,11 @@ from nbbn.core import rules
 from nbbn.kernels import channel
 from nbbn.kernels.cuda import channel as middle
 from nbbn.kernels.cuda.apply import apply_functions
-from nbbn.kernels.cuda.blocks import VIEW_SIZE, Grid, Variant, block_functions, is_last
-from nbbn.kernels.cuda.memory import VECTOR_BYTES, divide, matrices, vector
+from nbbn.kernels.cuda.blocks import COLUMNS, VIEW_SIZE, Variant, block_functions, is_last
+from nbbn.kernels.cuda.memory import VECTOR_BYTES, matrices, vector
 from nbbn.kernels.cuda.reduce import reduce_functions
 from nbbn.kernels.cuda.target import cuda, device
-from nbbn.kernels.cuda.tasks import bounds_of
+from nbbn.kernels.cuda.tasks import Grid, divide, task_functions
 
 # The small arrays of a step, by address: see kernels/channel.py. Sums or moments of chunks (chunks, 4, statistics) are
 # float64; counters are uint32 and zero.
@@ -35,9 +35,10 @@ PARTIAL, COUNTERS, PARAMS, STATE, HYPER, NEW_STATE, MOMENTS, SAVED, COEFFICIENTS
 
 def signature(step: str, v: Variant) -> Any:
     """Of a kernel: its views, shape, grid, memory, the number of channels and epsilon."""
-    view = types.UniTuple(types.int64, VIEW_SIZE)
+    index = types.int64 if v.wide else types.int32
+    view = types.Tuple([types.int64, *[index] * (VIEW_SIZE - 1)])
     grid = types.NamedUniTuple(types.int64, len(Grid._fields), Grid)
-    sizes = [types.UniTuple(types.int64, 4), grid, types.UniTuple(types.int64, len(MEMORY))]
+    sizes = [types.UniTuple(index, 4), grid, types.UniTuple(types.int64, len(MEMORY))]
     real = types.float64 if v.statistic.itemsize == 8 else types.float32
     return types.void(*[view] * len(VIEWS[step]), *sizes, types.int64, real)
 
@@ -45,7 +46,7 @@ def signature(step: str, v: Variant) -> Any:
 @lru_cache(maxsize=256)
 def steps(v: Variant) -> dict[str, Callable[..., None]]:
     """The kernels as Python functions, by name."""
-    own, width, relu = v.own, v.width, v.relu
+    rows, own, width, relu = v.rows, v.own, v.width, v.relu
     renorm, debias, skip = v.renorm or None, v.debias or None, v.skip or None
     a_or_none = 1 if v.adjustment else None
     reducing, applying = reduce_functions(v), apply_functions(v)
@@ -54,8 +55,10 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     gradient_sums = channel.GRADIENT_ROWS[v.adjustment]
     forward_rows, real = channel.OUTPUT_ROWS[v.adjustment], v.statistic.type
     most, real_size = real(np.finfo(v.statistic).max), v.statistic.itemsize
+    threads, most_columns = v.threads, COLUMNS * v.width
+    columns_per_thread = -(-most_columns // threads)
     piece = min(own, VECTOR_BYTES // real_size)
-    read_piece = vector(v.statistic, piece).read
+    fetch_piece = vector(v.statistic, piece).fetch
     state_rows = (5 if v.renorm else 2) + (2 if v.debias else 0)
     # What makes an array is no function of its own: Numba's do not return on a GPU what they have made.
     array, array64, counters_at = matrices(v.statistic), matrices(np.float64), matrices(np.uint32)
@@ -68,15 +71,14 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     )
     coefficients_of, parameter_gradients = middle.output_coefficients, middle.parameter_gradients
     input_coefficients_of = middle.input_coefficients
-    walk = block_functions(v.rows, v.short, v.threads).walk
+    walk, bounds_of = block_functions(v.rows, v.short, v.threads, v.wide).walk, task_functions(v.wide)
 
     @device
     def task(block, grid):
-        """A block's chunk, tile, family and how many blocks the family has."""
-        chunk, tile = divide(block, grid.tiles)
-        _, family = divide(tile, grid.families)
-        members, _ = divide(grid.tiles, grid.families)
-        return chunk, tile, family, grid.chunks * members
+        """A block's chunk, tile and family."""
+        chunk, tile = divide(block, grid.tiles, grid.by_tiles)
+        _, family = divide(tile, grid.families, grid.by_families)
+        return chunk, tile, family
 
     @device
     def in_order():
@@ -106,20 +108,22 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
 
     @device
     def reduce_moments(x, weights, chunk, tile, shape, grid, memory):
-        statistics, bounds = shape[1] * shape[3], bounds_of(chunk, tile, shape, grid)
+        statistics, bounds = np.int64(shape[1]) * shape[3], bounds_of(chunk, tile, shape, grid)
         partial = array64(memory[PARTIAL], (grid.chunks, channel.MOMENT_ROWS, statistics))
         first, _ = thread_statistics(bounds, shape)
         sum_moments(x, weights, bounds, first, partial)
 
     @device
     def finish_moments(c, shape, grid, memory, channels):
-        """The moments of one channel, in all groups."""
-        chunks, statistics = grid.chunks, shape[1] * shape[3]
-        partial = array64(memory[PARTIAL], (chunks, channel.MOMENT_ROWS, statistics))
+        """The moments of one channel, in all groups of a virtual batch."""
+        statistics = np.int64(shape[1]) * shape[3]
+        partial = array64(memory[PARTIAL], (grid.chunks, channel.MOMENT_ROWS, statistics))
         moments = array64(memory[MOMENTS], (channel.MOMENT_ROWS, statistics))
         s = c
         while s < statistics:
-            combine_chunks(s, partial, moments)
+            combine_chunks(s, partial, 0, grid.chunks, grid.group)
+            for row in range(channel.MOMENT_ROWS):
+                moments[row, s] = partial[0, row, s]
             s += channels
 
     @device
@@ -146,7 +150,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
             address = memory[COEFFICIENTS] + (row * statistics + first) * real_size
             for s in range(0, own, piece):
                 if inside:
-                    read_piece(address + s * real_size, coefficients[row], s)
+                    fetch_piece(address + s * real_size, coefficients[row], s)
                 else:
                     for lane in range(piece):
                         coefficients[row, s + lane] = 0
@@ -158,20 +162,66 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         read_coefficients(bounds, shape, memory, forward_rows, forward)
         normalize_task(x, residual, a, b, y, bounds, forward)
 
+    def by_columns(make, count):
+        """A function that fills `count` rows of coefficients, those of a thread's statistics. make(statistic, target,
+        column, statistics, memory, given) does so for one.
+
+        In rows the threads of a column need the same ones, and each of the block makes a part: a root and a division
+        take more instructions than all elements of a thread.
+        """
+
+        @device
+        def fill(bounds, shape, memory, given, coefficients):
+            statistics = np.int64(shape[1]) * shape[3]
+            first, inside = thread_statistics(bounds, shape)
+            if not rows:
+                make(first if inside else 0, coefficients, 0, statistics, memory, given)
+                return
+            shared = cuda.shared.array((count, most_columns), real)
+            thread, begin = cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x, bounds.k1_begin
+            cuda.syncthreads()  # the tile before this one may still be read
+            for part in range(columns_per_thread):
+                i = thread + part * threads
+                if i < cuda.blockDim.x * width and begin + i < bounds.k1_end:
+                    make(bounds.row * shape[3] + begin + i, shared, i, statistics, memory, given)
+            cuda.syncthreads()
+            for row in range(count):
+                for s in range(own):
+                    coefficients[row, s] = shared[row, cuda.threadIdx.x * width + s] if inside else real(0)
+
+        return fill
+
+    @device
+    def output_of_training(s, target, column, statistics, memory, given):
+        saved = array64(memory[SAVED], (channel.SAVED_ROWS, statistics))
+        coefficients_of(s, column, saved, a_or_none, target)
+
+    @device
+    def output_of_inference(c, target, column, channels, memory, epsilon):
+        params, state = array(memory[PARAMS], (2, channels)), state_array(memory[STATE], (state_rows, channels))
+        gamma, mean, variance = params[channel.GAMMA, c], state[channel.MEAN, c], state[channel.VARIANCE, c]
+        used = mean if abs(mean) <= most else real(0)  # of a wider state
+        scale, shift = rules.inference_terms(mean, used, variance, epsilon, gamma)
+        target[channel.Y_MEAN, column], target[channel.Y_SCALE, column] = used, scale
+        target[channel.Y_SHIFT, column] = shift + params[channel.BETA, c]
+
+    gate_coefficients = by_columns(output_of_training, forward_rows)
+    inference_coefficients = by_columns(output_of_inference, 3)
+
     @device
     def forward_of_thread(bounds, shape, memory, forward):
         """The coefficients of the output once more, for the gate of its activation; without one only the mean."""
-        saved = array64(memory[SAVED], (channel.SAVED_ROWS, shape[1] * shape[3]))
+        if relu:
+            gate_coefficients(bounds, shape, memory, 0, forward)
+            return
+        saved = array64(memory[SAVED], (channel.SAVED_ROWS, np.int64(shape[1]) * shape[3]))
         first, inside = thread_statistics(bounds, shape)
         for s in range(own):
-            if relu and inside:
-                coefficients_of(first + s, s, saved, a_or_none, forward)
-            else:
-                forward[channel.Y_MEAN, s] = saved[channel.BATCH_MEAN, first + s] if inside else 0.0
+            forward[channel.Y_MEAN, s] = saved[channel.BATCH_MEAN, first + s] if inside else 0.0
 
     @device
     def reduce_gradient(x, dy, residual, weights, a, b, chunk, tile, shape, grid, memory):
-        statistics, bounds = shape[1] * shape[3], bounds_of(chunk, tile, shape, grid)
+        statistics, bounds = np.int64(shape[1]) * shape[3], bounds_of(chunk, tile, shape, grid)
         partial = array64(memory[PARTIAL], (grid.chunks, gradient_sums, statistics))
         forward = cuda.local.array((5, own), real)
         forward_of_thread(bounds, shape, memory, forward)
@@ -180,12 +230,12 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         sum_gradient_of_task(dy, x, residual, weights, a, b, bounds, first, mean, forward, partial)
 
     @device
-    def add_up(c, partial, memory, channels):
+    def add_up(c, partial, grid, memory, channels):
         """The sums of one channel's gradient, those of its first chunk then, and the gradients of its parameters."""
         statistics = partial.shape[2]
         s = c
         while s < statistics:
-            add_chunks(s, partial)
+            add_chunks(s, partial, 0, grid.chunks, grid.group)
             s += channels
         saved, dparams = array64(memory[SAVED], (channel.SAVED_ROWS, statistics)), array(memory[DPARAMS], (2, channels))
         parameter_gradients(c, partial[0], saved, a_or_none, dparams)
@@ -196,7 +246,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         statistics = shape[1] * shape[3]
         partial = array64(memory[PARTIAL], (grid.chunks, gradient_sums, statistics))
         target = array64(memory[SUMS], (gradient_sums, statistics))
-        add_up(c, partial, memory, channels)
+        add_up(c, partial, grid, memory, channels)
         s = c
         while s < statistics:
             for row in range(gradient_sums):
@@ -215,7 +265,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         """From the sums of one channel's gradient to the coefficients of dx."""
         statistics = shape[1] * shape[3]
         partial = array64(memory[PARTIAL], (grid.chunks, gradient_sums, statistics))
-        add_up(c, partial, memory, channels)
+        add_up(c, partial, grid, memory, channels)
         input_coefficients(c, partial[0], memory, channels)
 
     @device
@@ -229,20 +279,49 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
 
     # -- two launches: all blocks reduce, the last one of a family finishes; then all blocks apply ---------------------
 
-    @device
-    def channels_to_finish(family, blocks, shape, grid, memory, channels):
-        """This thread's first channel, the one after the last, and the step; none unless its block is the last one."""
-        if is_last(counters_at(memory[COUNTERS], (grid.families,)), family, blocks):
-            return channels_of(family, shape, grid, channels)
-        return np.int64(0), np.int64(0), 1
+    def adding(add, row_count):
+        """What follows the reduction of a chunk. add(s, partial, first, last, step): adds up chunks of a statistic."""
+
+        @device
+        def add_group(own, first, last, shape, grid, memory, channels):
+            statistics = np.int64(shape[1]) * shape[3]
+            partial = array64(memory[PARTIAL], (grid.chunks, row_count, statistics))
+            c, end, step = own
+            while c < end:
+                s = c
+                while s < statistics:
+                    add(s, partial, first, last, 1)
+                    s += channels
+                c += step
+
+        @device
+        def channels_to_finish(chunk, family, shape, grid, memory, channels):
+            """This thread's first channel, the one after the last, and the step; none unless its block is the last one.
+            The last block of a group of chunks has then added them up, in the place of the first."""
+            nothing, second = (np.int64(0), np.int64(0), 1), grid.families * grid.groups
+            counters = counters_at(memory[COUNTERS], (second + grid.families,))
+            group, _ = divide(chunk, grid.group, grid.by_group)
+            first = group * grid.group
+            last = min(grid.chunks, first + grid.group)
+            if not is_last(counters, family * grid.groups + group, (last - first) * grid.members):
+                return nothing
+            found = channels_of(family, shape, grid, channels)
+            add_group(found, first, last, shape, grid, memory, channels)
+            if grid.groups > 1 and not is_last(counters, second + family, grid.groups):
+                return nothing
+            return found
+
+        return channels_to_finish
+
+    moments_to_finish, sums_to_finish = adding(combine_chunks, channel.MOMENT_ROWS), adding(add_chunks, gradient_sums)
 
     def reduction(finish_channel):
         """A kernel that reduces the input, and then does this with each channel's sums."""
 
         def kernel(x, weights, shape, grid, memory, channels, epsilon):
-            chunk, tile, family, blocks = task(in_order(), grid)
+            chunk, tile, family = task(in_order(), grid)
             reduce_moments(x, weights, chunk, tile, shape, grid, memory)
-            first, last, step = channels_to_finish(family, blocks, shape, grid, memory, channels)
+            first, last, step = moments_to_finish(chunk, family, shape, grid, memory, channels)
             c = first
             while c < last:
                 finish_channel(c, shape, grid, memory, channels)
@@ -254,9 +333,9 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         """The same for the gradient."""
 
         def kernel(x, dy, residual, weights, a, b, shape, grid, memory, channels, epsilon):
-            chunk, tile, family, blocks = task(in_order(), grid)
+            chunk, tile, family = task(in_order(), grid)
             reduce_gradient(x, dy, residual, weights, a, b, chunk, tile, shape, grid, memory)
-            first, last, step = channels_to_finish(family, blocks, shape, grid, memory, channels)
+            first, last, step = sums_to_finish(chunk, family, shape, grid, memory, channels)
             c = first
             while c < last:
                 finish_channel(c, shape, grid, memory, channels)
@@ -265,26 +344,17 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         return kernel
 
     def normalize(x, residual, a, b, y, shape, grid, memory, channels, epsilon):
-        chunk, tile, _, _ = task(from_the_end(), grid)
+        chunk, tile, _ = task(from_the_end(), grid)
         apply_forward(x, residual, a, b, y, chunk, tile, shape, grid, memory)
 
     def infer(x, residual, y, shape, grid, memory, channels, epsilon):
-        chunk, tile, _, _ = task(in_order(), grid)
-        bounds = bounds_of(chunk, tile, shape, grid)
-        params, state = array(memory[PARAMS], (2, channels)), state_array(memory[STATE], (state_rows, channels))
-        forward = cuda.local.array((5, own), real)
-        first, inside = thread_statistics(bounds, shape)
-        for s in range(own):
-            c = first + s if inside else 0
-            gamma, mean, variance = params[channel.GAMMA, c], state[channel.MEAN, c], state[channel.VARIANCE, c]
-            forward[channel.Y_MEAN, s] = mean if abs(mean) <= most else real(0)  # of a wider state
-            scale, shift = rules.inference_terms(mean, forward[channel.Y_MEAN, s], variance, epsilon, gamma)
-            forward[channel.Y_SCALE, s] = scale
-            forward[channel.Y_SHIFT, s] = shift + params[channel.BETA, c]
+        chunk, tile, _ = task(in_order(), grid)
+        bounds, forward = bounds_of(chunk, tile, shape, grid), cuda.local.array((5, own), real)
+        inference_coefficients(bounds, shape, memory, epsilon, forward)
         normalize_task(x, residual, x, x, y, bounds, forward)
 
     def input_gradient(x, dy, residual, weights, a, b, dx, dz, shape, grid, memory, channels, epsilon):
-        chunk, tile, _, _ = task(from_the_end(), grid)
+        chunk, tile, _ = task(from_the_end(), grid)
         apply_gradient(x, dy, residual, weights, a, b, dx, dz, chunk, tile, shape, grid, memory)
 
     # -- the middle stage by itself: one thread per channel; shape[3] is the number of statistics ----------------------

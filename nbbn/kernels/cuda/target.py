@@ -41,3 +41,8 @@ cuda: Any = _Simulated() if SIMULATED else numba.cuda
 def device(function: Any) -> Any:
     """A function that kernels call; it becomes a part of them."""
     return function if SIMULATED else numba.cuda.jit(device=True, forceinline=True)(function)
+
+
+def index_type(wide: bool) -> Any:
+    """What makes a number the index of an element, of 64 or 32 bits: a product of two of 32 takes one instruction."""
+    return int if SIMULATED else np.int64 if wide else np.int32
