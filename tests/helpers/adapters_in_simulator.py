@@ -31,6 +31,7 @@ def adapted(name):
     library.stream = lambda device: 0
     if name == "torch":
         library._device = lambda number: framework.device("cpu")
+        library._pinned = lambda tensor: tensor  # there is no driver to ask for pinned memory
     if name == "cupy":
         framework.ndarray.__module__ = "cupy"
     return library, lambda a: library.from_host(a, 0), library.to_host
