@@ -135,7 +135,13 @@ class DevicePlace:
         return int(array.address)
 
     def copy(self, array: Array, sizes: Sizes, order: Sizes) -> Array:
-        return wrap(array.library.copy(array, sizes, order), array.library)
+        if array.shape == tuple(getattr(array.owner, "shape", ())):
+            return wrap(array.library.copy(array, sizes, order), array.library)
+        from nbbn.arrays import moving  # of a view the library knows nothing
+
+        found = self.empty(tuple(sizes[i] for i in order), array.dtype)
+        moving.copy(moving.transposed(array, sizes, order), found)
+        return found
 
     def write(self, array: Array, value: Array, sizes: Sizes, order: Sizes) -> None:
         array.library.assign(array, sizes, order, value.owner)

@@ -1,7 +1,8 @@
 """What nbbn's own kernels do with arrays of a GPU, of any library, strides and dtypes: copies, casts and small numbers.
 
-Everything is queued in the stream that the array's library uses now, and nothing waits. Numba starts these kernels: a
-tenth of a millisecond, where a step's own launches take a tenth of that.
+Everything is queued in the stream that the array's library uses now, and nothing waits. Numba itself starts these
+kernels, for whatever types it is called with: that takes the host longer than the launches of a step, which are more
+frequent.
 """
 
 from dataclasses import replace
