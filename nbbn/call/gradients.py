@@ -148,7 +148,7 @@ class Pullback:
             upstream.dy,
             record.x,
             record.saved,
-            place_of(record.x).from_host(sums),
+            place_of(record.x).send(sums),
             record.operands,
             out=upstream.target,
             wants_dz=upstream.wants_dz,

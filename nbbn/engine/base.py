@@ -49,8 +49,8 @@ class Force:
 
 class Operands(NamedTuple):
     """What may stand beside the input of a step. residual: shape and dtype of the input. weights, a and b (of an
-    adjustment) broadcast against it, in the statistics' dtype. lengths: (N,) integers, in the place of weights: so many
-    steps of each sample count; int64 on the host."""
+    adjustment) broadcast against it, in the statistics' dtype. lengths: (N,) int64, in the place of weights: so many
+    steps of each sample count."""
 
     residual: Array | None = None
     weights: Array | None = None
