@@ -139,7 +139,7 @@ class Accumulation:
         moments = np.concatenate(parts, axis=1) if virtual else merge_moments(np.stack(parts))
         variables = layer._built_variables("accumulate()")
         with variables.lock:
-            there = variables.place.from_host(moments)
+            there = variables.place.send(moments)
             new_state, saved, _ = layer._dispatcher.finish(
                 there, variables.params, variables.state, rank=rank, dtype=dtype, numbers=numbers
             )

@@ -1,31 +1,32 @@
 """Stateless batch normalization, with the names and signatures of tf.nn.
 
-Arrays are those of the host: NumPy's, and PyTorch's and JAX's there. Results are of the library of the first argument.
+Arrays are those that a layer takes, on the host and on a GPU. Results are of the library of the first argument, where
+that is; what stands beside it may be on the host, too.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from nbbn.arrays import HOST, giver, numbers_of
-from nbbn.call.operands import as_input, as_weights
+from nbbn.arrays import Array, Place, giver, numbers_of, place_of
+from nbbn.call.operands import as_input, as_like, taken_weights
 from nbbn.core import dtypes
 from nbbn.core.layout import Sizes, resolve_axis
 from nbbn.core.options import EPSILON, Options, boolean, check_number, parse_ints
 from nbbn.engine.dispatcher import Dispatcher
 from nbbn.kernels import channel
 
-Array = np.ndarray
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _FUSED_AXIS = {"NHWC": (4, 3), "NCHW": (4, 1), "NDHWC": (5, 4), "NCDHW": (5, 1)}
 
 
 @lru_cache(maxsize=64)  # a dispatcher remembers what it has found out about earlier arrays
-def _dispatcher(axis: int | Sizes, epsilon: float = 0.0, momentum: float = 0.0) -> Dispatcher:
-    return Dispatcher(Options(axis=axis, momentum=momentum, epsilon=epsilon, bessel_correction=True))
+def _dispatcher(axis: int | Sizes, epsilon: float = 0.0, momentum: float = 0.0, bessel: bool = True) -> Dispatcher:
+    return Dispatcher(Options(axis=axis, momentum=momentum, epsilon=epsilon, bessel_correction=bessel))
 
 
 def _as_given(function: _Function) -> _Function:
@@ -44,11 +45,28 @@ def _as_given(function: _Function) -> _Function:
 
 
 def _input(value: Any) -> Array:
-    x: Array = as_input(HOST.take(value, "x"), "x")
-    return x
+    return as_input(value, "x")
 
 
-def _axes(axes: int | Sequence[int] | Array, rank: int) -> Sizes:
+def _operand(value: Any, name: str, place: Place) -> Array:
+    """Numbers that stand beside the input, where that is."""
+    array = place.take_operand(value, name)
+    if array is None:
+        return place.send(numbers_of(value, name))
+    dtypes.check(array.dtype, name, floats=False)
+    return array
+
+
+def _rows(arrays: Sequence[Array], shape: Sizes, x: Array) -> Array:
+    """Arrays that broadcast to `shape`, one after the other, in the dtype of the statistics of `x`."""
+    place = place_of(x)
+    rows = place.empty((len(arrays), *shape), dtypes.statistic(x.dtype))
+    for i, array in enumerate(arrays):
+        place.put(place.cut(rows, slice(i, i + 1)), array)
+    return rows
+
+
+def _axes(axes: int | Sequence[int] | np.ndarray, rank: int) -> Sizes:
     parsed = parse_ints("axes", axes)
     return resolve_axis([parsed] if isinstance(parsed, int) else parsed, rank, "axes")
 
@@ -68,35 +86,36 @@ def _broadcasts(shape: Sizes, target: Sizes) -> bool:
 
 def _with_channels(x: Array, kept: Sizes) -> tuple[Array, Sizes]:
     """x with a kept axis: one of size 1 in front where there is none."""
-    return (x, kept) if kept else (x[np.newaxis], (0,))
+    return (x, kept) if kept else (place_of(x).reshape(x, (1, *x.shape)), (0,))
 
 
-def _moments(x: Array, weights: Array | None, reduced: Sizes, keepdims: bool) -> tuple[Array, Array]:
-    kept = tuple(i for i in range(x.ndim) if i not in reduced)
+def _moments(x: Array, weights: Array | None, reduced: Sizes, keepdims: bool) -> tuple[Any, Any]:
+    kept, place = tuple(i for i in range(x.ndim) if i not in reduced), place_of(x)
     shape = tuple(s if i in kept else 1 for i, s in enumerate(x.shape))
-    if not keepdims:
-        shape = tuple(x.shape[i] for i in kept)
+    channels = math.prod(shape)
     if x.size == 0:
-        count, mean, variance = np.zeros((3, int(np.prod(shape))))
+        found = place.send(np.full((2, channels), np.nan if weights is None else 0.0, x.dtype))
     else:
-        x, kept = _with_channels(x, kept)
-        weights = weights if weights is None or weights.ndim == x.ndim else weights[np.newaxis]
-        count, mean, m2, _ = _dispatcher(kept).reduce(x, weights)
-        variance = m2 / np.maximum(count, np.finfo(np.float64).tiny)  # m2 is 0 where nothing counts
-    if weights is None and not count.all():
-        mean, variance = np.full_like(mean, np.nan), np.full_like(variance, np.nan)
-    return mean.reshape(shape).astype(x.dtype), variance.reshape(shape).astype(x.dtype)
+        seen, axis = _with_channels(x, kept)
+        weights = weights if weights is None else place.broadcast(weights, seen.shape)
+        dispatcher, nothing = _dispatcher(axis, bessel=False), place.send(np.zeros((2, channels)))
+        # With a momentum of 0 the moving statistics are the batch's. Where nothing counts they stay what they were: 0.
+        found, _, _ = dispatcher.finish(
+            dispatcher.reduce(seen, weights), nothing, nothing, rank=seen.ndim, dtype=nothing.dtype
+        )
+    found, shape = place.astype(found, x.dtype), shape if keepdims else tuple(x.shape[i] for i in kept)
+    return place.row(found, channel.MEAN, shape), place.row(found, channel.VARIANCE, shape)
 
 
 @_as_given
 def moments(
     x: Any,
-    axes: int | Sequence[int] | Array,
+    axes: int | Sequence[int] | np.ndarray,
     shift: None = None,
     name: str | None = None,
     keepdims: bool | None = None,
     keep_dims: bool | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Any, Any]:
     """Mean and biased variance of `x` over `axes`, in its dtype.
 
     Args:
@@ -112,32 +131,31 @@ def moments(
 @_as_given
 def weighted_moments(
     x: Any,
-    axes: int | Sequence[int] | Array,
+    axes: int | Sequence[int] | np.ndarray,
     frequency_weights: Any,
     name: str | None = None,
     keepdims: bool | None = None,
     keep_dims: bool | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Any, Any]:
     """Mean and biased variance of `x` over `axes`, each value counted `frequency_weights` times.
 
     Args: as of moments(); frequency_weights: real, >= 0, broadcasts against x.
     Returns: mean, variance; 0 where the weights sum to 0, as in TensorFlow.
     """
     x = _input(x)
-    weights = numbers_of(frequency_weights, "frequency_weights")
+    place = place_of(x)
+    weights = taken_weights(frequency_weights, place, dtypes.statistic(x.dtype), "frequency_weights")
     if not _broadcasts(weights.shape, x.shape):
         raise ValueError(
             f"frequency_weights must broadcast against the shape {x.shape} of x; received shape {weights.shape}"
         )
-    weights = weights.reshape((1,) * (x.ndim - weights.ndim) + weights.shape)
-    weights = as_weights(weights, x, (), dtypes.statistic(x.dtype), "frequency_weights")
-    return _moments(x, weights, _axes(axes, x.ndim), _keepdims(keepdims, keep_dims))
+    return _moments(x, place.broadcast(weights, x.shape), _axes(axes, x.ndim), _keepdims(keepdims, keep_dims))
 
 
 @_as_given
 def batch_normalization(
     x: Any, mean: Any, variance: Any, offset: Any, scale: Any, variance_epsilon: float, name: str | None = None
-) -> Array:
+) -> Any:
     """(x - mean) / sqrt(variance + variance_epsilon) * scale + offset, in the dtype of x.
 
     Args:
@@ -148,19 +166,22 @@ def batch_normalization(
     check_number("variance_epsilon", variance_epsilon, np.inf, EPSILON)
     operands = {"scale": 1.0 if scale is None else scale, "offset": 0.0 if offset is None else offset}
     operands |= {"mean": mean, "variance": variance}
-    arrays = [numbers_of(o, name) for name, o in operands.items()]
+    place = place_of(x)
+    arrays = [_operand(o, name, place) for name, o in operands.items()]
     try:
         shape = np.broadcast_shapes(x.shape, *(a.shape for a in arrays))
     except ValueError:
         shapes = ", ".join(f"{name} {a.shape}" for name, a in zip(operands, arrays, strict=True))
         raise ValueError(f"x and what stands beside it must broadcast; received x {x.shape}, {shapes}") from None
-    padded = [a.reshape((1,) * (len(shape) - a.ndim) + a.shape) for a in arrays]
+    padded = [place.reshape(a, (1,) * (len(shape) - a.ndim) + a.shape) for a in arrays]
     kept = tuple(i for i in range(len(shape)) if any(a.shape[i] != 1 for a in padded))  # where an operand varies
-    target = tuple(s if i in kept else 1 for i, s in enumerate(shape))
-    numbers = np.stack([np.broadcast_to(a, target).ravel() for a in padded]).astype(dtypes.statistic(x.dtype))
-    x, kept = _with_channels(np.broadcast_to(x, shape), kept)
-    y: Array = _dispatcher(kept, float(variance_epsilon)).infer(x, numbers[:2], numbers[2:]).reshape(shape)
-    return y
+    numbers = _rows(padded, tuple(s if i in kept else 1 for i, s in enumerate(shape)), x)
+    numbers = place.reshape(numbers, (len(operands), math.prod(numbers.shape[1:])))
+    y = place.empty_like(x) if x.shape == shape else place.empty(shape, x.dtype)
+    seen, axis = _with_channels(place.broadcast(x, shape), kept)
+    params, state = place.cut(numbers, slice(2)), place.cut(numbers, slice(2, 4))
+    _dispatcher(axis, float(variance_epsilon)).infer(seen, params, state, out=_with_channels(y, kept)[0])
+    return place.give(y)
 
 
 def _fused_dispatcher(x: Array, data_format: str, epsilon: float, momentum: float = 0.0) -> Dispatcher:
@@ -174,12 +195,12 @@ def _fused_dispatcher(x: Array, data_format: str, epsilon: float, momentum: floa
 
 
 def _per_channel(values: Sequence[Any], names: Sequence[str], x: Array, dispatcher: Dispatcher) -> Array:
-    channels = x.shape[dispatcher.axis(x.ndim)[0]]
-    arrays = [numbers_of(v, n).astype(dtypes.statistic(x.dtype)) for v, n in zip(values, names, strict=True)]
+    channels, place = x.shape[dispatcher.axis(x.ndim)[0]], place_of(x)
+    arrays = [_operand(v, n, place) for v, n in zip(values, names, strict=True)]
     for name, array in zip(names, arrays, strict=True):
         if array.shape != (channels,):
             raise ValueError(f"{name} must have shape ({channels},), one value per channel; received {array.shape}")
-    return np.stack(arrays)
+    return _rows(arrays, (channels,), x)
 
 
 @_as_given
@@ -194,7 +215,7 @@ def fused_batch_norm(
     is_training: bool = True,
     name: str | None = None,
     exponential_avg_factor: float = 1.0,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Any, Any, Any]:
     """TensorFlow's fused batch normalization.
 
     Args:
@@ -212,20 +233,21 @@ def fused_batch_norm(
     params = _per_channel([scale, offset], ["scale", "offset"], x, dispatcher)
     for argument, value in (("mean", mean), ("variance", variance)):
         if value is not None:
-            numbers_of(value, argument)
+            _operand(value, argument, place_of(x))
     given = mean is not None and variance is not None
     if not given and (not is_training or exponential_avg_factor != 1.0):
         raise ValueError(
             "mean and variance must be given when is_training=False or exponential_avg_factor is not 1; "
             f"received mean={mean!r}, variance={variance!r}"
         )
-    state = np.stack([np.zeros_like(params[0]), np.ones_like(params[0])])
-    if given:
-        state = _per_channel([mean, variance], ["mean", "variance"], x, dispatcher)
-    if not is_training:
-        return dispatcher.infer(x, params, state), state[channel.MEAN], state[channel.VARIANCE]
-    y, new_state, _ = dispatcher.train(x, params, state)
-    return y, new_state[channel.MEAN], new_state[channel.VARIANCE]
+    statistics = [mean, variance] if given else [np.zeros(params.shape[1]), np.ones(params.shape[1])]
+    state, place = _per_channel(statistics, ["mean", "variance"], x, dispatcher), place_of(x)
+    if is_training:
+        y, state, _ = dispatcher.train(x, params, state)
+    else:
+        y = dispatcher.infer(x, params, state)
+    rows = (place.row(state, row, state.shape[1:]) for row in (channel.MEAN, channel.VARIANCE))
+    return place.give(y), *rows
 
 
 @_as_given
@@ -238,7 +260,7 @@ def fused_batch_norm_grad(
     epsilon: float = 0.001,
     data_format: str = "NHWC",
     is_training: bool = True,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Any, Any, Any]:
     """The gradients of fused_batch_norm with respect to x, scale and offset.
 
     Args:
@@ -246,17 +268,15 @@ def fused_batch_norm_grad(
         mean, variance: (C,) the statistics that inference used; not used in training, where those of x are taken.
     """
     x, is_training = _input(x), boolean("is_training", is_training)
-    dy = HOST.take(y_backprop, "y_backprop").astype(x.dtype, copy=False)
-    if dy.shape != x.shape:
-        raise ValueError(f"y_backprop must have the shape of x, {x.shape}; received {dy.shape}")
+    dy, place = as_like(y_backprop, x, "y_backprop", "x's"), place_of(x)
     dispatcher = _fused_dispatcher(x, data_format, epsilon)
-    (gamma,) = _per_channel([scale], ["scale"], x, dispatcher)
-    params = np.stack([gamma, np.zeros_like(gamma)])
+    params = _per_channel([scale, np.zeros(x.shape[dispatcher.axis(x.ndim)[0]])], ["scale", "offset"], x, dispatcher)
     if not is_training:
         saved = dispatcher.freeze(params, _per_channel([mean, variance], ["mean", "variance"], x, dispatcher))
-    elif x.size:
-        _, saved, _ = dispatcher.finish(dispatcher.reduce(x), params, np.ones_like(params), rank=x.ndim, dtype=x.dtype)
+    elif x.size:  # of a state that nobody asks for
+        _, saved, _ = dispatcher.finish(dispatcher.reduce(x), params, params, rank=x.ndim, dtype=x.dtype)
     else:
-        _, _, saved = dispatcher.train(x, params, np.ones_like(params))
-    dx, (dscale, doffset), _ = dispatcher.backward(dy, x, saved, training=is_training)
-    return dx, dscale, doffset
+        _, _, saved = dispatcher.train(x, params, params)
+    dx, dparams, _ = dispatcher.backward(dy, x, saved, training=is_training)
+    dscale, doffset = (place.row(dparams, row, params.shape[1:]) for row in (channel.GAMMA, channel.BETA))
+    return place.give(dx), dscale, doffset

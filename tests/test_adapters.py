@@ -64,8 +64,8 @@ def cupy_stand_in():
 
         return call
 
-    def array(value, order, blocking):
-        assert blocking, "other streams would not wait for the copy"
+    def array(value, order, blocking=False):
+        module.waited = blocking
         return np.array(value, order=order)
 
     module = ModuleType("cupy")
@@ -93,6 +93,7 @@ def torch(monkeypatch):
     module = pytest.importorskip("torch", reason="needs PyTorch (extra: bench)")
     adapter = importlib.import_module("nbbn.arrays.torch")
     monkeypatch.setattr(adapter, "_device", lambda number: module.device("cpu"))
+    monkeypatch.setattr(adapter, "_pinned", lambda tensor: tensor)  # there is no driver to ask for pinned memory
     return adapter
 
 
@@ -147,11 +148,27 @@ def test_from_host_copies_whatever_the_memory_is_like(library):
         assert wrap(array, library).strides == contiguous_strides(source.shape, 4)
 
 
-def test_from_host_shares_nothing(library):
+@pytest.mark.parametrize("method", ["from_host", "send"])
+def test_what_comes_from_the_host_shares_nothing(library, method):
     host = values((8,))
-    array = library.from_host(host, 0)
+    array = getattr(library, method)(host, 0)
     host[:] = 0
     np.testing.assert_array_equal(library.to_host(array), values((8,)))
+
+
+def test_only_what_other_streams_may_use_is_waited_for(cupy, torch, monkeypatch):
+    """Of PyTorch a copy waits unless its source is pinned and nobody asks it to."""
+    import torch as pytorch
+
+    cupy.from_host(values((4,)), 0)
+    assert sys.modules["cupy"].waited
+    cupy.send(values((4,)), 0)
+    assert not sys.modules["cupy"].waited
+    asked = []
+    pinned = SimpleNamespace(to=lambda device, non_blocking: asked.append((device, non_blocking)))
+    monkeypatch.setattr(torch, "_pinned", lambda tensor: pinned)
+    torch.send(values((4,)), 0)
+    assert asked == [(pytorch.device("cpu"), True)]
 
 
 def test_bytes_for_scratch(library):

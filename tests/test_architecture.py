@@ -40,7 +40,8 @@ ROOMS = {
     "arrays.dlpack": {"core"},
     "arrays.torch": {"arrays.device", "core"},
     "arrays.cupy": {"arrays.device", "core"},
-    "arrays.numba_cuda": {"arrays.device", "core", "kernels.cuda"},
+    "arrays.moving": {"arrays.device", "core", "kernels.cuda"},
+    "arrays.numba_cuda": {"arrays.device", "arrays.moving", "core", "kernels.cuda"},
     "arrays.jax": {"arrays.device", "arrays.numba_cuda", "core"},
     "arrays.interface": {"arrays.device", "arrays.dlpack", "arrays.numba_cuda", "core"},
     "arrays.libraries": {
@@ -48,14 +49,16 @@ ROOMS = {
         "arrays.interface",
     },
     "arrays.host": {"arrays.libraries", "core", "runtime"},
-    "arrays.gpu": {"arrays.device", "arrays.host", "arrays.libraries", "core"},
+    "arrays.gpu": {"arrays.device", "arrays.host", "arrays.libraries", "arrays.moving", "core"},
     "arrays": {"arrays.gpu", "arrays.host", "arrays.libraries", "core"},
     # -- what a layer owns
     "state": {"arrays", "core", "runtime"},
     # -- how steps run; here, too, two targets that do not know each other
     "engine": {"arrays", "core", "kernels"},
     "engine.cpu": {"core", "engine", "kernels", "kernels.cpu", "runtime"},
-    "engine.cuda": {"arrays.availability", "arrays.device", "arrays.gpu", "core", "engine", "kernels.cuda"},
+    "engine.cuda": {
+        *("arrays.availability", "arrays.device", "arrays.gpu", "arrays.moving", "core", "engine", "kernels.cuda"),
+    },
     "engine.dispatcher": {"arrays", "core", "engine", "engine.cpu", "engine.cuda", "kernels"},
     # -- a call: checks, the steps, the gradient
     "call": {"arrays", "core", "engine", "engine.cpu", "engine.dispatcher", "kernels", "runtime", "state"},
@@ -133,7 +136,10 @@ FACES = {
     "keras": {"jax", "keras", "tensorflow", "torch"},
 }
 # What imports numba.cuda is imported when it is needed, too.
-OF_A_GPU = ("kernels.cuda", "engine.cuda", "arrays.gpu", "arrays.interface", "arrays.numba_cuda", *LIBRARIES)
+OF_A_GPU = (
+    *("kernels.cuda", "engine.cuda", "arrays.gpu", "arrays.interface", "arrays.moving", "arrays.numba_cuda"),
+    *LIBRARIES,
+)
 
 
 EVERY_MODULE = pytest.mark.parametrize("module", list(MODULES))

@@ -221,3 +221,22 @@ def test_contiguous_strides_are_those_of_numpy(sizes):
     array = np.zeros([max(s, 1) for s in sizes], np.float32)
     assert all(f == s for f, s, n in zip(found, array.strides, sizes, strict=True) if n > 1 and 0 not in sizes)
     assert len(found) == len(sizes)
+
+
+# --- dimensions of several arrays together -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides", "expected"),
+    [
+        ((2, 3, 4), [(12, 4, 1)], ((24,), [(1,)])),
+        ((2, 3, 4), [(12, 4, 1), (0, 0, 0)], ((24,), [(1,), (0,)])),
+        ((2, 3, 4), [(12, 4, 1), (0, 1, 0)], ((2, 3, 4), [(12, 4, 1), (0, 1, 0)])),
+        ((2, 3, 4), [(12, 4, 1), (12, 4, 2)], ((6, 4), [(4, 1), (4, 2)])),
+        ((2, 1, 4), [(4, 99, 1)], ((8,), [(1,)])),
+        ((1, 1), [(5, 5), (7, 7)], ((1,), [(0,), (0,)])),
+        ((), [()], ((1,), [(0,)])),
+    ],
+)
+def test_merged(sizes, strides, expected):
+    assert layout.merged(sizes, strides) == expected

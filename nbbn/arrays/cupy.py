@@ -37,6 +37,11 @@ def from_host(array: np.ndarray, device: int) -> Any:
         return cupy.array(array, order="C", blocking=True)
 
 
+def send(array: np.ndarray, device: int) -> Any:
+    with cupy.cuda.Device(device):
+        return cupy.array(array, order="C")  # by way of pinned memory of CuPy's
+
+
 def to_host(array: Any) -> np.ndarray:
     found: np.ndarray = cupy.asnumpy(array)
     return found

@@ -30,6 +30,10 @@ class Library(Protocol):
 
     def from_host(self, array: np.ndarray, device: int) -> Any: ...
 
+    def send(self, array: np.ndarray, device: int) -> Any:
+        """The same without waiting for what is queued before, where the library can: for what is used in the stream of
+        the moment alone."""
+
     def to_host(self, array: Any) -> np.ndarray: ...
 
     def stream(self, device: int) -> int:

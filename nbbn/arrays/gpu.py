@@ -1,5 +1,6 @@
 """A GPU as the place of arrays, and how an array there is found."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
@@ -11,7 +12,7 @@ from nbbn.arrays.device import DeviceArray, Library, wrap
 from nbbn.arrays.host import Array
 from nbbn.arrays.libraries import load, module_of
 from nbbn.core import dtypes
-from nbbn.core.layout import Sizes
+from nbbn.core.layout import Sizes, contiguous_strides, is_contiguous
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class DevicePlace:
     def from_host(self, array: np.ndarray) -> Array:
         return wrap(self.library.from_host(np.ascontiguousarray(array), self.device), self.library)
 
+    def send(self, array: np.ndarray) -> Array:
+        return wrap(self.library.send(np.asarray(array, order="C"), self.device), self.library)
+
     def to_host(self, array: Array) -> np.ndarray:
         found: np.ndarray = array.library.to_host(array.owner)
         return found
@@ -80,6 +84,8 @@ class DevicePlace:
         return array.owner[row].reshape(shape)
 
     def reshape(self, array: Array, shape: Sizes) -> Array:
+        if math.prod(shape) == array.size and is_contiguous(array.shape, array.strides, array.itemsize):
+            return replace(array, shape=shape, strides=contiguous_strides(shape, array.itemsize))
         there = iter([(n, s) for n, s in zip(array.shape, array.strides, strict=True) if n != 1])
         return replace(array, shape=shape, strides=tuple(0 if n == 1 else next(there)[1] for n in shape))
 
@@ -93,6 +99,31 @@ class DevicePlace:
     def part(self, array: Array, start: int, shape: Sizes, strides: Sizes) -> Array:
         return replace(array, address=array.address + start * array.strides[0], shape=shape, strides=strides)
 
+    def cut(self, array: Array, rows: slice, columns: slice = slice(None)) -> Array:
+        (first, last, _), shape = rows.indices(array.shape[0]), array.shape[1:]
+        address = array.address + first * array.strides[0]
+        if columns != slice(None):
+            begin, end, _ = columns.indices(shape[0])
+            address, shape = address + begin * array.strides[1], (end - begin, *shape[1:])
+        return replace(array, address=address, shape=(last - first, *shape))
+
+    def put(self, array: Array, value: Array) -> None:
+        from nbbn.arrays import moving
+
+        moving.copy(self.broadcast(value, array.shape), array)
+
+    def add(self, array: Array, value: Array) -> None:
+        from nbbn.arrays import moving
+
+        moving.add(value, array)
+
+    def first_steps(self, lengths: Array, steps: int, dtype: np.dtype) -> Array:
+        from nbbn.arrays import moving
+
+        weights = self.empty((lengths.shape[0], steps), dtype)
+        moving.first_steps(lengths, weights)
+        return weights
+
     def overlap(self, a: Array, b: Array) -> bool:
         """Whether the bytes from the first to the last do."""
         if not (a.size and b.size) or a.device != b.device:
@@ -104,7 +135,13 @@ class DevicePlace:
         return int(array.address)
 
     def copy(self, array: Array, sizes: Sizes, order: Sizes) -> Array:
-        return wrap(array.library.copy(array, sizes, order), array.library)
+        if array.shape == tuple(getattr(array.owner, "shape", ())):
+            return wrap(array.library.copy(array, sizes, order), array.library)
+        from nbbn.arrays import moving  # of a view the library knows nothing
+
+        found = self.empty(tuple(sizes[i] for i in order), array.dtype)
+        moving.copy(moving.transposed(array, sizes, order), found)
+        return found
 
     def write(self, array: Array, value: Array, sizes: Sizes, order: Sizes) -> None:
         array.library.assign(array, sizes, order, value.owner)

@@ -20,7 +20,8 @@ class Host:
     in_place = False  # what changes is replaced by a new array: other threads may be reading it
 
     empty_like = staticmethod(buffers.empty_like)
-    give = from_host = to_host = staticmethod(lambda array: array)  # give: what the user gets of an Array
+    # give: what the user gets of an Array. send: from_host() for the stream of the moment alone, without waiting.
+    give = from_host = send = to_host = staticmethod(lambda array: array)
 
     def __reduce__(self) -> str:
         return "HOST"  # there is one
@@ -57,7 +58,7 @@ class Host:
         return array.astype(dtype, copy=copy)
 
     def reshape(self, array: Array, shape: Sizes) -> Array:
-        """A view with dimensions of size 1 inserted."""
+        """A view with dimensions of size 1 inserted, or any view of a contiguous array."""
         return array.reshape(shape)
 
     def broadcast(self, array: Array, shape: Sizes) -> Array:
@@ -67,6 +68,22 @@ class Host:
     def part(self, array: Array, start: int, shape: Sizes, strides: Sizes) -> Array:
         """A view with this shape and strides that begins at a sample; for kernels: a GPU's is no array of a library."""
         return as_strided(array[start:], shape, strides)
+
+    def cut(self, array: Array, rows: slice, columns: slice = slice(None)) -> Array:
+        """A view of some rows, and of some columns of them; for kernels, as part()."""
+        return array[rows] if columns == slice(None) else array[rows, columns]
+
+    def put(self, array: Array, value: Array) -> None:
+        """Write what broadcasts against the array, cast to its dtype."""
+        array[...] = value
+
+    def add(self, array: Array, value: Array) -> None:
+        """The same for a sum; both are float32 or float64 and contiguous."""
+        array += value
+
+    def first_steps(self, lengths: Array, steps: int, dtype: np.dtype) -> Array:
+        """Weights (N, steps): 1 for the first lengths[n] steps of sample n, else 0."""
+        return (np.arange(steps) < lengths[:, None]).astype(dtype)
 
     def overlap(self, a: Array, b: Array) -> bool:
         """Whether the two may share memory."""

@@ -17,7 +17,7 @@ from nbbn.core.layout import Sizes
 
 _LEGACY = 1  # the legacy default stream, in both protocols
 
-empty, from_host = numba_cuda.empty, numba_cuda.from_host
+empty, from_host, send = numba_cuda.empty, numba_cuda.from_host, numba_cuda.send
 copy, assign = numba_cuda.copy, numba_cuda.assign
 stream, finish = numba_cuda.stream, numba_cuda.finish
 
@@ -59,7 +59,7 @@ def to_host(array: Any) -> np.ndarray:
 
 
 def astype(array: Any, dtype: np.dtype) -> Any:
-    return from_host(to_host(array).astype(dtype), describe(array)[4])
+    return numba_cuda.cast(wrap(array, _this), dtype)
 
 
 def _is_numba(array: Any) -> bool:

@@ -3,16 +3,16 @@
 Kernels run on the default stream, which Numba's other streams wait for, and which waits for them.
 """
 
-from dataclasses import replace
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numba import cuda
 
+from nbbn.arrays import moving
 from nbbn.arrays.device import DeviceArray, wrap
 from nbbn.core.layout import Sizes
-from nbbn.kernels.cuda.strided import gather, scatter
 from nbbn.kernels.cuda.target import SIMULATED
 
 
@@ -47,6 +47,13 @@ def from_host(array: np.ndarray, device: int) -> Any:
         return cuda.to_device(array)
 
 
+def send(array: np.ndarray, device: int) -> Any:
+    """What is more than the driver's staging memory holds waits for what is queued before: it is not pinned, as memory
+    that is waits, too, when it is given back."""
+    with cuda.gpus[device]:
+        return cuda.to_device(array, stream=cuda.default_stream())
+
+
 def to_host(array: Any) -> np.ndarray:
     found: np.ndarray = array.copy_to_host()
     return found
@@ -61,17 +68,22 @@ def finish(device: int) -> None:
 
 
 def astype(array: Any, dtype: np.dtype) -> Any:
-    return from_host(to_host(array).astype(dtype), describe(array)[4])
+    return cast(wrap(array, _this), dtype)
 
 
-def copy(array: DeviceArray, sizes: Sizes, order: Sizes) -> Any:
-    found = empty(tuple(sizes[i] for i in order), array.dtype, array.device)
-    _transfer(_transposed(array, sizes, order), wrap(found, array.library), gather)
+def cast(array: DeviceArray, dtype: np.dtype) -> Any:
+    """A contiguous array of Numba's with the elements of any library's."""
+    found = empty(array.shape, dtype, array.device)
+    moving.copy(array, wrap(found, _this))
     return found
 
 
+def copy(array: DeviceArray, sizes: Sizes, order: Sizes) -> Any:
+    return cast(moving.transposed(array, sizes, order), array.dtype)
+
+
 def assign(array: DeviceArray, sizes: Sizes, order: Sizes, value: Any) -> None:
-    _transfer(_transposed(array, sizes, order), wrap(value, array.library), scatter)
+    moving.copy(wrap(value, array.library), moving.transposed(array, sizes, order))
 
 
 def read(array: DeviceArray) -> np.ndarray:
@@ -85,40 +97,9 @@ def read(array: DeviceArray) -> np.ndarray:
     return host.view(array.dtype)
 
 
-_LAUNCH = (1, 4) if SIMULATED else (128, 128)  # blocks, threads: Numba warns of fewer blocks
-
-
-def _transposed(array: DeviceArray, sizes: Sizes, order: Sizes) -> DeviceArray:
-    """The array seen with these sizes, which may divide the first dimension, and transposed."""
-    strides = array.strides if len(sizes) == array.ndim else (array.strides[0] * sizes[1], *array.strides)
-    return replace(array, shape=tuple(sizes[i] for i in order), strides=tuple(strides[i] for i in order))
-
-
-def _transfer(apart: DeviceArray, dense: DeviceArray, kernel: Any) -> None:
-    """Copy the elements of an array of any strides to those of a C-contiguous one of its shape, or the other way."""
-    if not apart.size:
-        return
-    first, last = apart.extent()
-    size = apart.itemsize
-    memory = replace(apart, address=first, shape=((last - first) // size,), strides=(size,))
-    strides, start = tuple(s // size for s in apart.strides), (apart.address - first) // size
-    flat = replace(dense, shape=(dense.size,), strides=(size,))
-    with cuda.gpus[apart.device]:
-        kernel[_LAUNCH](_as_numbas(memory), start, apart.shape, strides, _as_numbas(flat))
-
-
-def _as_numbas(array: DeviceArray) -> Any:
-    return _host_view(array) if SIMULATED else cuda.as_cuda_array(Memory(array), sync=False)
-
-
 def _host_view(array: DeviceArray) -> np.ndarray:
     """The simulator's memory is the host's."""
     return np.asarray(SimpleNamespace(__array_interface__=Memory(array).__cuda_array_interface__))
-
-
-def carrier(dtype: np.dtype) -> np.dtype:
-    """An integer of the same size: Numba does not know each float."""
-    return np.dtype(f"u{dtype.itemsize}")
 
 
 class Memory:
@@ -129,7 +110,10 @@ class Memory:
         self.__cuda_array_interface__ = {
             "shape": array.shape,
             "strides": array.strides,
-            "typestr": carrier(array.dtype).str,
+            "typestr": f"<u{array.itemsize}",
             "data": (array.address, False),
             "version": 3,
         }
+
+
+_this: Any = sys.modules[__name__]

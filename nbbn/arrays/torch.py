@@ -61,6 +61,11 @@ def from_host(array: np.ndarray, device: int) -> Any:
     return _from_numpy(owned).to(_device(device))
 
 
+def send(array: np.ndarray, device: int) -> Any:
+    # PyTorch keeps pinned memory until the copy is done, and then for others.
+    return _pinned(_from_numpy(np.array(array, order="C"))).to(_device(device), non_blocking=True)
+
+
 def to_host(array: Any) -> np.ndarray:
     return _as_numpy(array.detach().cpu())
 
@@ -117,6 +122,10 @@ def _from_numpy(array: np.ndarray) -> Any:
     if array.dtype.itemsize == 2 and array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def _pinned(tensor: Any) -> Any:
+    return tensor.pin_memory()
 
 
 @lru_cache(maxsize=64)

@@ -85,7 +85,7 @@ class Normalizer:
             residual: array of the input's shape that is added to the normalized input, before the activation.
             lengths: (N,) integers, in the place of a mask: of sample n the first lengths[n] steps are in the batch's
                 statistics, 0 to all. Steps are the first dimension after the batch that is no feature axis: 1 of
-                (N, T, C), 2 of (N, C, T) with axis=1. On the host; those on a GPU are brought there.
+                (N, T, C), 2 of (N, C, T) with axis=1. On the host or, as the input, on a GPU, where nobody checks them.
         Raises: TypeError, ValueError; the layer is then as it was.
         """
         if lengths is not None:

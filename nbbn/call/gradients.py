@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbbn.arrays import Array, place_of, view
-from nbbn.call.operands import as_like, as_out, refuse_overlap, sum_to
-from nbbn.core import rules
+from nbbn.call.operands import as_like, as_out, refuse_overlap
 from nbbn.engine.base import Operands
 from nbbn.engine.dispatcher import Dispatcher
 from nbbn.kernels import channel
@@ -18,14 +17,14 @@ class Gradients(NamedTuple):
     """What a pullback returns; None for what does not exist. Arrays of the input's library.
 
     inputs: shape and dtype of the input; where that holds integers, the layer's dtype. gamma, beta: shape and dtype of
-    the parameters. adjustment: a pair with the shapes of what `adjustment` returned, NumPy arrays. residual: its shape,
-    dtype of the output.
+    the parameters. adjustment: a pair with the shapes of what `adjustment` returned. residual: its shape, dtype of the
+    output.
     """
 
     inputs: Any = None
     gamma: Any = None
     beta: Any = None
-    adjustment: tuple[np.ndarray, np.ndarray] | None = None
+    adjustment: tuple[Any, Any] | None = None
     residual: Any = None
 
 
@@ -79,7 +78,7 @@ def gradients(dispatcher: Dispatcher, record: Record, dy: Any, out: Any, scale: 
         )
         dz = upstream.own(dz)  # after the step: planning stops there
         if operands.adjusted:
-            adjustment = adjustment_gradients(dispatcher, x, saved, operands, dz)
+            adjustment = dispatcher.adjustment_gradients(x, saved, operands, dz)
         if plain:
             beside = upstream.dy, dx, residual
             dispatcher.bind("backward", x, residual is not None, beside, variables, weights, mask_shape)
@@ -103,6 +102,7 @@ def _as_users_have_them(
         give = record.give
         gamma, beta = [None if row is None else give(row) for row in (gamma, beta)]
     dz = None if record.operands.residual is None else give(dz)
+    adjustment = None if adjustment is None else tuple(map(give, adjustment))
     return Gradients(dx if dx is out else give(dx), gamma, beta, adjustment, dz)
 
 
@@ -148,32 +148,12 @@ class Pullback:
             upstream.dy,
             record.x,
             record.saved,
-            place_of(record.x).from_host(sums),
+            place_of(record.x).send(sums),
             record.operands,
             out=upstream.target,
             wants_dz=upstream.wants_dz,
         )
         dz = upstream.own(dz)
         if dz is not None and record.operands.adjusted:
-            adjustment = adjustment_gradients(self._dispatcher, record.x, record.saved, record.operands, dz)
+            adjustment = self._dispatcher.adjustment_gradients(record.x, record.saved, record.operands, dz)
         return _as_users_have_them(record, dx, self._dparams, dz, adjustment, self._out, scale, center)
-
-
-def adjustment_gradients(
-    dispatcher: Dispatcher, x: Array, saved: Array, operands: Operands, dz: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """da = dz * gamma * (x_hat * r + d) and db = dz * gamma, summed to the shapes of a and b; on the host."""
-    x64, saved64, dz64 = (place_of(a).to_host(a).astype(np.float64) for a in (x, saved, dz))
-    per_channel = [n if i in dispatcher.axis(x.ndim) else 1 for i, n in enumerate(x.shape)]
-    mean, rstd, r, d, gamma = (
-        saved64[row].reshape(per_channel)
-        for row in (channel.BATCH_MEAN, channel.RSTD, channel.R, channel.D, channel.USED_GAMMA)
-    )
-    weights = dispatcher.weighted(x, operands).weights
-    if weights is not None:
-        known = (place_of(x).to_host(weights) > 0) | np.isfinite(x64)
-        x64, dz64 = (np.where(known, *pair) for pair in ((x64, mean), (dz64, 0.0)))
-    z = rules.normalize(x64, mean, *rules.output_terms(mean, mean, rstd, r, d, gamma))
-    a: Any = operands.a
-    b: Any = operands.b
-    return sum_to(dz64 * z, a.shape, a.dtype), sum_to(dz64 * gamma, b.shape, b.dtype)

@@ -68,13 +68,8 @@ def own_weights(mask: Any, x: Array, kept: Sizes, dtype: np.dtype, argument: str
             at, which would have to wait.
     """
     place, reduced = place_of(x), tuple(s for i, s in enumerate(x.shape) if i not in kept)
-    array = place.take_operand(mask, argument)
-    if array is None:
-        in_order = isinstance(x, np.ndarray) and x.flags.c_contiguous  # as the input, or the two have no common view
-        weights = _weights_of_host(mask, place, dtype, argument, "C" if in_order else "K")
-    else:
-        dtypes.check(array.dtype, argument, floats=False)
-        weights = place.astype(array, dtype, copy=True)
+    in_order = isinstance(x, np.ndarray) and x.flags.c_contiguous  # as the input, or the two have no common view
+    weights = taken_weights(mask, place, dtype, argument, "C" if in_order else "K")
     shape = weights.shape
     if len(shape) <= len(reduced):
         sizes = iter(shape)
@@ -88,6 +83,15 @@ def own_weights(mask: Any, x: Array, kept: Sizes, dtype: np.dtype, argument: str
     return place.reshape(weights, shape)
 
 
+def taken_weights(mask: Any, place: Place, dtype: np.dtype, argument: str, order: Literal["C", "K"] = "K") -> Array:
+    """Weights as a copy in `dtype`, in their own shape. order: in the host's memory."""
+    array = place.take_operand(mask, argument)
+    if array is None:
+        return _weights_of_host(mask, place, dtype, argument, order)
+    dtypes.check(array.dtype, argument, floats=False)
+    return place.astype(array, dtype, copy=True)
+
+
 class Lengths:
     """How many steps of each sample count, in the place of a mask. Raises: ValueError beside a mask."""
 
@@ -97,33 +101,43 @@ class Lengths:
         self.value = value
 
 
-def as_lengths(value: Any, x: Array, steps: int) -> np.ndarray:
-    """A copy, int64, on the host.
+def as_lengths(value: Any, x: Array, steps: int) -> Array:
+    """int64, where `x` is; on the host a copy. Of lengths that lie on a GPU the values are not looked at, which would
+    have to wait: one below 0 means 0, and one above the number of steps means all.
 
     Raises: TypeError for what are no integers; ValueError unless there is one for each sample of `x`, from 0 to the
         size of its dimension `steps`.
     """
     dtypes.refuse_masked(value, "lengths")
+    place = place_of(x)
+    array = place.take_operand(value, "lengths")
+    if array is not None:
+        _check_lengths(array, x)
+        return place.astype(array, np.dtype(np.int64))
     try:
         found, most = as_numpy(value, "lengths"), x.shape[steps]
     except TypeError as error:  # of numbers of any kind
         raise TypeError(f"lengths must be integers; received {reprlib.repr(value)}") from error
-    if found.dtype.kind not in "iu" and found.size:
-        raise TypeError(f"lengths must be integers; received {dtypes.describe(found.dtype)}")
-    if found.shape != x.shape[:1]:
-        raise ValueError(f"lengths must have shape {x.shape[:1]}, one for each sample; received {found.shape}")
+    _check_lengths(found, x)
     if found.size and not (found.min() >= 0 and found.max() <= most):
         raise ValueError(
             f"lengths must be from 0 to {most}, the size of dimension {steps} of the input; "
             f"received values from {found.min()} to {found.max()}"
         )
-    return found.astype(np.int64)
+    return place.send(found.astype(np.int64))
+
+
+def _check_lengths(lengths: Array, x: Array) -> None:
+    if lengths.dtype.kind not in "iu" and lengths.size:
+        raise TypeError(f"lengths must be integers; received {dtypes.describe(lengths.dtype)}")
+    if lengths.shape != x.shape[:1]:
+        raise ValueError(f"lengths must have shape {x.shape[:1]}, one for each sample; received {lengths.shape}")
 
 
 def _weights_of_host(mask: Any, place: Place, dtype: np.dtype, argument: str, order: Literal["C", "K"]) -> Array:
     array = numbers_of(mask, argument)
     if array.dtype == np.bool_:  # there are no wrong values
-        return place.from_host(array.astype(dtype, order))
+        return place.send(array.astype(dtype, order))
     with np.errstate(over="ignore"):  # what does not fit is infinite, and refused below
         weights = array.astype(dtype, order)
     if weights.size and not 0 <= weights.min() <= weights.max() < np.inf:  # nor if one of them is NaN
@@ -133,7 +147,7 @@ def _weights_of_host(mask: Any, place: Place, dtype: np.dtype, argument: str, or
         )
     if not weights.any() and array.any():
         raise ValueError(f"{argument} must be more than 0 in {dtype.name} somewhere; received at most {array.max()}")
-    return place.from_host(weights)
+    return place.send(weights)
 
 
 def as_adjustment(adjustment: Callable[[Sizes], Any], x: Array, dtype: np.dtype) -> tuple[Array, Array]:
@@ -149,7 +163,7 @@ def _as_operand(value: Any, x: Array, dtype: np.dtype, argument: str) -> Array:
     place = place_of(x)
     array = place.take_operand(value, argument)
     if array is None:
-        array = place.from_host(numbers_of(value, argument).astype(dtype))
+        array = place.send(numbers_of(value, argument).astype(dtype))
     else:
         dtypes.check(array.dtype, argument, floats=False)
         array = place.astype(array, dtype, copy=True)
@@ -159,11 +173,3 @@ def _as_operand(value: Any, x: Array, dtype: np.dtype, argument: str) -> Array:
         message = f"{argument} must broadcast against the input's shape {x.shape}; received shape {array.shape}"
         raise ValueError(message) from None
     return array
-
-
-def sum_to(array: np.ndarray, shape: Sizes, dtype: np.dtype) -> np.ndarray:
-    """The gradient of broadcasting: `array` summed to `shape`."""
-    extra = array.ndim - len(shape)
-    axes = tuple(range(extra)) + tuple(i + extra for i, s in enumerate(shape) if s == 1)
-    total: np.ndarray = array.sum(axis=axes, dtype=np.float64)
-    return total.reshape(shape).astype(dtype)

@@ -72,6 +72,8 @@ def prepare(layer: Layer, inputs: Any, batch: bool, mask: Any, out: Any, residua
     if isinstance(mask, Lengths):
         lengths = as_lengths(mask.value, x, layer._dispatcher.steps(x.ndim))
         operands = operands._replace(lengths=lengths)
+        if place_of(x) is not HOST:  # where no kernel reads them
+            operands = layer._dispatcher.weighted(x, operands)
     elif mask is not None:
         operands = operands._replace(weights=as_weights(mask, x, tuple(shapes.features), dtype))
     if batch and not layer.options.is_constant:

@@ -62,7 +62,7 @@ class TrainingStep:
         place, dispatcher = place_of(x), layer._dispatcher
         with variables.lock:
             new_state, saved, coefficients = dispatcher.finish(
-                place.from_host(moments),
+                place.send(moments),
                 variables.params,
                 variables.state,
                 rank=x.ndim,

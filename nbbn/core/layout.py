@@ -232,6 +232,21 @@ def _place(runs: list[tuple[bool, int, list[int]]], arrays: int) -> View | None:
     return View(tuple(shape), [tuple(p) for p in placed], slices)
 
 
+def merged(sizes: Sizes, strides: Sequence[Sizes]) -> tuple[Sizes, list[Sizes]]:
+    """The dimensions of some arrays without those of size 1, neighbours merged where every array allows it; one at
+    least. Returns: their sizes, and the strides of each array."""
+    found: list[tuple[int, list[int]]] = []
+    for i, size in enumerate(sizes):
+        if size == 1:
+            continue
+        inner = [s[i] for s in strides]
+        if found and all(o == n * size for o, n in zip(found[-1][1], inner, strict=True)):
+            size *= found.pop()[0]
+        found.append((size, inner))
+    found = found or [(1, [0] * len(strides))]
+    return tuple(n for n, _ in found), list(zip(*(inner for _, inner in found), strict=True))
+
+
 def contiguous_strides(sizes: Sizes, itemsize: int = 1) -> Sizes:
     """Strides of a C-contiguous array."""
     strides, step = [], itemsize

@@ -49,14 +49,14 @@ class Force:
 
 class Operands(NamedTuple):
     """What may stand beside the input of a step. residual: shape and dtype of the input. weights, a and b (of an
-    adjustment) broadcast against it, in the statistics' dtype. lengths: (N,) int64 on the host, in the place of
-    weights: so many steps of each sample count."""
+    adjustment) broadcast against it, in the statistics' dtype. lengths: (N,) int64, in the place of weights: so many
+    steps of each sample count."""
 
     residual: Array | None = None
     weights: Array | None = None
     a: Array | None = None
     b: Array | None = None
-    lengths: np.ndarray | None = None
+    lengths: Array | None = None
 
     @property
     def views(self) -> dict[str, Array | None]:
@@ -235,6 +235,13 @@ class Engine(ABC):
         self._run(Step(name, batch.lay, views, numbers, batch.out is not None))
         return dx, dparams, dz
 
+    @abstractmethod
+    def adjustment_gradients(self, batch: Batch, dz: Array, saved: Array) -> tuple[Array, Array]:
+        """da = dz * gamma * (x_hat * r + d) and db = dz * gamma, summed to the shapes of a and b.
+
+        dz: the gradient of the output before its activation.
+        """
+
     def _empty_dparams(self, batch: Batch) -> Array:
         return batch.place.empty((2, batch.lay.channels), dtypes.statistic(batch.x.dtype))
 
@@ -273,23 +280,27 @@ class Engine(ABC):
             self._run_on_copies(step, plan.copied)
 
     def _run_on_parts(self, step: Step) -> None:
-        """The same on each part of the batch. What it has of the small arrays goes by way of the host."""
+        """The same on each part of the batch, with its columns of the small arrays."""
         steps = self.of_parts(step)
         if any(self.plan(s).copied is not None for s in steps):
             self._run_on_copies(step, Copied(*copied_parts(step.lay)))
             return
         place, lay = place_of(step.x), step.lay
-        given = {name: place.to_host(a) for name, a in step.numbers.items()}
-        made = {name: np.zeros_like(given[name]) for name in _MADE_OF_PARTS.get(step.name, ())}
+        made = _MADE_OF_PARTS.get(step.name, ())
         for part, own in zip(lay.parts, steps, strict=True):
-            first, last = part.group * lay.channels, (part.group + part.lay.groups) * lay.channels
-            columns = {n: slice(None) if n == "dparams" else slice(first, last) for n in given}
-            numbers = {n: place.from_host(np.array(a[:, columns[n]], order="C")) for n, a in given.items()}
+            columns = slice(part.group * lay.channels, (part.group + part.lay.groups) * lay.channels)
+            theirs = {n: place.cut(a, slice(None), columns) for n, a in step.numbers.items() if n != "dparams"}
+            numbers = {n: place.empty(a.shape, a.dtype) for n, a in theirs.items()}
+            for name in numbers.keys() - made:
+                place.put(numbers[name], theirs[name])
+            if (total := step.numbers.get("dparams")) is not None:  # which all parts have in common
+                numbers["dparams"] = total if part is lay.parts[0] else place.empty(total.shape, total.dtype)
             self._run(own._replace(numbers=numbers))
-            for name, total in made.items():
-                total[:, columns[name]] += place.to_host(numbers[name])
-        for name, total in made.items():
-            place.write(step.numbers[name], place.from_host(total), total.shape, (0, 1))
+            for name in numbers.keys() & made:
+                if name != "dparams":
+                    place.put(theirs[name], numbers[name])
+                elif numbers[name] is not total:
+                    place.add(total, numbers[name])
 
     def of_parts(self, step: Step) -> list[Step]:
         """The step on each part of a batch, yet without its small arrays."""

@@ -91,10 +91,9 @@ class Dispatcher:
         if operands.lengths is None:
             return operands
         steps, place = self.steps(x.ndim), place_of(x)
-        counts = np.arange(x.shape[steps]) < operands.lengths[:, None]
-        shape = [n if i in (0, steps) else 1 for i, n in enumerate(x.shape)]
-        weights = place.from_host(counts.astype(dtypes.statistic(x.dtype)).reshape(shape))
-        return operands._replace(weights=place.broadcast(weights, x.shape), lengths=None)
+        shape = tuple(n if i in (0, steps) else 1 for i, n in enumerate(x.shape))
+        weights = place.first_steps(operands.lengths, x.shape[steps], dtypes.statistic(x.dtype))
+        return operands._replace(weights=place.broadcast(place.reshape(weights, shape), x.shape), lengths=None)
 
     def hyper(self, rank: int, dtype: np.dtype, numbers: Numbers | None = None) -> np.ndarray:
         """The numbers (8,) float64 that the middle stage reads: epsilon, momentum, whether with Bessel's correction,
@@ -169,7 +168,7 @@ class Dispatcher:
             return engine.train(batch, own, own_state, hyper, target)
         saved = np.zeros((channel.SAVED_ROWS, batch.lay.statistics))
         saved[channel.RSTD] = 1
-        return batch.result(), state, place.from_host(saved)
+        return batch.result(), state, place.send(saved)
 
     def infer(
         self, x: Array, params: Array, state: Array, *, residual: Array | None = None, out: Array | None = None
@@ -213,10 +212,20 @@ class Dispatcher:
         dx, dparams, dz = engine.backward(batch, dy, saved, training, wants_dz)
         return dx, dparams, dy if wants_dz and dz is None else dz
 
+    def adjustment_gradients(self, x: Array, saved: Array, operands: Operands, dz: Array) -> tuple[Array, Array]:
+        """The gradients of an adjustment's a and b, in their shapes. dz: see backward()."""
+        batch, a, b = self._batch(x, True, operands, None, dz), operands.a, operands.b
+        assert a is not None
+        assert b is not None
+        if not x.size:
+            return batch.place.send(np.zeros(a.shape, a.dtype)), batch.place.send(np.zeros(b.shape, b.dtype))
+        _check("saved", saved, channel.SAVED_ROWS, batch.lay.statistics)
+        return self.engine(x).adjustment_gradients(batch, dz, saved)
+
     # -- the stages ----------------------------------------------------------------------------------------------------
 
     def reduce(
-        self, x: Array, weights: Array | None = None, *, lengths: np.ndarray | None = None, training: bool = True
+        self, x: Array, weights: Array | None = None, *, lengths: Array | None = None, training: bool = True
     ) -> Array:
         """The moments of `x`; training=False ignores a virtual batch. An empty input has a count of 0.
 
@@ -456,4 +465,4 @@ def _float64(array: Array) -> Array:
 
 def _zeros(batch: Batch, rows: int, columns: int, dtype: np.dtype | None = None) -> Array:
     """Zeros where a batch lies, in the statistics' dtype if no other is named."""
-    return batch.place.from_host(np.zeros((rows, columns), dtypes.statistic(batch.x.dtype) if dtype is None else dtype))
+    return batch.place.send(np.zeros((rows, columns), dtypes.statistic(batch.x.dtype) if dtype is None else dtype))

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from nbbn.call.gradients import adjustment_gradients
 from nbbn.call.operands import as_adjustment, as_lengths, as_like, as_weights
 from nbbn.core import dtypes
 from nbbn.core.options import Numbers, Options
@@ -75,7 +74,7 @@ def backward(
     dx, dparams, dz = run.backward(dy, x, saved, operands, training=True, wants_dz=wants_dz)
     found: dict[str, Any] = {"x": dx, "gamma": dparams[0], "beta": dparams[1], "residual": dz}
     if operands.adjusted:
-        found["a"], found["b"] = adjustment_gradients(run, x, saved, operands, dz)
+        found["a"], found["b"] = run.adjustment_gradients(x, saved, operands, dz)
     return {name: found[name].reshape(a.shape).astype(a.dtype) for name, a in given.items() if name in DIFFERENTIABLE}
 
 

@@ -138,8 +138,8 @@ class Variables:
 
     def keep_part(self, state: Array, part: str) -> None:
         """Make the rows of one of PARTS of this state the layer's. The caller holds the lock."""
-        old, new = np.array(self.place.to_host(self.state)), self.place.to_host(state)
+        target = self.state.copy() if self.place is HOST else self.state  # what others may be reading does not change
         for row, name in enumerate(self.rows):
             if name in PARTS[part]:
-                old[row] = new[row]
-        self.keep(self.place.from_host(old))
+                self.place.put(self.place.cut(target, slice(row, row + 1)), self.place.cut(state, slice(row, row + 1)))
+        self.keep(target)

@@ -184,7 +184,7 @@ class _Call:
     def finish(self, y: Tensor) -> Any:
         """Write the output. Returns: saved."""
         x, operands, own = self.own
-        moments = place_of(x).from_host(self.exchange.moments(self.header(), own))
+        moments = place_of(x).send(self.exchange.moments(self.header(), own))
         new_state, saved, coefficients = self.run.finish(
             moments,
             self.params,
@@ -204,7 +204,7 @@ class _Call:
         header = self._plain_header()._replace(stage=BACKWARD)
         with self.exchange.lock:
             total = self.exchange.sums(header, place_of(sums).to_host(sums))
-        found = place_of(x).from_host(total)
+        found = place_of(x).send(total)
         _, dz = self.run.apply_gradient(dy, x, saved, found, operands, out=array_of(dx), wants_dz=wants_dz)
         return dparams, dz
 

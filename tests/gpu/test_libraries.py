@@ -60,7 +60,7 @@ def make(request):
 def host(array):
     from nbbn.arrays import as_numpy
 
-    return as_numpy(array)
+    return as_numpy(array, "array")
 
 
 def trained(x, **options):
@@ -165,3 +165,47 @@ def test_what_the_host_gives_is_taken_there(torch):
         np.testing.assert_allclose(y.cpu().numpy(), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(TypeError, match="residual must be on the GPU"):
         layer(in_torch(X), residual=X)
+
+
+@pytest.mark.parametrize("kind", ["mask", "weights", "lengths", "adjustment", "ragged"])
+def test_what_stands_beside_the_input(make, kind):
+    """Of the host and of the input's library, of any dtype."""
+    rng = np.random.default_rng(2)
+    mask, lengths, a = rng.random((8, 10)) > 0.3, rng.integers(0, 11, 8), rng.uniform(0.5, 2, (8, 1, 1))
+    for put in (np.asarray, make):
+        beside = {"mask": ("mask", mask), "weights": ("mask", mask * 2), "lengths": ("lengths", lengths)}.get(kind)
+        options, right_options = {}, {}
+        if kind == "adjustment":
+            pair = [put(v.astype(np.float32)) for v in (a, a[:1, 0])]
+            options, right_options = {"adjustment": lambda s, pair=pair: pair}, {"adjustment": lambda s: (a, a[:1, 0])}
+        if kind == "ragged":
+            options = right_options = {"virtual_batch_size": 3, "ragged": "last"}
+        found, expected = (
+            nbbn.BatchNormalization(axis=1, **given).vjp(
+                array, training=True, **({} if beside is None else {beside[0]: giving(beside[1])})
+            )
+            for given, array, giving in ((options, make(X), put), (right_options, X, np.asarray))
+        )
+        np.testing.assert_allclose(host(found[0]), expected[0], rtol=1e-5, atol=1e-5)
+        gradients, right = found[1](make(X)), expected[1](X)
+        np.testing.assert_allclose(host(gradients.inputs), right.inputs, rtol=1e-4, atol=1e-4)
+        for one, other in zip(gradients.adjustment or (), right.adjustment or (), strict=True):
+            np.testing.assert_allclose(host(one), other, rtol=1e-4, atol=1e-3)
+
+
+def test_functions_without_state(make):
+    x, ones = make(X.reshape(8, 12, 10, 1)), np.ones(12, np.float32)
+    for function, arguments in (
+        (nbbn.nn.moments, ([0, 2, 3],)),
+        (nbbn.nn.moments, ([0, 1, 2, 3],)),
+        (nbbn.nn.weighted_moments, ([0, 2, 3], np.arange(10).reshape(10, 1))),
+        (nbbn.nn.batch_normalization, (2.0, 3.0, ones.reshape(12, 1, 1), None, 1e-3)),
+    ):
+        found, expected = function(x, *arguments), function(X.reshape(8, 12, 10, 1), *arguments)
+        pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+        for one, other in pairs:
+            np.testing.assert_allclose(host(one), other, rtol=1e-5, atol=1e-5)
+    found = nbbn.nn.fused_batch_norm(x, ones, make(ones), data_format="NCHW")
+    expected = nbbn.nn.fused_batch_norm(X.reshape(8, 12, 10, 1), ones, ones, data_format="NCHW")
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(host(one), other, rtol=1e-5, atol=1e-5)

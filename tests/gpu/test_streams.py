@@ -135,3 +135,47 @@ def test_two_devices(torch):
         second(inputs[0])
     with torch.cuda.device(1):  # which device is current decides nothing
         assert torch.equal(first(inputs[0], training=True, update_statistics=False), found[0][-1])
+
+
+def given_by_the_host(torch, put):
+    """What stands beside an input of (64, 32, 20), by kinds of calls: options of a layer, and arguments of a call."""
+    mask, lengths = torch.rand(64, 20) > 0.3, torch.randint(0, 21, (64,))
+    a, b = torch.rand(64, 1, 1) + 0.5, torch.rand(1, 32, 1)
+    momenta = iter([i / 1000 for i in range(1000)])
+    return {
+        "mask": ({}, {"mask": put(mask)}),
+        "weights": ({}, {"mask": put(mask.to(torch.float64))}),
+        "lengths": ({}, {"lengths": put(lengths)}),
+        "adjustment": ({"adjustment": lambda shape: (put(a), put(b))}, {}),
+        "ragged": ({"virtual_batch_size": 24, "ragged": "spread", "virtual_batch_order": "contiguous"}, {}),
+        "schedule": ({"momentum": lambda: next(momenta)}, {}),
+    }
+
+
+@pytest.mark.parametrize("where", ["host", "GPU"])
+@pytest.mark.parametrize("kind", ["mask", "weights", "lengths", "adjustment", "ragged", "schedule"])
+def test_the_host_is_not_kept_waiting_by_what_stands_beside_the_input(torch, kind, where):
+    """Once as many numbers of a schedule have been kept as there may be, and memory is pinned."""
+    gpu = where == "GPU"
+    options, beside = given_by_the_host(torch, lambda t: t.cuda() if gpu else t.numpy())[kind]
+    if kind == "adjustment" and gpu:
+        pair = options["adjustment"](None)
+        options = {"adjustment": lambda shape: pair}
+    (layer,) = layers(torch, (64, 32, 20), 1, **options)
+    x = torch.randn((64, 32, 20), device="cuda")
+
+    def call():
+        y, pullback = layer.vjp(x, training=True, **beside)
+        return y, pullback(y)
+
+    for _ in range(40):
+        call()
+    done = torch.cuda.Event()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(40 * BUSY)
+    done.record()
+    y, gradients = call()
+    assert not done.query()
+    torch.cuda.synchronize()
+    assert y.is_cuda
+    assert all(g.is_cuda for g in gradients.adjustment or ())

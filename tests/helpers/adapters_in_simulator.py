@@ -1,12 +1,14 @@
 """A layer on arrays of a library whose adapter takes those of the host for a GPU's: in Numba's simulator memory is the
 host's. Run by test_adapters.py in a process of its own."""
 
+import functools
 import importlib
 import sys
 
 import numpy as np
 
 import nbbn
+from nbbn import nn
 from nbbn.core import dtypes
 from tests.test_adapters import Capsules, Exporter, cupy_stand_in
 
@@ -31,6 +33,7 @@ def adapted(name):
     library.stream = lambda device: 0
     if name == "torch":
         library._device = lambda number: framework.device("cpu")
+        library._pinned = lambda tensor: tensor  # there is no driver to ask for pinned memory
     if name == "cupy":
         framework.ndarray.__module__ = "cupy"
     return library, lambda a: library.from_host(a, 0), library.to_host
@@ -61,6 +64,20 @@ def run(library, make, to_host, dtype):
         # Five alternating runs, which are copied, and a virtual batch.
         found["copied"] = layer_with(thresholds, axis=[1, 3], momentum=0.5)(give(deep), training=True)
         found["virtual"] = layer_with(thresholds, virtual_batch_size=2)(give(x), training=True)
+        # What the library's arrays say of the elements, and the gradients of an adjustment.
+        found["masked"] = layer_with(thresholds, momentum=0.5)(give(x), training=True, mask=give(mask))
+        pair = give(x[:, :, :1, :1].astype(np.float32)), give(x[0].astype(np.float64))
+        layer = layer_with(thresholds, -1, adjustment=lambda shape, pair=pair: pair)
+        found["sequences"], pullback = layer.vjp(give(x), training=True, lengths=give(np.array([2, 0, 1, 2])))
+        found["da"], found["db"] = pullback(give(x)).adjustment
+        assert isinstance(found["da"], kind)
+        ragged = layer_with(thresholds, virtual_batch_size=3, ragged="last", virtual_batch_order="contiguous")
+        found["ragged"] = ragged(give(x), training=True)
+        options = functools.partial(nbbn.Options, momentum=0.0, epsilon=0.0, bessel_correction=False)
+        force = nbbn.Force(thresholds=thresholds)
+        nn._dispatcher = lambda axis, options=options, force=force, **_: nbbn.Dispatcher(options(axis), force)
+        found["moments"] = nn.weighted_moments(give(x), [0, 2], give(mask[:, None]))[1]
+        assert isinstance(found["moments"], kind)
         if library.__name__ != "nbbn.arrays.jax":  # whose arrays do not change
             out = give(x)
             assert layer(give(x), out=out) is out

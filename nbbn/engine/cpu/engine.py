@@ -8,6 +8,7 @@ import numpy as np
 from nbbn.core.layout import Sizes, is_contiguous, sequences_view, steps_dimension
 from nbbn.core.options import Options
 from nbbn.engine.base import Batch, Canonical, Engine, Force, Step, canonical_view
+from nbbn.engine.cpu import adjustment
 from nbbn.engine.cpu.bound import LAST_ARGUMENTS, BoundStep, StridedStep
 from nbbn.engine.cpu.plan import OPERANDS, Plan, check_arrays
 from nbbn.engine.cpu.schedule import Thresholds, choose, of_whole_samples
@@ -49,6 +50,9 @@ class CpuEngine(Engine):
             inner = found[0][2] // lay.sizes[steps_dimension(lay.kept)]
             self._run(Step("reduce_sequences", lay, {"x": x}, {"ends": lengths * inner, "moments": moments}))
         return moments
+
+    def adjustment_gradients(self, batch: Batch, dz: np.ndarray, saved: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return adjustment.gradients(batch, dz, saved)
 
     def _key(self, step: Step) -> tuple[Any, ...]:
         return step.x.dtype, step.state_dtype, *[None if a is None else a.strides for a in step.views.values()]

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from nbbn.arrays import availability
+from nbbn.arrays import availability, moving
 from nbbn.arrays.device import DeviceArray, wrap
 from nbbn.arrays.gpu import device_place
 from nbbn.core.layout import Layout, Sizes
 from nbbn.core.options import Options
-from nbbn.engine.base import Copied, Engine, Force, Step, canonical_view
+from nbbn.engine.base import Batch, Copied, Engine, Force, Step, canonical_view
+from nbbn.engine.cuda import adjustment
 from nbbn.engine.cuda.launching import clear, launch, primary_context
 from nbbn.engine.cuda.schedule import Schedule, Thresholds, choose
 from nbbn.kernels.cuda import steps
@@ -36,6 +37,7 @@ _LAUNCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 _WHOLE = ("train", "backward")  # launches in which a block has its channels for itself
 _APPLYING = ("infer", "normalize", "input_gradient")
 _COUNTING = ("reduce", "train_reduce", "sum_gradient", "backward_reduce")  # whose blocks ask which one is the last
+MAX_KEPT = 32  # numbers of steps that stay on the device
 Array = DeviceArray
 
 
@@ -78,6 +80,9 @@ class CudaEngine(Engine):
         self._sums = thresholds.pop("sums", None)  # the dtype of the sums of a few elements
         self._thresholds = Thresholds(**thresholds)
         self._hyper: dict[Any, Array] = {}
+
+    def adjustment_gradients(self, batch: Batch, dz: Array, saved: Array) -> tuple[Array, Array]:
+        return adjustment.gradients(batch, dz, saved, self._thresholds)
 
     def _key(self, step: Step) -> tuple[Any, ...]:
         x, there = step.x, [(name, a) for name, a in step.views.items() if a is not None]
@@ -174,7 +179,9 @@ class CudaEngine(Engine):
         """Of the small arrays, by their names in steps.MEMORY; 0 for what is not there."""
         addresses = dict.fromkeys(steps.MEMORY, 0)
         for name, array in numbers.items():
-            addresses[name] = (self._hyper_on(like, array) if name == "hyper" else array).address
+            if name == "hyper":
+                array = numbers[name] = self._hyper_on(like, array)  # which is there until the launches are queued
+            addresses[name] = array.address
         if addresses["coefficients"] % _ALIGNMENT:
             raise ValueError(
                 f"coefficients must lie at a multiple of {_ALIGNMENT} bytes, as an array does that a library has made; "
@@ -185,13 +192,16 @@ class CudaEngine(Engine):
         return addresses
 
     def _hyper_on(self, like: Array, hyper: np.ndarray) -> Array:
-        """The numbers that the middle stage reads, copied to the device when they are new."""
+        """The numbers that the middle stage reads. The first ones are copied and kept for every stream, which waits.
+        Where there are always others, as of a schedule, each goes with a launch in the stream of its call."""
         key = like.library, like.device, hyper.tobytes()
         found = self._hyper.get(key)
         if found is None:
-            if len(self._hyper) >= self.force.max_plans:
-                self._hyper.clear()
-            found = self._hyper[key] = wrap(like.library.from_host(hyper, like.device), like.library)
+            if len(self._hyper) < MAX_KEPT:
+                found = self._hyper[key] = wrap(like.library.from_host(hyper, like.device), like.library)
+            else:
+                found = wrap(like.library.empty(hyper.shape, hyper.dtype, like.device), like.library)
+                moving.numbers(hyper, found)
         return found
 
 
