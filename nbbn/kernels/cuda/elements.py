@@ -12,7 +12,6 @@ from numba.cuda.extending import intrinsic
 from numba.cuda.np.numpy_support import from_dtype
 
 from nbbn.kernels.conversions import bfloat_to_float, float_to_bfloat, float_to_half, half_to_float
-from nbbn.kernels.cuda.memory import divide
 from nbbn.kernels.cuda.target import SIMULATED, device
 
 _GLOBAL = 1  # the address space
@@ -21,11 +20,27 @@ _LIMIT = 1 << 31
 _CONVERSIONS = {"float16": (half_to_float, float_to_half), "bfloat16": (bfloat_to_float, float_to_bfloat)}
 
 
+if SIMULATED:
+    _divide = divmod
+else:
+
+    @intrinsic
+    def _divide(typingctx, number, divisor):
+        """Quotient and remainder of numbers of 32 bits."""
+
+        def emit(context, builder, signature, args):
+            a, b = (builder.trunc(value, ir.IntType(32)) for value in args)
+            found = [builder.zext(f(a, b), ir.IntType(64)) for f in (builder.udiv, builder.urem)]
+            return context.make_tuple(builder, signature.return_type, found)
+
+        return types.UniTuple(types.int64, 2)(types.int64, types.int64), emit
+
+
 @device
 def split(i, size):
     """Quotient and remainder, in 32 bits where these hold both: a division of 64 bits takes a hundred instructions."""
     if i < _LIMIT and size < _LIMIT:
-        return divide(i, size)
+        return _divide(i, size)
     return i // size, i % size
 
 
