@@ -106,8 +106,7 @@ def block_functions(rows: bool, short: bool, threads: int, wide: bool) -> Simple
     @device
     def at(array, r0, k0, r1, k1):
         """The address of an element."""
-        begin = array[ADDRESS] + np.int64(r0) * array[S_R0] + np.int64(k0) * array[S_K0]
-        return begin + np.int64(r1) * array[S_R1] + np.int64(k1) * array[S_K1]
+        return array[ADDRESS] + r0 * array[S_R0] + k0 * array[S_K0] + r1 * array[S_R1] + k1 * array[S_K1]
 
     @device
     def walk(bounds, width):

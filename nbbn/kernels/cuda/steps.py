@@ -108,7 +108,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
 
     @device
     def reduce_moments(x, weights, chunk, tile, shape, grid, memory):
-        statistics, bounds = np.int64(shape[1]) * shape[3], bounds_of(chunk, tile, shape, grid)
+        statistics, bounds = shape[1] * shape[3], bounds_of(chunk, tile, shape, grid)
         partial = array64(memory[PARTIAL], (grid.chunks, channel.MOMENT_ROWS, statistics))
         first, _ = thread_statistics(bounds, shape)
         sum_moments(x, weights, bounds, first, partial)
@@ -116,7 +116,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     @device
     def finish_moments(c, shape, grid, memory, channels):
         """The moments of one channel, in all groups of a virtual batch."""
-        statistics = np.int64(shape[1]) * shape[3]
+        statistics = shape[1] * shape[3]
         partial = array64(memory[PARTIAL], (grid.chunks, channel.MOMENT_ROWS, statistics))
         moments = array64(memory[MOMENTS], (channel.MOMENT_ROWS, statistics))
         s = c
@@ -172,7 +172,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
 
         @device
         def fill(bounds, shape, memory, given, coefficients):
-            statistics = np.int64(shape[1]) * shape[3]
+            statistics = shape[1] * shape[3]
             first, inside = thread_statistics(bounds, shape)
             if not rows:
                 make(first if inside else 0, coefficients, 0, statistics, memory, given)
@@ -214,14 +214,14 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         if relu:
             gate_coefficients(bounds, shape, memory, 0, forward)
             return
-        saved = array64(memory[SAVED], (channel.SAVED_ROWS, np.int64(shape[1]) * shape[3]))
+        saved = array64(memory[SAVED], (channel.SAVED_ROWS, shape[1] * shape[3]))
         first, inside = thread_statistics(bounds, shape)
         for s in range(own):
             forward[channel.Y_MEAN, s] = saved[channel.BATCH_MEAN, first + s] if inside else 0.0
 
     @device
     def reduce_gradient(x, dy, residual, weights, a, b, chunk, tile, shape, grid, memory):
-        statistics, bounds = np.int64(shape[1]) * shape[3], bounds_of(chunk, tile, shape, grid)
+        statistics, bounds = shape[1] * shape[3], bounds_of(chunk, tile, shape, grid)
         partial = array64(memory[PARTIAL], (grid.chunks, gradient_sums, statistics))
         forward = cuda.local.array((5, own), real)
         forward_of_thread(bounds, shape, memory, forward)
@@ -284,7 +284,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
 
         @device
         def add_group(own, first, last, shape, grid, memory, channels):
-            statistics = np.int64(shape[1]) * shape[3]
+            statistics = shape[1] * shape[3]
             partial = array64(memory[PARTIAL], (grid.chunks, row_count, statistics))
             c, end, step = own
             while c < end:
