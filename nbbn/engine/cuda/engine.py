@@ -168,10 +168,10 @@ class CudaEngine(Engine):
         launch(name, variant, like.device, stream, blocks, (threads, 1), arguments)
 
     def _addresses(self, like: Array, numbers: dict[str, Any]) -> dict[str, int]:
-        """Of the small arrays, by their names in steps.MEMORY; 0 for what is not there."""
+        """Of the small arrays, by their names in steps.MEMORY; 0 for what is not there. hyper may be on the host."""
         addresses = dict.fromkeys(steps.MEMORY, 0)
         for name, array in numbers.items():
-            addresses[name] = (self._hyper_on(like, array) if name == "hyper" else array).address
+            addresses[name] = (self._hyper_on(like, array) if isinstance(array, np.ndarray) else array).address
         if addresses["coefficients"] % _ALIGNMENT:
             raise ValueError(
                 f"coefficients must lie at a multiple of {_ALIGNMENT} bytes, as an array does that a library has made; "
