@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 pytest.importorskip("numba_cuda", reason="needs the extra cuda")
-pytest.importorskip("jax", reason="needs the extra jax")
 from numba.cuda import config
 
 if not config.ENABLE_CUDASIM:
     pytest.skip("needs NUMBA_ENABLE_CUDASIM=1", allow_module_level=True)
+pytest.importorskip("jax", reason="needs the extra jax")
 
 import jax
 import jax.numpy as jnp

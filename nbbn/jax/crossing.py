@@ -1,8 +1,7 @@
 """How the arrays of a step cross the border of a JAX program.
 
 float64 arrays between the stages (moments, saved, sums, hyper) cross as pairs of uint32: without JAX's x64 mode there
-is no float64 in a program. Parameters and states are tuples of rows (C,) in a program; two rows are two buffers, of
-which the kernel finds the second one by a stride, and more are one.
+is no float64 in a program. Parameters and states are tuples of rows (C,) in a program.
 """
 
 from collections.abc import Callable

@@ -68,7 +68,7 @@ def batch_norm(
         adjustment: (a, b), or a function of the input's shape that gives them; they broadcast against x.
         axis_name: the mapped axes, of vmap, pmap or shard_map, that share statistics, in which every value counts the
             same. axis_index_groups: groups of their indices that share statistics, as jax.lax.all_gather takes them.
-        ffi: on a CPU, False calls back into Python in the place of compiled handlers: slower, for debugging.
+        ffi: False calls back into Python in the place of kernels that the program calls: slower, for debugging.
         The others are those of nbbn.BatchNormalization. momentum, renorm_momentum and the values of renorm_clipping may
         be scalars of the program, as of a schedule; functions are called while the program is traced.
     Returns: y, of the shape and dtype of x, and the new state, which is `state` where it is no training call.

@@ -31,6 +31,7 @@ from nbbn.jax.work import Arrays, Work
 from nbbn.runtime import StateLock
 
 _PLATFORM = "CUDA"
+_LATER = 0.01  # seconds after which an interrupt comes once more, out of the handler, where Python can raise it
 _registering = StateLock()
 _Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
 _handlers: dict[str, Any] = {}  # by the names of their targets: as long as the process lives, a program may be run
@@ -41,7 +42,11 @@ class _Array(NamedTuple):
 
     name: str
     shape: Sizes
+    strides: Sizes
     dtype: np.dtype
+
+    def there(self, address: int, device: int) -> DeviceArray:
+        return DeviceArray(None, _program, address, self.shape, self.strides, self.dtype, device)
 
 
 def run(work: Work, given: Arrays, made: Arrays) -> dict[str, Any]:
@@ -50,14 +55,15 @@ def run(work: Work, given: Arrays, made: Arrays) -> dict[str, Any]:
         return {"moments": _merge(given["parts"])}
     operands = {name: together(a) for name, a in given.items()}
     results = {name: together_across(name, a) for name, a in made.items()}
-    reads, writes = (tuple(_Array(n, *_inside(n, a)) for n, a in d.items()) for d in (operands, results))
+    reads, writes = (tuple(_known(n, a) for n, a in arrays.items()) for arrays in (operands, results))
     written = jax.ffi.ffi_call(_target(work, reads, writes), tuple(results.values()))(*operands.values())
     return {n: tuple(a) if isinstance(made[n], tuple) else a for n, a in zip(results, written, strict=True)}
 
 
-def _inside(name: str, array: Any) -> tuple[Sizes, np.dtype]:
-    """The shape and the dtype of an array as the engine has it."""
-    return (array.shape[:-1], FLOAT64) if crosses_as_pairs(name) else (array.shape, np.dtype(array.dtype))
+def _known(name: str, array: Any) -> _Array:
+    """Of an array of the program, as the engine has it."""
+    shape, dtype = (array.shape[:-1], FLOAT64) if crosses_as_pairs(name) else (array.shape, np.dtype(array.dtype))
+    return _Array(name, shape, contiguous_strides(shape, dtype.itemsize), dtype)
 
 
 def _merge(parts: Any) -> Any:
@@ -99,7 +105,7 @@ def _handler(step: Callable[[Frame], None]) -> Callable[[int], int]:
         except XlaError as error:
             return error.address
         except KeyboardInterrupt:
-            interrupt_main()  # once more, where Python can raise it
+            threading.Timer(_LATER, interrupt_main).start()
             return frame.error(FAILED + "it was interrupted")
         except BaseException as error:
             return frame.error(f"{FAILED}{type(error).__name__}: {error}")
@@ -110,12 +116,7 @@ def _handler(step: Callable[[Frame], None]) -> Callable[[int], int]:
 
 def _run_step(frame: Frame, work: Work, reads: tuple[_Array, ...], writes: tuple[_Array, ...]) -> None:
     device, places = frame.device(), [*frame.arguments(), *frame.results()]
-
-    def there(array: _Array, address: int) -> DeviceArray:
-        strides = contiguous_strides(array.shape, array.dtype.itemsize)
-        return DeviceArray(None, _program, address, array.shape, strides, array.dtype, device)
-
-    arrays = {a.name: there(a, place) for a, place in zip((*reads, *writes), places, strict=True)}
+    arrays = {a.name: a.there(place, device) for a, place in zip((*reads, *writes), places, strict=True)}
     engine = work.dispatcher.engine(next(iter(arrays.values())))
     with _program.call(frame):
         if work.lay is None:

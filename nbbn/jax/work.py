@@ -1,6 +1,7 @@
 """What a platform is asked to run: one step, with what it reads and writes."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -27,9 +28,15 @@ class Work(NamedTuple):
     def step(self, arrays: Arrays) -> Step:
         """The step on these arrays."""
         assert self.lay is not None
-        names = ["x", *(n for n in names_of(self.name) if is_view(n) and n != "x")]
+        names = _views_of(self.name)
         numbers = {n: a for n, a in arrays.items() if n not in names}
         return Step(self.name, self.lay, {n: arrays.get(n) for n in names}, numbers)
+
+
+@cache
+def _views_of(step: str) -> tuple[str, ...]:
+    """The arrays of the input's shape, the input first."""
+    return "x", *(n for n in names_of(step) if is_view(n) and n != "x")
 
 
 def is_view(name: str) -> bool:
