@@ -66,7 +66,6 @@ def _gpu(monkeypatch):
     monkeypatch.setattr(on_cuda, "_PLATFORM", "cpu")
     monkeypatch.setattr(on_cuda, "Frame", Simulated)
     monkeypatch.setattr(on_cuda, "_run_step", alone)
-    monkeypatch.setattr(on_cuda, "_finish_at_exit", lambda: None)  # there is no GPU to wait for
     monkeypatch.setitem(primitive.PLATFORMS, "cpu", on_cuda.run)
     monkeypatch.setattr(norm, "Dispatcher", partial(Dispatcher, force=Force(thresholds=FEW_THREADS)))
     norm._steps.cache_clear()

@@ -1,40 +1,42 @@
 """A step on a GPU of NVIDIA: the CUDA engine's, called by the program through XLA's foreign function interface.
 
-The handler is Python's. It puts kernels into the stream of the call, which takes as long as it does for other
-libraries' arrays, and returns before they run. A program knows it by a name made of all that the step depends on, so no
-address is in a program.
+Python puts the kernels into the stream of the call, which takes as long as it does for other libraries' arrays, and
+returns before they run. A program knows a step by a number made of all that it depends on, so no address is in a
+program.
 """
 
-import atexit
 import contextlib
 import ctypes
 import hashlib
 import threading
-from _thread import interrupt_main
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from nbbn.arrays.device import DeviceArray
 from nbbn.core import rules
 from nbbn.core.layout import Sizes, contiguous_strides
 from nbbn.jax.crossing import FLOAT64, as_float64, as_pairs, crosses_as_pairs, together, together_across
-from nbbn.jax.policy import FAILED
+from nbbn.jax.frame import INT64
+from nbbn.jax.frame import Frame as CompiledFrame
+from nbbn.jax.policy import FAILED, NOTHING, Asking, add_function, emit_asking, prepare
 from nbbn.jax.python_frame import Frame, XlaError
 from nbbn.jax.work import Arrays, Work
-from nbbn.runtime import StateLock
+from nbbn.runtime import StateLock, code_hash, compile_kernel
 
 _PLATFORM = "CUDA"
-_LATER = 0.01  # seconds after which an interrupt comes once more, out of the handler, where Python can raise it
+_STEP, _DONE = "nbbn_jax_cuda_step", 1
+_INTERRUPTED = FAILED + "it was interrupted"
 _registering = StateLock()
-_Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
-_handlers: dict[str, Any] = {}  # by the names of their targets: as long as the process lives, a program may be run
+_steps: dict[int, Any] = {}  # by the numbers that programs know: as long as the process lives, one may be run
 
 
 class _Array(NamedTuple):
@@ -56,7 +58,9 @@ def run(work: Work, given: Arrays, made: Arrays) -> dict[str, Any]:
     operands = {name: together(a) for name, a in given.items()}
     results = {name: together_across(name, a) for name, a in made.items()}
     reads, writes = (tuple(_known(n, a) for n, a in arrays.items()) for arrays in (operands, results))
-    written = jax.ffi.ffi_call(_target(work, reads, writes), tuple(results.values()))(*operands.values())
+    name, number = _target(work, reads, writes)
+    call = jax.ffi.ffi_call(name, tuple(results.values()))
+    written = call(*operands.values(), step=np.array([number], np.int64))
     return {n: tuple(a) if isinstance(made[n], tuple) else a for n, a in zip(results, written, strict=True)}
 
 
@@ -77,41 +81,86 @@ def _merge(parts: Any) -> Any:
         return as_pairs(first)
 
 
-# -- handlers ----------------------------------------------------------------------------------------------------------
+# -- what XLA calls ----------------------------------------------------------------------------------------------------
 
 
-def _target(work: Work, reads: tuple[_Array, ...], writes: tuple[_Array, ...]) -> str:
-    """The name of the target for a step on arrays of these shapes, registered."""
+def _target(work: Work, reads: tuple[_Array, ...], writes: tuple[_Array, ...]) -> tuple[str, int]:
+    """The name of the target for a step, registered, and the number of a step on arrays of these shapes."""
     options = replace(work.dispatcher.options, adjustment=None)  # which is among the arrays
     facts = work.name, work.lay, work.adjusted, options, work.dispatcher.force, reads, writes
-    name = f"nbbn_cuda_{work.name}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}"
+    number = int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "little", signed=True)
     with _registering:
-        if name not in _handlers:
-            handler = _Handler(_handler(lambda frame: _run_step(frame, work, reads, writes)))
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform=_PLATFORM)
-            _handlers[name] = handler
+        _steps.setdefault(number, (work, reads, writes))
+        return _registered(work.name), number
+
+
+@cache  # a name can be registered once
+def _registered(step: str) -> str:
+    name, (entry,) = f"nbbn_cuda_{step}", _handler().overloads.values()
+    address = entry.library.get_pointer_to_function(entry.fndesc.llvm_cfunc_wrapper_name)
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(ctypes.c_void_p(address)), platform=_PLATFORM)
     return name
 
 
-def _handler(step: Callable[[Frame], None]) -> Callable[[int], int]:
-    """What XLA calls with the address of a call frame. It returns that of an error, or 0: nothing is raised in XLA."""
+@cache
+def _handler() -> Any:
+    """The compiled handler of all steps, a kernel that takes the address of a call frame, and returns that of an error,
+    or 0. It has Python run the step, as the pool is asked for on a CPU (policy.py)."""
+    prepare()
 
-    def handle(address: int) -> int:
-        frame = Frame(address)
-        try:
-            if not frame.answer_query():
-                _finish_at_exit()
-                step(frame)
-        except XlaError as error:
-            return error.address
-        except KeyboardInterrupt:
-            threading.Timer(_LATER, interrupt_main).start()
-            return frame.error(FAILED + "it was interrupted")
-        except BaseException as error:
-            return frame.error(f"{FAILED}{type(error).__name__}: {error}")
-        return 0
+    @intrinsic
+    def run(typingctx, frame):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return _emit(builder, args[0])
 
-    return handle
+        return types.intp(types.intp), emit
+
+    def handler(frame):  # type: ignore[no-untyped-def]
+        return run(frame)
+
+    code = code_hash(("nbbn.jax.frame", "nbbn.jax.on_cuda", "nbbn.jax.policy"))
+    return compile_kernel(handler, f"nbbn_cuda_handler_{code}", types.intp(types.intp), caller="c")
+
+
+def _emit(builder: Any, address: Any) -> Any:
+    frame, error = CompiledFrame(builder, address), cgutils.alloca_once_value(builder, INT64(0))
+
+    def fail(why: str) -> None:
+        builder.store(frame.error(why), error)
+
+    def body(python: Asking) -> None:
+        python.ask(_STEP, address, *frame.attribute(0, 1), until=lambda: builder.not_(python.is_answer(NOTHING)))
+        with builder.if_then(python.is_answer(NOTHING)):
+            fail(_INTERRUPTED)
+        with builder.if_then(builder.not_(python.is_answer(NOTHING, _DONE))):
+            builder.store(python.answer(), error)
+
+    with builder.if_then(builder.not_(frame.answer_query())):
+        emit_asking(builder, body, fail)
+    return builder.load(error)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)  # type: ignore[untyped-decorator]
+def _answer(address: int, number: int, answer: int) -> None:
+    """Run a step, and write _DONE or the address of an error. An exception cannot go on from here."""
+    frame, place = Frame(address), ctypes.c_int64.from_address(answer)
+    try:
+        if number not in _steps:
+            raise LookupError("the program has been lowered in another process, and not in this one")
+        _run_step(frame, *_steps[number])
+        place.value = _DONE
+    except KeyboardInterrupt:
+        return  # to be asked again: a step changes nothing that it reads
+    except XlaError as error:
+        place.value = error.address
+    except BaseException as error:
+        place.value = frame.error(f"{FAILED}{type(error).__name__}: {error}")
+
+
+add_function(_STEP, _answer)
+
+
+# -- a step ------------------------------------------------------------------------------------------------------------
 
 
 def _run_step(frame: Frame, work: Work, reads: tuple[_Array, ...], writes: tuple[_Array, ...]) -> None:
@@ -168,16 +217,3 @@ class _Program:
 
 
 _program: Any = _Program()
-
-
-@cache
-def _finish_at_exit() -> None:
-    """When the process ends JAX waits for its programs with Python's lock in its hands, which a handler needs. So they
-    are waited for before: a GPU begins what it was given last when the others have been begun."""
-    atexit.register(_finish)  # before JAX's own, which has been registered earlier
-
-
-def _finish() -> None:
-    for device in jax.local_devices(backend="cuda"):
-        with contextlib.suppress(Exception):  # of a program that failed
-            (jax.device_put(0, device) + 1).block_until_ready()

@@ -30,15 +30,6 @@ class Frame:
     def __init__(self, address: int) -> None:
         self._address = address
 
-    def answer_query(self) -> bool:
-        """Write the version, if XLA only asks for it. Returns: whether it does."""
-        extension = _pointer(self._address + at.EXTENSION)
-        if not extension or _int32(extension + at.EXTENSION_TYPE).value != at.METADATA_TYPE:
-            return False
-        metadata = _pointer(extension + at.METADATA)
-        _int32(metadata + at.MAJOR).value, _int32(metadata + at.MINOR).value = at.VERSION
-        return True
-
     def arguments(self) -> list[int]:
         """Where the arrays are that the step reads."""
         return self._buffers(at.ARGUMENTS)
@@ -88,9 +79,6 @@ class Frame:
 
 def _pointer(address: int) -> int:
     return ctypes.c_void_p.from_address(address).value or 0
-
-
-_int32 = ctypes.c_int32.from_address
 
 
 @cache
