@@ -1,11 +1,6 @@
-"""nbbn.jax with the CUDA engine's kernels, in Numba's simulator: XLA's programs for the CPU call the handlers of a GPU.
+"""nbbn.jax with the CUDA engine's kernels, in Numba's simulator: XLA's programs for the CPU run the steps of a GPU."""
 
-What stands in for the GPU is the call's stream, its device and the memory that XLA allocates there.
-"""
-
-import threading
 from functools import partial
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -21,58 +16,22 @@ import jax
 import jax.numpy as jnp
 from jax.test_util import check_grads
 
-from nbbn.engine.base import Force
-from nbbn.engine.dispatcher import Dispatcher
-from nbbn.jax import batch_norm, initial_state, norm, on_cuda, primitive
+from nbbn.jax import batch_norm, initial_state, norm, on_cuda
 from tests.frameworks.cases import CASES, normal
 from tests.frameworks.jax_problems import NAMES, close, problem
-from tests.helpers.on_gpu import FEW_THREADS
+from tests.helpers.jax_in_simulator import Simulated, install
+from tests.helpers.processes import check
 
+# The simulator is slow, and batches in parts are no matter of kernels on a GPU.
 SMALL = [name for name in CASES if not name.startswith("large") and "ragged" not in name and "smaller" not in name]
-STREAM = 7
-
-
-class Simulated(on_cuda.Frame):
-    """A frame whose program runs on a GPU. Memory: what has been allocated, by address, and not given back."""
-
-    memory: ClassVar[dict[int, np.ndarray]] = {}
-    allocated = 0
-
-    def device(self):
-        return 0
-
-    def stream(self):
-        return STREAM
-
-    def allocate(self, size):
-        array = np.full(size + 16, 0xCC, np.uint8)
-        address = -(-array.ctypes.data // 16) * 16
-        self.memory[address] = array
-        Simulated.allocated += 1
-        return address
-
-    def free(self, address, size):
-        assert self.memory.pop(address).size == size + 16
 
 
 @pytest.fixture(autouse=True)
 def _gpu(monkeypatch):
-    run, one_at_a_time = on_cuda._run_step, threading.Lock()  # as the simulator has it
-
-    def alone(*arguments):
-        with one_at_a_time:
-            run(*arguments)
-
-    monkeypatch.setattr(on_cuda, "_PLATFORM", "cpu")
-    monkeypatch.setattr(on_cuda, "Frame", Simulated)
-    monkeypatch.setattr(on_cuda, "_run_step", alone)
-    monkeypatch.setitem(primitive.PLATFORMS, "cpu", on_cuda.run)
-    monkeypatch.setattr(norm, "Dispatcher", partial(Dispatcher, force=Force(thresholds=FEW_THREADS)))
+    install(monkeypatch.setattr)
     norm._steps.cache_clear()
     jax.clear_caches()
-    before = Simulated.allocated
     yield
-    assert Simulated.allocated > before
     assert Simulated.memory == {}
     norm._steps.cache_clear()
     jax.clear_caches()
@@ -92,7 +51,9 @@ def test_training_is_the_layers(case):
         y, pullback, new_state = jax.vjp(run, x, scale, bias, residual, has_aux=True)
         return y, new_state, pullback(dy)
 
-    y, new_state, found = both(x, scale, bias, operands.get("residual"))
+    before = Simulated.allocated
+    y, new_state, found = jax.block_until_ready(both(x, scale, bias, operands.get("residual")))
+    assert Simulated.allocated > before  # it is these steps that have run
     expected, pullback = layer.vjp(x, training=True, **operands)
     gradients = pullback(dy)
     close(y, expected)
@@ -196,3 +157,23 @@ def test_a_step_that_fails_is_an_error_of_the_program(monkeypatch):
         with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="MemoryError: there is none"):
             jax.block_until_ready(run(x, scale, bias))
     all_close(run(x, scale, bias), expected)
+
+
+ENDS = """
+import jax, numpy as np, time
+from tests.helpers.jax_in_simulator import install
+from nbbn.jax import batch_norm, initial_state, on_cuda
+install(setattr)
+run_step = on_cuda._run_step
+on_cuda._run_step = lambda *arguments: (time.sleep(0.1), run_step(*arguments))
+run = jax.jit(lambda x: batch_norm(x, None, None, initial_state(256), training=True))
+x = np.ones((64, 256), np.float32)
+run(x)[0].block_until_ready()
+kept = run(x)
+[run(x) for _ in range(4)] and None
+"""
+
+
+def test_a_process_ends_while_programs_run():
+    """Their steps ask Python, and JAX waits for them while Python ends."""
+    assert check(ENDS) == ""
