@@ -100,7 +100,10 @@ ROOMS = {
         "sync",
     },
     "compat": {"arrays", "call", "core", "layer", "regularizers", "runtime", "state"},
-    "jax": {"core", "engine", "engine.cpu", "engine.dispatcher", "kernels", "kernels.cpu", "runtime"},
+    "jax": {
+        *("arrays.availability", "arrays.device", "core", "engine", "engine.cpu", "engine.dispatcher"),
+        *("kernels", "kernels.cpu", "runtime"),
+    },
     "flax": {"core", "jax"},
     "keras": {"call", "core", "engine", "engine.dispatcher", "jax", "kernels", "torch"},
     "demo": {"nbbn", "runtime"},

@@ -39,6 +39,7 @@ VALUES = [
     (rules.shifted_moments, (2.0, 1.0, INF, INF), (INF, NAN)),
     (rules.shifted_moments, (2.0, 1e200, -2e200, INF), (0.0, rules.LARGEST)),
     (rules.combine, (2.0, 4.0, 2.0, 2.0, 2.0, 8.0, 2.0, 2.0), (4.0, 6.0, 20.0, 4.0)),  # 3, 5 and 7, 9
+    (rules.combine_some, (2.0, 4.0, 2.0, 2.0, 2.0, 8.0, 2.0, 2.0), (4.0, 6.0, 20.0, 4.0)),
     (rules.per, (10.0, 4.0), 2.5),
     (rules.per, (NAN, 4.0), NAN),
     (rules.per, (NAN, 0.0), 0.0),

@@ -55,6 +55,9 @@ class Name:
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type]:
         return (type(self.__name__, (), {"__module__": self.__module__}),)
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """A table in which something is registered."""
+
     def __or__(self, other: Any) -> Any:
         return Union[self, other]  # noqa: UP007  # which is what this operator is for classes
 

@@ -85,6 +85,12 @@ def combine(count_a, mean_a, m2_a, squares_a, count_b, mean_b, m2_b, squares_b):
         return count_a, mean_a, m2_a, squares_a
     if count_a == 0:
         return count_b, mean_b, m2_b, squares_b
+    return combine_some(count_a, mean_a, m2_a, squares_a, count_b, mean_b, m2_b, squares_b)
+
+
+@register_jitable
+def combine_some(count_a, mean_a, m2_a, squares_a, count_b, mean_b, m2_b, squares_b):
+    """The same, where both have values."""
     count = count_a + count_b
     delta = mean_b - mean_a
     share = count_b / count

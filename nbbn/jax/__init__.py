@@ -1,4 +1,4 @@
-"""Batch normalization in JAX: on a CPU the compiled kernels, called by the program itself."""
+"""Batch normalization in JAX: the kernels of the CPU or of a GPU, called by the program itself."""
 
 from nbbn.jax.norm import batch_norm, initial_state
 

@@ -14,22 +14,22 @@ POINTER = BYTE.as_pointer()
 
 VERSION = 0, 3
 # XLA_FFI_CallFrame; where its arguments, results and attributes keep their pointers
-_EXTENSION, _API, _ARGUMENTS, _RESULTS, _ATTRIBUTES = 8, 16, 72, 112, 160
+EXTENSION, API, ARGUMENTS, RESULTS, ATTRIBUTES = 8, 16, 72, 112, 160
 # XLA_FFI_Extension_Base, XLA_FFI_Metadata_Extension, XLA_FFI_Metadata
-_EXTENSION_TYPE, _METADATA, _MAJOR, _MINOR = 8, 24, 24, 28
-_METADATA_TYPE = 1
+EXTENSION_TYPE, METADATA, MAJOR, MINOR = 8, 24, 24, 28
+METADATA_TYPE = 1
 # XLA_FFI_Buffer, XLA_FFI_Array, XLA_FFI_Api
-_DATA, _DIMENSIONS, _ARRAY_DATA, _CREATE_ERROR = 24, 40, 16, 48
+DATA, DIMENSIONS, ARRAY_DATA, CREATE_ERROR = 24, 40, 16, 48
 # XLA_FFI_Error_Create_Args: its size, its fields, the code of an internal error
-_ERROR_SIZE, _MESSAGE, _CODE, _INTERNAL = 28, 16, 24, 13
+ERROR_SIZE, MESSAGE, CODE, INTERNAL = 28, 16, 24, 13
 
 
 class Buffer:
     """An array of the program, dense and in C order."""
 
     def __init__(self, builder: Any, address: Any) -> None:
-        self._builder, self._dimensions = builder, load(builder, address, _DIMENSIONS, POINTER)
-        self.data = load(builder, address, _DATA, POINTER)
+        self._builder, self._dimensions = builder, load(builder, address, DIMENSIONS, POINTER)
+        self.data = load(builder, address, DATA, POINTER)
 
     def size(self, dimension: int) -> Any:
         return load(self._builder, self._dimensions, 8 * dimension, INT64)
@@ -42,14 +42,14 @@ class Frame:
         self._builder, self._start = builder, builder.inttoptr(address, POINTER)
 
     def argument(self, i: int) -> Buffer:
-        return Buffer(self._builder, self._entry(_ARGUMENTS, i))
+        return Buffer(self._builder, self._entry(ARGUMENTS, i))
 
     def result(self, i: int) -> Buffer:
-        return Buffer(self._builder, self._entry(_RESULTS, i))
+        return Buffer(self._builder, self._entry(RESULTS, i))
 
     def attribute(self, i: int, n: int) -> list[Any]:
         """The first n integers of an array of int64, the i-th attribute in the order of their names."""
-        data = load(self._builder, self._entry(_ATTRIBUTES, i), _ARRAY_DATA, POINTER)
+        data = load(self._builder, self._entry(ATTRIBUTES, i), ARRAY_DATA, POINTER)
         return [load(self._builder, data, 8 * k, INT64) for k in range(n)]
 
     def _entry(self, table: int, i: int) -> Any:
@@ -58,14 +58,14 @@ class Frame:
     def answer_query(self) -> Any:
         """Write the version, if XLA only asks for it. Returns: whether it does."""
         b = self._builder
-        extension = load(b, self._start, _EXTENSION, POINTER)
+        extension = load(b, self._start, EXTENSION, POINTER)
         asks = b.alloca(ir.IntType(1))
         b.store(ir.Constant(ir.IntType(1), 0), asks)
         with b.if_then(cgutils.is_not_null(b, extension)):
-            kind = load(b, extension, _EXTENSION_TYPE, INT32)
-            with b.if_then(b.icmp_unsigned("==", kind, INT32(_METADATA_TYPE))):
-                metadata = load(b, extension, _METADATA, POINTER)
-                for offset, number in zip((_MAJOR, _MINOR), VERSION, strict=True):
+            kind = load(b, extension, EXTENSION_TYPE, INT32)
+            with b.if_then(b.icmp_unsigned("==", kind, INT32(METADATA_TYPE))):
+                metadata = load(b, extension, METADATA, POINTER)
+                for offset, number in zip((MAJOR, MINOR), VERSION, strict=True):
                     store(b, metadata, offset, INT32(number))
                 b.store(ir.Constant(ir.IntType(1), 1), asks)
         return b.load(asks)
@@ -77,11 +77,11 @@ class Frame:
         text = b.bitcast(
             cgutils.global_constant(b, "message", cgutils.make_bytearray(message.encode() + b"\0")), POINTER
         )
-        fields = (0, INT64(_ERROR_SIZE)), (8, INT64(0)), (_MESSAGE, text), (_CODE, INT32(_INTERNAL))
+        fields = (0, INT64(ERROR_SIZE)), (8, INT64(0)), (MESSAGE, text), (CODE, INT32(INTERNAL))
         for offset, value in fields:
             store(b, arguments, offset, value)
         create = ir.FunctionType(POINTER, [POINTER]).as_pointer()
-        found = b.call(load(b, load(b, self._start, _API, POINTER), _CREATE_ERROR, create), [arguments])
+        found = b.call(load(b, load(b, self._start, API, POINTER), CREATE_ERROR, create), [arguments])
         return b.ptrtoint(found, INT64)
 
 

@@ -6,11 +6,13 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
+from nbbn.arrays import availability
 from nbbn.core import dtypes
-from nbbn.core.layout import Sizes
+from nbbn.core.layout import Layout, Sizes
 from nbbn.core.options import Options, boolean
 from nbbn.engine.dispatcher import Dispatcher
 from nbbn.jax import operands, xla
@@ -66,7 +68,7 @@ def batch_norm(
         adjustment: (a, b), or a function of the input's shape that gives them; they broadcast against x.
         axis_name: the mapped axes, of vmap, pmap or shard_map, that share statistics, in which every value counts the
             same. axis_index_groups: groups of their indices that share statistics, as jax.lax.all_gather takes them.
-        ffi: on a CPU, False calls back into Python in the place of compiled handlers: slower, for debugging.
+        ffi: False calls back into Python in the place of kernels that the program calls: slower, for debugging.
         The others are those of nbbn.BatchNormalization. momentum, renorm_momentum and the values of renorm_clipping may
         be scalars of the program, as of a schedule; functions are called while the program is traced.
     Returns: y, of the shape and dtype of x, and the new state, which is `state` where it is no training call.
@@ -149,15 +151,19 @@ def _train(config: Config, given: Operands, rows: Any, weights: Any, numbers: Ma
     """The output and the new state's rows."""
     x, everything = given.x, varying_alike(given)
     values = hyper_values(config.steps.dispatcher, x.ndim, np.dtype(x.dtype), numbers)
-    if not has_kernels():
+    if not has_kernels(config.layout(x)):
         return xla.train(config, everything, rows, values, weights)
     y, new_rows, _ = train(config, everything, Constants(rows, hyper(values), weights))
     return y, new_rows
 
 
-def has_kernels() -> bool:
-    """Whether programs of this process call nbbn's kernels: JAX runs them on a CPU, unless told otherwise."""
-    return str(jax.default_backend()) == "cpu"
+def has_kernels(lay: Layout) -> bool:
+    """Whether programs of this process call nbbn's kernels: where JAX runs them on a CPU, unless told otherwise, or on
+    a GPU of NVIDIA that Numba can use, but for batches in parts."""
+    backend = str(jax.default_backend())
+    if backend == "gpu":
+        return "cuda" in jax.extend.backend.backends() and not lay.parts and availability.missing() is None
+    return backend == "cpu"
 
 
 def _is_given(shape: Sizes) -> Any:

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from time import sleep
 from typing import Any
 
@@ -28,21 +29,22 @@ _regions: dict[int, AbstractContextManager[int]] = {}  # of the parallel steps t
 _has_steps = False  # that ask
 _ASKING, _CLOSED = range(2)
 _gate = (ctypes.c_int64 * 2)()  # how many steps may be asking Python now, or about to; whether none may begin to
-_NOTHING, _FAILED, _ALONE = 0, -1, 1  # answers in the place of the pool
+NOTHING, _FAILED, _ALONE = 0, -1, 1  # answers in the place of the pool
 _GATE = "nbbn_jax_gate"
 _PYTHON = ("PyGILState_Ensure", "PyGILState_Release", "PyOS_InterruptOccurred", "PyErr_SetInterrupt")
 _LOCKED, _UNLOCK, _TAKE_INTERRUPT, _GIVE_INTERRUPT = (f"nbbn_{name}" for name in _PYTHON)
 
 
-def _pointer(function: Any) -> int:
-    found = ctypes.cast(function, ctypes.c_void_p).value
-    assert found is not None
-    return found
+def add_function(name: str, function: Any) -> None:
+    """Let compiled code call a function of C's by a name."""
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    binding.add_symbol(name, address)
 
 
 binding.add_symbol(_GATE, ctypes.addressof(_gate))
 for _name in _PYTHON:
-    binding.add_symbol(f"nbbn_{_name}", _pointer(getattr(ctypes.pythonapi, _name)))
+    add_function(f"nbbn_{_name}", getattr(ctypes.pythonapi, _name))
 
 
 # -- what Python answers -----------------------------------------------------------------------------------------------
@@ -72,15 +74,15 @@ def _enter(elements: int, answer: int) -> None:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int64)  # type: ignore[untyped-decorator]
 def _leave(answer: int) -> None:
-    """Write _NOTHING once all is done; asked again until then."""
+    """Write NOTHING once all is done; asked again until then."""
     with contextlib.suppress(KeyboardInterrupt):
         _leave_region()
-        ctypes.c_int64.from_address(answer).value = _NOTHING
+        ctypes.c_int64.from_address(answer).value = NOTHING
 
 
 _ENTER, _LEAVE = "nbbn_jax_enter", "nbbn_jax_leave"
-binding.add_symbol(_ENTER, _pointer(_enter))
-binding.add_symbol(_LEAVE, _pointer(_leave))
+add_function(_ENTER, _enter)
+add_function(_LEAVE, _leave)
 
 
 def _leave_region() -> None:
@@ -123,6 +125,59 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_others)
 
 
+class Asking:
+    """Code that asks Python, which writes its answer to a place; NOTHING is there until then."""
+
+    def __init__(self, builder: Any) -> None:
+        self._builder = builder
+        self._answer, self._late = (cgutils.alloca_once_value(builder, kind(0)) for kind in (INT64, INT32))
+
+    def ask(self, what: str, *arguments: Any, until: Callable[[], Any]) -> None:
+        """Call a function with these arguments and the place.
+
+        until: whether it has been done. A signal that comes just then may end it early, but hardly three times.
+        """
+        builder, given = self._builder, (*arguments, self._builder.ptrtoint(self._answer, INT64))
+        with builder.if_then(builder.not_(until())):
+            _emit_uninterrupted(builder, what, given, self._late)
+            for _ in range(2):
+                with builder.if_then(builder.not_(until())):
+                    builder.store(INT32(1), self._late)
+                    _call(builder, what, ir.VoidType(), *given)
+
+    def answer(self) -> Any:
+        return self._builder.load(self._answer)
+
+    def is_answer(self, *codes: int) -> Any:
+        """Whether it is one of them."""
+        same = [self._builder.icmp_signed("==", self.answer(), INT64(code)) for code in codes]
+        return reduce(self._builder.or_, same)
+
+    def give_interrupt(self) -> None:
+        """Have Python raise the interrupt that has been put off."""
+        with self._builder.if_then(self._builder.icmp_signed("!=", self._builder.load(self._late), INT32(0))):
+            _call(self._builder, _GIVE_INTERRUPT, ir.VoidType())
+
+
+def emit_asking(builder: Any, body: Callable[[Asking], None], fail: Callable[[str], None]) -> None:
+    """Code that asks Python, but when the process ends.
+
+    body: emits it. fail: emits that the step fails, and why.
+    """
+    asking = Asking(builder)
+    gate = cgutils.add_global_variable(builder.module, ir.ArrayType(INT64, 2), _GATE)
+    count, closed = (builder.gep(gate, [INT64(0), INT64(i)]) for i in (_ASKING, _CLOSED))
+    builder.atomic_rmw("add", count, INT64(1), "seq_cst")
+    is_closed = builder.icmp_signed("!=", builder.load_atomic(closed, "seq_cst", 8), INT64(0))
+    with builder.if_else(is_closed) as (then, otherwise):
+        with then:
+            fail(ENDS)
+        with otherwise:
+            body(asking)
+    builder.atomic_rmw("sub", count, INT64(1), "seq_cst")
+    asking.give_interrupt()
+
+
 def emit_choice(builder: Any, elements: Any, call: Callable[[Any], None], fail: Callable[[str], None]) -> None:
     """Code that calls a kernel with the pool that Python chooses.
 
@@ -130,39 +185,17 @@ def emit_choice(builder: Any, elements: Any, call: Callable[[Any], None], fail: 
         elements: how many the step goes over.
         call: emits the call, given the pool. fail: emits that the step fails, and why.
     """
-    answer, late = cgutils.alloca_once_value(builder, INT64(_NOTHING)), cgutils.alloca_once_value(builder, INT32(0))
-    place = builder.ptrtoint(answer, INT64)
-    gate = cgutils.add_global_variable(builder.module, ir.ArrayType(INT64, 2), _GATE)
-    asking, closed = (builder.gep(gate, [INT64(0), INT64(i)]) for i in (_ASKING, _CLOSED))
 
-    def ask(what: str, *arguments: Any, until: Any) -> None:
-        """until: whether it has been done. A signal that comes just then may end it early, but hardly three times."""
-        with builder.if_then(builder.not_(until())):
-            _emit_uninterrupted(builder, what, (*arguments, place), late)
-            for _ in range(2):
-                with builder.if_then(builder.not_(until())):
-                    builder.store(INT32(1), late)
-                    _call(builder, what, ir.VoidType(), *arguments, place)
+    def body(python: Asking) -> None:
+        python.ask(_ENTER, elements, until=lambda: builder.not_(python.is_answer(NOTHING)))
+        with builder.if_else(python.is_answer(_FAILED, NOTHING)) as (none, some):
+            with none:
+                fail(NO_POOL)
+            with some:
+                call(builder.select(python.is_answer(_ALONE), INT64(0), python.answer()))
+                python.ask(_LEAVE, until=lambda: python.is_answer(NOTHING))
 
-    def is_answer(code: int) -> Any:
-        return builder.icmp_signed("==", builder.load(answer), INT64(code))
-
-    builder.atomic_rmw("add", asking, INT64(1), "seq_cst")
-    is_closed = builder.icmp_signed("!=", builder.load_atomic(closed, "seq_cst", 8), INT64(0))
-    with builder.if_else(is_closed) as (then, otherwise):
-        with then:
-            fail(ENDS)
-        with otherwise:
-            ask(_ENTER, elements, until=lambda: builder.not_(is_answer(_NOTHING)))
-            with builder.if_else(builder.or_(is_answer(_FAILED), is_answer(_NOTHING))) as (none, some):
-                with none:
-                    fail(NO_POOL)
-                with some:
-                    call(builder.select(is_answer(_ALONE), INT64(0), builder.load(answer)))
-                    ask(_LEAVE, until=lambda: is_answer(_NOTHING))
-    builder.atomic_rmw("sub", asking, INT64(1), "seq_cst")
-    with builder.if_then(builder.icmp_signed("!=", builder.load(late), INT32(0))):
-        _call(builder, _GIVE_INTERRUPT, ir.VoidType())
+    emit_asking(builder, body, fail)
 
 
 def _emit_uninterrupted(builder: Any, symbol: str, arguments: tuple[Any, ...], late: Any) -> None:

@@ -1,27 +1,25 @@
 """The engine's steps as operations of a JAX program.
 
-Shapes are known while a program is traced, so the plan of a step is made then, by the engine itself. Most steps become
-a call of a compiled kernel through XLA's foreign function interface (handlers.py). Those that need copies, or run on
-parts of a batch, call back into Python, as all do where that interface is not wanted.
+Shapes are known while a program is traced, so the copies that a step needs are a part of the program. Most steps are
+operations that each platform runs by its own kernels (primitive.py). Those on parts of a batch call back into Python,
+as all do where the foreign function interface is not wanted.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from nbbn.core import dtypes
-from nbbn.core.layout import Layout, Sizes, contiguous_strides
-from nbbn.engine.base import Step
-from nbbn.engine.cpu.engine import CpuEngine
-from nbbn.engine.cpu.moments import MERGE, merge_moments
-from nbbn.engine.cpu.plan import Plan
+from nbbn.core.layout import Layout
+from nbbn.engine.base import Copied, canonical_view
+from nbbn.engine.cpu.moments import merge_moments
 from nbbn.engine.dispatcher import Dispatcher
-from nbbn.jax.crossing import FLOAT64, Arrays, Shape, call, call_back
-from nbbn.jax.handlers import STRIDED
+from nbbn.jax.crossing import FLOAT64, call_back
+from nbbn.jax.primitive import call
+from nbbn.jax.work import Arrays, Shape, Work, is_view, views_without_memory
 from nbbn.kernels.channel import GRADIENT_ROWS, MOMENT_ROWS, OUTPUT_ROWS, SAVED_ROWS
-from nbbn.kernels.cpu.steps import ARGUMENTS, WRITES, names_of
+from nbbn.kernels.cpu.steps import WRITES, names_of
 from nbbn.runtime import PLAIN
 
 
@@ -34,26 +32,32 @@ class Steps:
 
     def __init__(self, dispatcher: Dispatcher, ffi: bool) -> None:
         self.dispatcher, self._ffi = dispatcher, ffi and not PLAIN
-        self._engine = CpuEngine(dispatcher.options, dispatcher.force)
 
     def run(self, name: str, lay: Layout, arrays: Arrays, wants_dz: bool = False) -> dict[str, Any]:
         """A step on arrays of the input's shape, `x` among them. Weights, a and b broadcast against it."""
         given = {n: arrays[n] for n in names_of(name) if arrays.get(n) is not None}
         made = self._made(name, lay, given, wants_dz)
-        views = ["x", *(n for n in names_of(name) if ARGUMENTS[n] in ("X", "S") and n != "x")]
         if self._ffi and not lay.parts:
-            fakes = {n: _fake(a, given["x"].shape) for n, a in {**given, **made}.items() if n in views}
-            numbers = {"state": np.empty(0, given["state"][0].dtype)} if "state" in given else {}
-            plan: Plan = self._engine.plan(Step(name, lay, {n: fakes.get(n) for n in views}, numbers))
-            if plan.copied is None and plan.contiguous:
-                return call(plan.variant(), given, made, _attributes(plan, fakes), plan.schedule.parallel)
+            copied = canonical_view(lay, views_without_memory({**given, **made}, given["x"].shape)).copied
+            if copied is not None:
+                return self._run_on_copies(name, lay, copied, given, wants_dz)
+            return call(Work(name, self.dispatcher, lay), given, made)
 
         def on_host(read: dict[str, Any], written: dict[str, Any]) -> None:
-            both = read | written
-            numbers = {n: a for n, a in both.items() if n not in views}
-            self._engine._run(Step(name, lay, {n: both.get(n) for n in views}, numbers))
+            self.dispatcher.engine(read["x"])._run(Work(name, self.dispatcher, lay).step(read | written))
 
         return call_back(on_host, given, made)
+
+    def _run_on_copies(self, name: str, lay: Layout, copied: Copied, given: Arrays, wants_dz: bool) -> dict[str, Any]:
+        """The same in an order of dimensions that has a canonical view."""
+        shape, back = given["x"].shape, np.argsort(copied.order).tolist()
+
+        def copy(array: Any) -> Any:
+            return jnp.transpose(jnp.broadcast_to(array, shape).reshape(lay.sizes), copied.order)
+
+        copies = {n: copy(a) if is_view(n) else a for n, a in given.items()}
+        made = self.run(name, copied.lay, copies, wants_dz)
+        return {n: jnp.transpose(a, back).reshape(shape) if is_view(n) else a for n, a in made.items()}
 
     def finish(self, arrays: Arrays, adjusted: bool, common: frozenset[Any] = frozenset()) -> dict[str, Any]:
         """The middle stage: of moments, params, state and hyper. common: the axes that share these moments."""
@@ -64,12 +68,10 @@ class Steps:
             "coefficients": Shape((OUTPUT_ROWS[adjusted], statistics), gamma.dtype),
         }
         if self._ffi:
-            there = dict.fromkeys((*arrays, *made), True) | {"params": gamma, "state": state[0]}
-            variant, _ = self._engine.middle("finish", there, adjusted)
-            return call(variant, arrays, made, {}, common=common)
+            return call(Work("finish", self.dispatcher, adjusted=adjusted), arrays, made, common)
 
         def on_host(read: dict[str, Any], written: dict[str, Any]) -> None:
-            self._engine._run_middle("finish", read | written, adjusted)
+            self.dispatcher.engine(read["moments"])._run_middle("finish", read | written, adjusted)
 
         return call_back(on_host, arrays, made, common)
 
@@ -77,7 +79,7 @@ class Steps:
         """The moments of several inputs together; parts: (P, 4, S), as they cross."""
         made = {"moments": Shape((MOMENT_ROWS, parts.shape[2]), FLOAT64)}
         if self._ffi:
-            return call(MERGE, {"parts": parts}, made, {})["moments"]
+            return call(Work("merge", self.dispatcher), {"parts": parts}, made)["moments"]
 
         def on_host(read: dict[str, Any], written: dict[str, Any]) -> None:
             written["moments"][...] = merge_moments(read["parts"])
@@ -90,7 +92,7 @@ class Steps:
         rows = {"moments": MOMENT_ROWS, "saved": SAVED_ROWS, "sums": GRADIENT_ROWS["a" in given]}
         found: dict[str, Any] = {n: Shape((r, statistics), FLOAT64) for n, r in rows.items()} | {"y": x, "dx": x}
         found["dparams"] = (Shape((lay.channels,), dtypes.statistic(np.dtype(x.dtype))),) * 2
-        if wants_dz and self._engine.relu:
+        if wants_dz and self.dispatcher.options.activation is not None:
             found["dz"] = x
         if "state" in given:
             found["new_state"] = tuple(map(_like, given["state"]))
@@ -99,24 +101,3 @@ class Steps:
 
 def _like(array: Any) -> Any:
     return Shape(array.shape, array.dtype)
-
-
-def _fake(array: Any, shape: Sizes) -> np.ndarray:
-    """An array for a plan to look at, without memory: dense, or one that repeats its values to get this shape."""
-    dtype = np.dtype(array.dtype)
-    own = as_strided(np.empty(1, dtype), array.shape, contiguous_strides(array.shape, dtype.itemsize))
-    return own if array.shape == shape else np.broadcast_to(own, shape)
-
-
-def _attributes(plan: Plan, fakes: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the handler has to know of a plan: the grid, and how the views lie that may repeat their values."""
-    attributes, shape = {"grid": np.array(plan.schedule.grid, np.int64)}, plan.schedule.shape
-    if any(name in fakes for name in STRIDED):
-        strides = np.zeros((len(STRIDED), 4), np.int64)
-        for i, name in enumerate(STRIDED):
-            if name in fakes:
-                known = plan.strides[name]
-                dense = contiguous_strides(shape, fakes[name].itemsize)
-                strides[i, : len(shape)] = dense if known is None else known[: len(shape)]
-        attributes["strides"] = strides.ravel()
-    return attributes

@@ -241,7 +241,7 @@ def shared(x, scale, bias, state, mask, **options):
 def test_an_axis_shares_statistics(name, how, kernels, monkeypatch):
     """Two members are one batch, in which every value counts the same, although they have different masks. With kernels
     and, as on other platforms, without them."""
-    monkeypatch.setattr(norm, "has_kernels", lambda: kernels)
+    monkeypatch.setattr(norm, "has_kernels", lambda lay: kernels)
     options = OPTIONS[name]
     xs, scale, bias, _ = problem(2, *SHAPE)
     masks = np.array([[1, 1, 1, 1, 1, 1, 1, 1], [1, 0, 1, 0, 0, 0, 1, 0]], bool)

@@ -5,6 +5,7 @@ Runs the contract of all kernels, the tests of this folder, NVIDIA's compute-san
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # nbbn of this clone
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-rs"]
 CONTRACT = ["tests/test_kernels.py", "tests/test_kernels_cuda.py", "tests/test_stages.py", "-k", "not cpu"]
+# Several processes share the GPU, of which JAX would take three quarters for each.
+ENVIRONMENT = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 # What the sanitizer looks for, and in what: every kernel in small, as it is slow.
 SANITIZED = {
     "memcheck": ["tests/test_kernels_cuda.py"],
@@ -29,7 +32,7 @@ def steps(benchmarks: bool) -> dict[str, list[str] | None]:
         "contract": [*PYTEST, *CONTRACT],
         "machine code": [*PYTEST, "tests/test_ptx.py"],
         "adapters": [*PYTEST, "tests/test_adapters.py"],
-        "libraries, streams, graphs, devices, sizes, parity": [*PYTEST, "tests/gpu"],
+        "libraries, JAX's programs, streams, graphs, devices, sizes, parity": [*PYTEST, "tests/gpu"],
     }
     tool = shutil.which("compute-sanitizer")
     for name, files in SANITIZED.items():
@@ -55,7 +58,7 @@ def main() -> int:
         if command is None:
             outcome[name] = "left out: compute-sanitizer is not on the PATH (it comes with the CUDA toolkit)"
             continue
-        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        code = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=False).returncode
         outcome[name] = "passed" if code == 0 else f"FAILED (exit code {code})"
     print("\n" + "\n".join(f"{name}: {result}" for name, result in outcome.items()))
     return int(any(result.startswith("FAILED") for result in outcome.values()))

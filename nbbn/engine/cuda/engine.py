@@ -176,10 +176,10 @@ class CudaEngine(Engine):
         launch(name, variant, like.device, stream, blocks, (threads, 1), arguments)
 
     def _addresses(self, like: Array, numbers: dict[str, Any]) -> dict[str, int]:
-        """Of the small arrays, by their names in steps.MEMORY; 0 for what is not there."""
+        """Of the small arrays, by their names in steps.MEMORY; 0 for what is not there. hyper may be on the host."""
         addresses = dict.fromkeys(steps.MEMORY, 0)
         for name, array in numbers.items():
-            if name == "hyper":
+            if isinstance(array, np.ndarray):
                 array = numbers[name] = self._hyper_on(like, array)  # which is there until the launches are queued
             addresses[name] = array.address
         if addresses["coefficients"] % _ALIGNMENT:
