@@ -55,7 +55,7 @@ ROOMS = {
     # -- how steps run; here, too, two targets that do not know each other
     "engine": {"arrays", "core", "kernels"},
     "engine.cpu": {"core", "engine", "kernels", "kernels.cpu", "runtime"},
-    "engine.cuda": {"arrays.availability", "arrays.device", "arrays.gpu", "core", "engine", "kernels.cuda"},
+    "engine.cuda": {"arrays.availability", "arrays.device", "core", "engine", "kernels", "kernels.cuda", "runtime"},
     "engine.dispatcher": {"arrays", "core", "engine", "engine.cpu", "engine.cuda", "kernels"},
     # -- a call: checks, the steps, the gradient
     "call": {"arrays", "core", "engine", "engine.cpu", "engine.dispatcher", "kernels", "runtime", "state"},

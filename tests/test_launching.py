@@ -10,6 +10,7 @@ if find_spec("numba_cuda") is None:
 if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     pytest.skip("Numba's simulator has no driver", allow_module_level=True)
 
+from nbbn.engine.cuda import driver as driver_module
 from nbbn.engine.cuda import launching
 
 PRIMARY, OTHER, NONE = 100, 200, 0
@@ -49,12 +50,13 @@ class Driver:
 def driver(monkeypatch):
     def install(current):
         found = Driver(current)
-        monkeypatch.setattr(launching, "_driver", lambda: found)
-        launching._primary.cache_clear()
+        for module in (driver_module, launching):
+            monkeypatch.setattr(module, "driver", lambda: found)
+        driver_module._primary.cache_clear()
         return found
 
     yield install
-    launching._primary.cache_clear()
+    driver_module._primary.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def driver(monkeypatch):
 def test_the_primary_context_is_current(driver, before, after):
     """In a thread of whatever past; who had a context of his own has it again."""
     found = driver(before)
-    with launching.primary_context(0):
+    with driver_module.primary_context(0):
         launching.clear(4096, 64, 7)
     assert found.done == [(PRIMARY, 4096, 0, 64, 7)]
     assert found.current == after
@@ -73,7 +75,7 @@ def test_the_primary_context_is_current(driver, before, after):
 
 def test_of_the_device_that_is_asked_for(driver):
     found = driver(PRIMARY)
-    with launching.primary_context(1):
+    with driver_module.primary_context(1):
         launching.clear(4096, 64, 7)
     assert found.done[0][0] == PRIMARY + 1
     assert found.current == PRIMARY
@@ -81,7 +83,7 @@ def test_of_the_device_that_is_asked_for(driver):
 
 def test_an_error_inside_leaves_the_context_as_it_was(driver):
     found = driver(OTHER)
-    with pytest.raises(ValueError, match="inside"), launching.primary_context(0):
+    with pytest.raises(ValueError, match="inside"), driver_module.primary_context(0):
         raise ValueError("inside")
     assert found.current == OTHER
 

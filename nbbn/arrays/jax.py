@@ -41,6 +41,10 @@ def describe(array: Any) -> tuple[int, Sizes, Sizes, np.dtype, int]:
     return address, array.shape, (), np.dtype(array.dtype), _number(array.device)
 
 
+def address(array: Any) -> int:
+    return int(array.unsafe_buffer_pointer())
+
+
 def empty(shape: Sizes, dtype: np.dtype, device: int) -> Any:
     return _empty(shape, dtype, _device(device))
 

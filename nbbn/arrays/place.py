@@ -42,6 +42,14 @@ def as_array(value: Any, argument: str, floats: bool = True) -> Array:
     return HOST.take(value, argument) if floats else numbers_of(value, argument)
 
 
+def found_on_gpu(value: Any) -> Any:
+    """The DeviceArray of an array on a GPU; all else as it is."""
+    from nbbn.arrays.gpu import find_array
+
+    found = None if value is None else find_array(value)
+    return value if found is None else found
+
+
 def as_numpy(value: Any, argument: str) -> np.ndarray:
     """A user's numbers on the host, from wherever they lie: values alone, whatever a library means to differentiate.
 
