@@ -1,8 +1,12 @@
 """What a call asks of CUDA's driver, with a driver that only writes it down."""
 
+import ctypes
 import os
+import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 
 if find_spec("numba_cuda") is None:
@@ -12,6 +16,9 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
 
 from nbbn.engine.cuda import driver as driver_module
 from nbbn.engine.cuda import launching
+from nbbn.kernels.cuda.blocks import Grid, Variant
+from nbbn.kernels.cuda.steps import MEMORY, signature
+from tests.helpers.concurrency import in_threads
 
 PRIMARY, OTHER, NONE = 100, 200, 0
 
@@ -24,7 +31,7 @@ class Driver:
     """A thread's current context, and what was done in which one."""
 
     def __init__(self, current):
-        self.current, self.done = current, []
+        self.current, self.done, self.launched, self.meanwhile = current, [], [], lambda: None
 
     def cuCtxGetCurrent(self):
         return Code(0), self.current
@@ -45,6 +52,37 @@ class Driver:
         self.done.append((self.current, address, value, size, stream))
         return (Code(0),)
 
+    CUfunction = int
+
+    def cuLaunchKernel(self, function, *given):
+        *sizes, stream, places, extra = given
+        self.meanwhile()
+        self.launched.append((function, sizes, stream, read(places)))
+        assert extra == 0
+        return (Code(0 if self.current else 201),)
+
+
+def read(places):
+    """The arguments as the driver reads them, from a list of the places of each."""
+    types = [ctypes.c_int64] * ARGUMENTS + [ctypes.c_float]
+    found = (ctypes.c_void_p * len(types)).from_address(places)
+    return [kind.from_address(place).value for kind, place in zip(types, found, strict=True)]
+
+
+VARIANT = Variant(np.dtype(np.float32), rows=True, width=4, sums=np.dtype(np.float32), threads=256)
+GRID = Grid(*range(11, 11 + len(Grid._fields)))
+ARGUMENTS = 3 * 5 + 4 + len(GRID) + len(MEMORY) + 1  # of inference, and then epsilon
+STRIDES = {"x": (1, 2, 3, 4), "y": (5, 6, 7, 8)}
+KERNEL = 4711
+
+
+def new_launch():
+    return launching.Launch("infer", VARIANT, 0, 9, (32, 8), STRIDES, (1, 2, 3, 4), GRID, 64, 0.5)
+
+
+def expected(x, y, memory):
+    return [x, 1, 2, 3, 4, 0, 0, 0, 0, 0, y, 5, 6, 7, 8, 1, 2, 3, 4, *GRID, *memory, 64, 0.5]
+
 
 @pytest.fixture
 def driver(monkeypatch):
@@ -52,6 +90,7 @@ def driver(monkeypatch):
         found = Driver(current)
         for module in (driver_module, launching):
             monkeypatch.setattr(module, "driver", lambda: found)
+        monkeypatch.setattr(launching, "function", lambda step, variant, device: KERNEL)
         driver_module._primary.cache_clear()
         return found
 
@@ -92,3 +131,49 @@ def test_errors_of_the_driver_are_raised(driver):
     driver(NONE)
     with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_CONTEXT"):
         launching.clear(4096, 64, 7)
+
+
+# -- launches ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_arguments_are_those_of_the_kernel(driver):
+    """As many, of the same types, and each in its place."""
+    found, launch = driver(PRIMARY), new_launch()
+    memory = range(2**40, 2**40 + len(MEMORY))
+    for x, y in ((2**47, 2**46), (2**45, 2**44)):
+        launch.run(7, {"x": x, "y": y, "residual": 5}, memory)
+        assert found.launched.pop() == (KERNEL, [9, 1, 1, 32, 8, 1, 0], 7, expected(x, y, memory))
+    flat = [t for kind in signature("infer", VARIANT).args for t in (kind if hasattr(kind, "__iter__") else [kind])]
+    assert [str(t) for t in flat] == ["int64"] * ARGUMENTS + ["float32"]
+
+
+def test_epsilon_has_the_dtype_of_the_statistics(driver, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "read", lambda places: places)
+    found, wide = driver(PRIMARY), replace(VARIANT, dtype=np.dtype(np.float64), width=2)
+    launch = launching.Launch("infer", wide, 0, 9, (32, 8), STRIDES, (1, 2, 3, 4), GRID, 64, 1e-3)
+    launch.run(7, {"x": 1, "y": 2}, [0] * len(MEMORY))
+    (_, _, _, places), *_ = found.launched
+    last = (ctypes.c_void_p * (ARGUMENTS + 1)).from_address(places)[ARGUMENTS]
+    assert ctypes.c_double.from_address(last).value == 1e-3
+    assert str(signature("infer", wide).args[-1]) == "float64"
+
+
+def test_whoever_launches_meanwhile_has_arguments_of_his_own(driver):
+    """The driver reads them while other threads run: here another one launches before it has read the first one's."""
+    found, launch, memory = driver(PRIMARY), new_launch(), [0] * len(MEMORY)
+
+    def other():
+        found.meanwhile = lambda: None
+        in_threads([lambda: launch.run(8, {"x": 30, "y": 40}, memory)])
+
+    found.meanwhile = other
+    launch.run(7, {"x": 10, "y": 20}, memory)
+    assert [done[2:] for done in found.launched] == [(8, expected(30, 40, memory)), (7, expected(10, 20, memory))]
+    launch.run(9, {"x": 50, "y": 60}, memory)
+    assert found.launched[-1][3] == expected(50, 60, memory)
+
+
+def test_a_launch_that_fails_says_so(driver):
+    driver(NONE)
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_CONTEXT"):
+        new_launch().run(7, {"x": 10, "y": 20}, [0] * len(MEMORY))
