@@ -77,7 +77,8 @@ class DevicePlace:
         return found
 
     def row(self, array: Array, row: int, shape: Sizes) -> Any:
-        return array.owner[row].reshape(shape)
+        found = array.owner[row]
+        return found if len(shape) == 1 else found.reshape(shape)
 
     def reshape(self, array: Array, shape: Sizes) -> Array:
         there = iter([(n, s) for n, s in zip(array.shape, array.strides, strict=True) if n != 1])

@@ -42,7 +42,8 @@ def describe(array: Any) -> tuple[int, Sizes, Sizes, np.dtype, int]:
 
 
 def address(array: Any) -> int:
-    return int(array.unsafe_buffer_pointer())
+    """Waits until JAX no longer writes to the array, as it does to an empty one."""
+    return int(array.block_until_ready().unsafe_buffer_pointer())
 
 
 def empty(shape: Sizes, dtype: np.dtype, device: int) -> Any:

@@ -4,7 +4,7 @@ Of a small call on a GPU, what Python does before the driver is asked is the lar
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -27,8 +27,8 @@ class BoundStep:
     """
 
     __slots__ = (
-        *("_bytes", "_counters", "_coefficients", "_device", "_dtype", "_hyper", "_library", "_owner", "_plan"),
-        *("_saved_shape", "_scratch_shape", "_shape", "_strides", "_writes_dz", "gradient", "mask_shape"),
+        *("_bytes", "_coefficients", "_counters", "_device", "_dtype", "_hyper", "_library", "_owner", "_params"),
+        *("_plan", "_saved", "_scratch_shape", "_shape", "_state", "_strides", "_writes_dz", "gradient", "mask_shape"),
     )
 
     def __init__(self, plan: Plan, step: Step, owner: Any, hyper: Array) -> None:
@@ -38,7 +38,8 @@ class BoundStep:
         self._library, self._device = x.library, x.device
         self._writes_dz = step.views.get("dz") is not None
         self._bytes = x.size * x.itemsize
-        self._saved_shape = SAVED_ROWS, step.lay.statistics
+        self._saved = _Kind.of((SAVED_ROWS, step.lay.statistics), _FLOAT64)
+        self._state, self._params = (_Kind.of(a.shape, a.dtype) for a in (owner.state, owner.params))
         scratch = plan.scratch
         self._scratch_shape = (0 if scratch is None else scratch.size,)
         parts = {} if scratch is None else scratch.parts
@@ -88,8 +89,8 @@ class BoundStep:
         """The output, an array of the library, the new state and saved. new_state: where to write it; None for a new
         array."""
         y, address = self._result(x, out)
-        saved = self._new(self._saved_shape, _FLOAT64)
-        target = self._new(state.shape, state.dtype) if new_state is None else new_state
+        saved = self._new(self._saved)
+        target = self._new(self._state) if new_state is None else new_state
         made = target.address, saved.address, saved.address
         given = params.address, state.address, self._hyper.address, *made
         self._with_scratch(_views(residual, x=x.address, y=address), given, 0)
@@ -100,7 +101,7 @@ class BoundStep:
     ) -> tuple[Array, Array, Array | None]:
         """The gradients of x, of gamma and beta as one (2, C) array, and of the residual."""
         dx = self._like(x) if out is None else out
-        dparams, dz = self._new(self._owner.params.shape, self._owner.params.dtype), None
+        dparams, dz = self._new(self._params), None
         views = _views(residual, x=x.address, dy=dy.address, dx=dx.address)
         if residual is not None and self._writes_dz:
             dz = self._like(x)
@@ -133,10 +134,21 @@ class BoundStep:
         made, address = self._result(x, None)
         return DeviceArray(made, self._library, address, self._shape, self._strides, self._dtype, self._device)
 
-    def _new(self, shape: Sizes, dtype: np.dtype) -> Array:
-        made, library = self._library.empty(shape, dtype, self._device), self._library
-        strides = contiguous_strides(shape, dtype.itemsize)
-        return DeviceArray(made, library, library.address(made), shape, strides, dtype, self._device)
+    def _new(self, kind: "_Kind") -> Array:
+        made, library = self._library.empty(kind.shape, kind.dtype, self._device), self._library
+        return DeviceArray(made, library, library.address(made), *kind, self._device)
+
+
+class _Kind(NamedTuple):
+    """Of small arrays that are made in each call."""
+
+    shape: Sizes
+    strides: Sizes
+    dtype: np.dtype
+
+    @classmethod
+    def of(cls, shape: Sizes, dtype: np.dtype) -> Self:
+        return cls(shape, contiguous_strides(shape, dtype.itemsize), dtype)
 
 
 def _views(residual: Array | None, **addresses: int) -> dict[str, int]:
