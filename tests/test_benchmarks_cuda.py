@@ -21,6 +21,7 @@ from benchmarks.cuda.cases import CASES, least_bytes
 from benchmarks.cuda.problem import Problem, check
 from benchmarks.problem import WrongResult
 from benchmarks.timing import Effort
+from nbbn import BatchNormalization
 from nbbn.arrays import availability
 
 ROOT = Path(__file__).parents[1]
@@ -471,6 +472,22 @@ def test_a_repeated_call_finds_out_nothing_anew(without_gpu, monkeypatch):
         asked.clear()
         call()
         assert asked == (["empty_like"] if name == "layer(x)" else ["empty_like", "empty", "empty"]), name
+
+
+def test_what_autograd_follows_is_refused_in_every_call(without_gpu, torch):
+    """The short way, too, asks for what is no matter of geometry."""
+    x, layer = torch.zeros(host.SHAPE), BatchNormalization()
+    for _ in range(2):
+        layer(x), layer.vjp(x, training=True)[1](x)
+    _, pullback = layer.vjp(x, training=True)
+    launches, followed = without_gpu.launches, torch.zeros(host.SHAPE, requires_grad=True)
+    for call in (layer, pullback, lambda x: layer(x, training=True), lambda out: layer(x, out=out)):
+        with pytest.raises(ValueError, match="autograd does not see"):
+            call(followed)
+    assert without_gpu.launches == launches
+    with torch.no_grad():
+        layer(followed)
+    assert without_gpu.launches == launches + 1
 
 
 def test_the_host_s_table(without_gpu, capsys):

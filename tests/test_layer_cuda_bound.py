@@ -101,6 +101,7 @@ def test_what_a_repeated_call_does(one_pass, launches, monkeypatch, general):
     layer, x, dy = few_threads(nbbn.BatchNormalization(), one_pass=one_pass), device(X), device(DY)
     layer(x), layer.vjp(x, training=True)[1](dy)
     engine = layer._dispatcher.engine(layer._variables.params)
+    assert len(engine.plans) == 3, "binding plans nothing"
     plans, library, done, run = dict(engine.plans), layer._variables.place.library, [], Launch.run
 
     def note(what, function):

@@ -125,8 +125,8 @@ class BoundStep(Protocol):
     gradient: Any
 
     def fits(self, owner: Any, x: Array, out: Any, residual: Any, dy: Any = None) -> bool:
-        """Whether the step can be run for `owner` on `x`, which has the geometry that it is known by, and on
-        the others that are not None, and write its result to `out`. If not, somebody else has to find out why."""
+        """Whether the step can be run for `owner` on `x`, which has the geometry that it is known by, beside the others
+        that are not None, with `out` for its result. If not, somebody else has to find out why."""
 
     def infer(self, x: Array, residual: Array | None, out: Array | None, params: Array, state: Array) -> Any:
         """The output."""

@@ -1,5 +1,7 @@
 """A driver that loads what it is given, and a device of which Numba compiles for: there need not be a GPU."""
 
+import hashlib
+import re
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest import mock
@@ -8,6 +10,7 @@ import numpy as np
 
 from nbbn.engine.cuda import compiling
 from nbbn.kernels.cuda.blocks import Variant
+from nbbn.runtime import LOGGER
 
 CAPABILITY = 9, 0
 VARIANT = Variant(np.dtype(np.float32), rows=True, width=4, sums=np.dtype(np.float32), threads=256)
@@ -59,7 +62,9 @@ def installed():
 
 def main():
     """Load a kernel twice; print how often it was compiled, and what the driver was given."""
-    compile_, compiled = compiling._compile, []
+    compile_, compiled, said = compiling._compile, [], []
+    LOGGER.setLevel("INFO")
+    LOGGER.addFilter(lambda record: said.append(record.getMessage()))
     with (
         installed() as found,
         mock.patch.object(compiling, "_compile", lambda *a: compiled.append(a) or compile_(*a)),
@@ -69,10 +74,6 @@ def main():
     assert code[:4] == b"\x7fELF"
     assert b"infer" in name
     assert name in code
-    print(len(compiled), name.decode(), len(code), hash_of(code))
-
-
-def hash_of(code):
-    import hashlib
-
-    return hashlib.sha256(code).hexdigest()
+    assert len(said) == len(compiled)
+    assert all(re.match(r"compiled infer \(float32, on a GPU\) in .* s; kept in ", line) for line in said)
+    print(len(compiled), name.decode(), len(code), hashlib.sha256(code).hexdigest())

@@ -48,8 +48,8 @@ class BoundStep:
         self.gradient: Any = None
 
     def fits(self, owner: Any, x: Array, out: Any, residual: Any, dy: Any = None) -> bool:
-        """Whether the step can be run for `owner` on `x`, which has its geometry and library, and on
-        the others that are not None, and write its result to `out`. If not, somebody else has to find out why."""
+        """Whether the step can be run for `owner` on `x`, which has its geometry and library, beside the others that
+        are not None, with `out` for its result. If not, somebody else has to find out why."""
         if owner is not self._owner or x.address % ALIGNMENT:
             return False
         if dy is not None and not self._is_like_input(dy):

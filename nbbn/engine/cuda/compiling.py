@@ -56,7 +56,7 @@ def _compile(step: str, variant: Variant, capability: Machine, device: int) -> b
 
     start, place = perf_counter(), kept_where()
     with compiling(place), cuda.gpus[device]:  # which functions that kernels call are compiled for
-        text, _ = cuda.compile_ptx(steps(variant)[step], signature(step, variant), cc=capability)
+        text, _ = cuda.compile_ptx(steps(variant)[step], signature(step, variant), cc=capability, debug=False, opt=True)
         options = LinkerOptions(arch="sm_{}{}".format(*capability))
         code = Linker(ObjectCode.from_ptx(text.encode()), options=options).link("cubin").code
     seconds = perf_counter() - start
