@@ -145,11 +145,12 @@ OTHERS = {  # inputs that the short way leaves to the general one
 def test_other_inputs(kind, general):
     layer = new_layer(momentum=0.5)
     step(layer, X, DY, None)
-    twin, make = twin_of(layer), OTHERS[kind]
+    twin, make, steps = twin_of(layer), OTHERS[kind], dict(layer._dispatcher.bound)
     general.clear()
     found, expected = (one(make(X2), training=True) for one in (layer, twin))
     assert general == ["train"] * 2
     assert bits([found, *layer.get_weights()]) == bits([expected, *twin.get_weights()])
+    assert {key: layer._dispatcher.bound[key] for key in steps} == steps, "none has taken another's place"
 
 
 @pytest.mark.parametrize("kind", OTHERS)

@@ -333,7 +333,7 @@ class Dispatcher:
         if len(key) > _CONTIGUOUS and weights is not None:  # which may lie in any order
             return
         known = self.bound.get(key)
-        if known is None and (key in self.bound or not self.engine(x).lie_as_results(x, beside)):
+        if known is None and key in self.bound:
             return
         if self.layout(x.shape, name != "infer").parts:  # several steps
             return
@@ -342,7 +342,7 @@ class Dispatcher:
         if isinstance(x, np.ndarray) and not (owner.params.flags.c_contiguous and owner.params.flags.aligned):
             return  # general steps get a copy
         if known is None or not known.fits(owner, x, None, None):
-            known = self._new_bound(key, x, owner, weights)
+            known = self._new_bound(key, x, owner, weights) if self.engine(x).lie_as_results(x, beside) else None
         if known is None:
             return
         forward = self.bound.get(("train", *key[1:]))

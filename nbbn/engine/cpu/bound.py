@@ -40,14 +40,15 @@ class BoundStep:
     """
 
     __slots__ = (
-        *("_dtype", "_empty", "_owner", "_run", "_saved_shape", "_shape", "_state_shape", "_view", "_writes_dz"),
-        *("gradient", "mask_shape"),
+        *("_dtype", "_empty", "_owner", "_params_dtype", "_params_shape", "_run", "_saved_shape", "_shape"),
+        *("_state_shape", "_view", "_writes_dz", "gradient", "mask_shape"),
     )
 
     def __init__(self, plan: Plan, step: Step, owner: Any, mask_shape: Sizes | None = None) -> None:
         self._shape, self._dtype = step.x.shape, plan.dtype
         self._saved_shape = SAVED_ROWS, step.lay.statistics
         self._owner, self._state_shape = owner, owner.state.shape
+        self._params_shape, self._params_dtype = owner.params.shape, owner.params.dtype
         self._empty = buffers.empty if step.x.nbytes >= buffers.SMALLEST else np.empty
         self._view = None if mask_shape is None else plan.view_of_weights()
         operands = () if mask_shape is None else ("weights", "a", "b")
@@ -126,8 +127,8 @@ class BoundStep:
     ) -> tuple[Array, Array, Array | None]:
         """The gradients of x, of gamma and beta as one (2, C) array, and of the residual."""
         dx = self._empty(self._shape, self._dtype) if out is None else out
-        params = self._owner.params
-        dparams = np.empty(params.shape, params.dtype)  # empty_like() goes through NumPy's dispatch of functions
+        # np.empty_like() goes through NumPy's dispatch of functions.
+        dparams = np.empty(self._params_shape, self._params_dtype)
         run = self._run if weights is None else self._beside(weights)
         if residual is None:
             run(None, None, x, dy, dx, saved, dparams)
