@@ -22,8 +22,8 @@ class BoundStep:
     """A step on arrays of one shape, dtype and memory layout, beside which there is nothing but a residual. Their
     elements lie side by side, so results lie as the input does, whichever library makes them.
 
-    owner: the variables that it is for. hyper: the numbers that the middle stage reads. gradient: of a training step,
-    the step for its gradient, once there is one.
+    owner: the variables that it is for. hyper: the numbers that the middle stage reads; None for a gradient, which has
+    none. gradient: of a training step, the step for its gradient, once there is one.
     """
 
     __slots__ = (
@@ -31,9 +31,10 @@ class BoundStep:
         *("_plan", "_saved", "_scratch_shape", "_shape", "_state", "_strides", "_writes_dz", "gradient", "mask_shape"),
     )
 
-    def __init__(self, plan: Plan, step: Step, owner: Any, hyper: Array) -> None:
+    def __init__(self, plan: Plan, step: Step, owner: Any, hyper: Array | None) -> None:
         x = step.x
-        self._plan, self._owner, self._hyper = plan, owner, hyper
+        self._plan, self._owner = plan, owner
+        self._hyper: Any = hyper
         self._shape, self._dtype, self._strides = x.shape, x.dtype, x.strides
         self._library, self._device = x.library, x.device
         self._writes_dz = step.views.get("dz") is not None

@@ -77,9 +77,11 @@ class CudaEngine(Engine):
 
     def bind(self, step: Step, owner: Any, mask_shape: Sizes | None) -> BoundStep | None:
         plan: Plan = self.plan(step)
-        if plan.copied is not None:
+        # A step that reads numbers of the host has just run: they are here, or have been there for one call alone.
+        hyper = None if step.name == "backward" else self._hyper.get(self._hyper_key(step.x, step.numbers["hyper"]))
+        if plan.copied is not None or (hyper is None and step.name != "backward"):
             return None
-        return BoundStep(plan, step, owner, self._hyper_on(step.x, step.numbers["hyper"]))
+        return BoundStep(plan, step, owner, hyper)
 
     def _launch(self, plan: Plan, step: Step) -> None:
         x, addresses, scratch = step.x, self._addresses(step.x, step.numbers), None
@@ -131,10 +133,13 @@ class CudaEngine(Engine):
 
     def _hyper_on(self, like: Array, hyper: np.ndarray) -> Array:
         """The numbers that the middle stage reads, copied to the device when they are new."""
-        key = like.library, like.device, hyper.tobytes()
+        key = self._hyper_key(like, hyper)
         found = self._hyper.get(key)
         if found is None:
             if len(self._hyper) >= self.force.max_plans:
                 self._hyper.clear()
             found = self._hyper[key] = wrap(like.library.from_host(hyper, like.device), like.library)
         return found
+
+    def _hyper_key(self, like: Array, hyper: np.ndarray) -> tuple[Any, ...]:
+        return like.library, like.device, hyper.tobytes()
