@@ -15,6 +15,7 @@ from benchmarks.calibrate import suite as calibrate_suite
 from benchmarks.calibrate.points import SUBJECTS
 from benchmarks.cases import CASES, MODES, select
 from benchmarks.cuda import bounds as cuda_bounds
+from benchmarks.cuda import host as cuda_host
 from benchmarks.cuda import report as cuda_report
 from benchmarks.cuda import suite as cuda_suite
 from benchmarks.cuda.cases import CASES as CUDA_CASES
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     what = "time nbbn and its peers on a GPU (extras: bench, cuda; a PyTorch with CUDA)"
     gpu = commands.add_parser("cuda", help=what, description=what)
     _add_selection(gpu, CUDA_CASES, CUDA_PEERS)
+    gpu.add_argument("--host", action="store_true", help="what a call takes of the host, with no GPU, and nothing else")
     _add_output(gpu, "cuda.json")
     gpu.set_defaults(run=run_cuda)
     what = "measure nbbn's thresholds on this machine, and print what would suit it better"
@@ -215,7 +217,10 @@ def run_frameworks(only: Sequence[str], quick: bool, output: Path) -> int:
     return 0
 
 
-def run_cuda(case: list[str], mode: list[str] | None, peers: str | None, quick: bool, output: Path) -> int:
+def run_cuda(case: list[str], mode: list[str] | None, peers: str | None, quick: bool, host: bool, output: Path) -> int:
+    if host:
+        print(cuda_host.table(cuda_host.run(quick)))
+        return 0
     cases, modes = select(case, CUDA_CASES), _modes(mode)
     cuda_suite.find_torch()
     effort = Effort(rounds=5, seconds=0.0) if quick else Effort(rounds=25, seconds=2.0)

@@ -125,6 +125,11 @@ def test_an_array_is_described(library, dtype):
     np.testing.assert_array_equal(host, values((2, 3, 4), dtype))
 
 
+def test_an_address_by_itself(library):
+    for array in (library.empty((3, 5), FLOATS[2], 0), library.empty_like(library.from_host(values((2, 3)), 0))):
+        assert library.address(array) == wrap(array, library).address
+
+
 @EVERY_FLOAT
 def test_memory_is_that_library_s_own(library, dtype):
     array = library.empty((3, 5), dtype, 0)

@@ -57,7 +57,8 @@ ROOMS = {
     "engine": {"arrays", "core", "kernels"},
     "engine.cpu": {"core", "engine", "kernels", "kernels.cpu", "runtime"},
     "engine.cuda": {
-        *("arrays.availability", "arrays.device", "arrays.gpu", "arrays.moving", "core", "engine", "kernels.cuda"),
+        *("arrays.availability", "arrays.device", "arrays.moving", "core", "engine", "kernels"),
+        *("kernels.cuda", "runtime"),
     },
     "engine.dispatcher": {"arrays", "core", "engine", "engine.cpu", "engine.cuda", "kernels"},
     # -- a call: checks, the steps, the gradient

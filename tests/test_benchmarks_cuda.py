@@ -16,11 +16,12 @@ pytest.importorskip("benchmarks", reason="the benchmarks belong to a clone, and 
 from benchmarks import problem as cpu_problem
 from benchmarks.__main__ import main
 from benchmarks.cases import ITEM_SIZES, MODES, Case, select
-from benchmarks.cuda import bounds, peers, report, suite, timing
+from benchmarks.cuda import bounds, host, peers, report, suite, timing
 from benchmarks.cuda.cases import CASES, launches, least_bytes
 from benchmarks.cuda.problem import Problem, check
 from benchmarks.problem import WrongResult
 from benchmarks.timing import Effort
+from nbbn import BatchNormalization
 from nbbn.arrays import availability
 
 ROOT = Path(__file__).parents[1]
@@ -445,3 +446,78 @@ def test_a_pytorch_that_sees_no_gpu(monkeypatch, capsys):
 def test_command_line_errors(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(suite, "find_torch", lambda: None)
     assert message in _refusal(["cuda", *arguments], capsys)
+
+
+# -- what a call takes of the host -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_gpu(torch, monkeypatch):
+    pytest.importorskip("numba_cuda", reason="what leads to a launch is there with it (extra: cuda)")
+    if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
+        pytest.skip("Numba's simulator has no driver")
+    with host.without_gpu() as driver:
+        yield driver
+
+
+@pytest.mark.parametrize("form", host.FORMS)
+def test_what_a_repeated_call_asks_of_the_driver(without_gpu, form):
+    """As many launches as the form says, with the counters cleared where blocks count; and no switch of contexts."""
+    calls, driver = host.calls(host.FORMS[form]), without_gpu
+    per_step = 2 if form == "two launches" else 1
+    for name, call in calls.items():
+        driver.launches = driver.clears = 0
+        for _ in range(3):
+            call()
+        steps = 1 if name == "layer(x)" else per_step
+        assert (driver.launches, driver.clears) == (3 * steps, 3 * (steps - 1)), name
+    assert driver.switches == 0
+
+
+def test_a_repeated_call_finds_out_nothing_anew(without_gpu, monkeypatch):
+    """No plan is looked for, and of memory there is that of results and one scratch."""
+    from nbbn.arrays import torch as adapter
+    from nbbn.engine.base import Engine
+
+    calls, asked = host.calls(None), []
+    monkeypatch.setattr(Engine, "plan", lambda *given: asked.append("plan"))
+    for name in ("empty", "empty_like", "from_host", "to_host", "astype"):
+        make = getattr(adapter, name)
+        monkeypatch.setattr(adapter, name, lambda *given, name=name, make=make: asked.append(name) or make(*given))
+    for name, call in calls.items():
+        asked.clear()
+        call()
+        assert asked == (["empty_like"] if name == "layer(x)" else ["empty_like", "empty", "empty"]), name
+
+
+def test_what_autograd_follows_is_refused_in_every_call(without_gpu, torch):
+    """The short way, too, asks for what is no matter of geometry."""
+    x, layer = torch.zeros(host.SHAPE), BatchNormalization()
+    for _ in range(2):
+        layer(x), layer.vjp(x, training=True)[1](x)
+    _, pullback = layer.vjp(x, training=True)
+    launches, followed = without_gpu.launches, torch.zeros(host.SHAPE, requires_grad=True)
+    for call in (layer, pullback, lambda x: layer(x, training=True), lambda out: layer(x, out=out)):
+        with pytest.raises(ValueError, match="autograd does not see"):
+            call(followed)
+    assert without_gpu.launches == launches
+    with torch.no_grad():
+        layer(followed)
+    assert without_gpu.launches == launches + 1
+
+
+def test_the_host_s_table(without_gpu, capsys):
+    del without_gpu
+    assert main(["cuda", "--host", "--quick"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| (32, 64), float32, us of the host | one launch | two launches |"
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [f"`{name}`" for name in host.calls(None)]
+    assert all(float(cell) > 0 for line in lines[2:] for cell in line.split("|")[2:4])
+
+
+def test_the_host_needs_numba_cuda(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "nbbn.engine.cuda.launching", None)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(device=str))
+    with pytest.raises(SystemExit):
+        main(["cuda", "--host"])
+    assert "needs PyTorch and numba-cuda, of any build" in capsys.readouterr().err

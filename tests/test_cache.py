@@ -282,7 +282,7 @@ def test_a_prefilled_cache_may_be_read_only(prefilled):
         assert cache.find_cache() == (prefilled, "read-only")
         assert compile_add(1) == (ADDED, True)
         assert compile_add(2) == ([2.0, 2.0, 2.0], False)
-        assert cache._place() == f"not kept: {prefilled} is read-only"
+        assert cache.kept_where() == f"not kept: {prefilled} is read-only"
 
     as_reader(prefilled, load)
     assert [(p, p.stat().st_mtime_ns) for p in files(prefilled)] == before

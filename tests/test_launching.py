@@ -1,8 +1,12 @@
 """What a call asks of CUDA's driver, with a driver that only writes it down."""
 
+import ctypes
 import os
+import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 
 if find_spec("numba_cuda") is None:
@@ -10,7 +14,12 @@ if find_spec("numba_cuda") is None:
 if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     pytest.skip("Numba's simulator has no driver", allow_module_level=True)
 
+from nbbn.engine.cuda import driver as driver_module
 from nbbn.engine.cuda import launching
+from nbbn.kernels.cuda.blocks import Variant
+from nbbn.kernels.cuda.steps import MEMORY, signature
+from nbbn.kernels.cuda.tasks import Grid
+from tests.helpers.concurrency import in_threads
 
 PRIMARY, OTHER, NONE = 100, 200, 0
 
@@ -23,7 +32,7 @@ class Driver:
     """A thread's current context, and what was done in which one."""
 
     def __init__(self, current):
-        self.current, self.done = current, []
+        self.current, self.done, self.launched, self.meanwhile = current, [], [], lambda: None
 
     def cuCtxGetCurrent(self):
         return Code(0), self.current
@@ -44,17 +53,52 @@ class Driver:
         self.done.append((self.current, address, value, size, stream))
         return (Code(0),)
 
+    CUfunction = int
+
+    def cuLaunchKernel(self, function, *given):
+        *sizes, stream, places, extra = given
+        self.meanwhile()
+        self.launched.append((function, sizes, stream, read(places)))
+        assert extra == 0
+        return (Code(0 if self.current else 201),)
+
+
+def read(places):
+    """The arguments as the driver reads them: from a list of the places of each, as much as the kernel's type has."""
+    found = (ctypes.c_void_p * len(TYPES)).from_address(places)
+    return [kind.from_address(place).value for kind, place in zip(TYPES, found, strict=True)]
+
+
+VARIANT = Variant(np.dtype(np.float32), rows=True, width=4, sums=np.dtype(np.float32), threads=256)
+GRID = Grid(*range(11, 11 + len(Grid._fields)))
+ARGUMENTS = 3 * 5 + 4 + len(GRID) + len(MEMORY) + 1  # of inference, and then epsilon
+_CTYPES = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
+_FLAT = [t for kind in signature("infer", VARIANT).args for t in (kind if hasattr(kind, "__iter__") else [kind])]
+TYPES = [_CTYPES[str(t)] for t in _FLAT]
+STRIDES = {"x": (1, 2, -3, 4), "y": (5, 6, 7, 8)}  # -3: of 32 bits as of 64
+KERNEL = 4711
+
+
+def new_launch():
+    return launching.Launch("infer", VARIANT, 0, 9, (32, 8), STRIDES, (1, 2, 3, 4), GRID, 64, 0.5)
+
+
+def expected(x, y, memory):
+    return [x, 1, 2, -3, 4, 0, 0, 0, 0, 0, y, 5, 6, 7, 8, 1, 2, 3, 4, *GRID, *memory, 64, 0.5]
+
 
 @pytest.fixture
 def driver(monkeypatch):
     def install(current):
         found = Driver(current)
-        monkeypatch.setattr(launching, "_driver", lambda: found)
-        launching._primary.cache_clear()
+        for module in (driver_module, launching):
+            monkeypatch.setattr(module, "driver", lambda: found)
+        monkeypatch.setattr(launching, "function", lambda step, variant, device: KERNEL)
+        driver_module._primary.cache_clear()
         return found
 
     yield install
-    launching._primary.cache_clear()
+    driver_module._primary.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -65,7 +109,7 @@ def driver(monkeypatch):
 def test_the_primary_context_is_current(driver, before, after):
     """In a thread of whatever past; who had a context of his own has it again."""
     found = driver(before)
-    with launching.primary_context(0):
+    with driver_module.primary_context(0):
         launching.clear(4096, 64, 7)
     assert found.done == [(PRIMARY, 4096, 0, 64, 7)]
     assert found.current == after
@@ -73,7 +117,7 @@ def test_the_primary_context_is_current(driver, before, after):
 
 def test_of_the_device_that_is_asked_for(driver):
     found = driver(PRIMARY)
-    with launching.primary_context(1):
+    with driver_module.primary_context(1):
         launching.clear(4096, 64, 7)
     assert found.done[0][0] == PRIMARY + 1
     assert found.current == PRIMARY
@@ -81,7 +125,7 @@ def test_of_the_device_that_is_asked_for(driver):
 
 def test_an_error_inside_leaves_the_context_as_it_was(driver):
     found = driver(OTHER)
-    with pytest.raises(ValueError, match="inside"), launching.primary_context(0):
+    with pytest.raises(ValueError, match="inside"), driver_module.primary_context(0):
         raise ValueError("inside")
     assert found.current == OTHER
 
@@ -90,3 +134,49 @@ def test_errors_of_the_driver_are_raised(driver):
     driver(NONE)
     with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_CONTEXT"):
         launching.clear(4096, 64, 7)
+
+
+# -- launches ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_arguments_are_those_of_the_kernel(driver):
+    """As many, of the same types, and each in its place."""
+    found, launch = driver(PRIMARY), new_launch()
+    memory = range(2**40, 2**40 + len(MEMORY))
+    for x, y in ((2**47, 2**46), (2**45, 2**44)):
+        launch.run(7, {"x": x, "y": y, "residual": 5}, memory)
+        assert found.launched.pop() == (KERNEL, [9, 1, 1, 32, 8, 1, 0], 7, expected(x, y, memory))
+    assert len(TYPES) == ARGUMENTS + 1
+    assert set(TYPES) == set(_CTYPES.values())
+
+
+def test_epsilon_has_the_dtype_of_the_statistics(driver, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "read", lambda places: places)
+    found, wide = driver(PRIMARY), replace(VARIANT, dtype=np.dtype(np.float64), width=2)
+    launch = launching.Launch("infer", wide, 0, 9, (32, 8), STRIDES, (1, 2, 3, 4), GRID, 64, 1e-3)
+    launch.run(7, {"x": 1, "y": 2}, [0] * len(MEMORY))
+    (_, _, _, places), *_ = found.launched
+    last = (ctypes.c_void_p * (ARGUMENTS + 1)).from_address(places)[ARGUMENTS]
+    assert ctypes.c_double.from_address(last).value == 1e-3
+    assert str(signature("infer", wide).args[-1]) == "float64"
+
+
+def test_whoever_launches_meanwhile_has_arguments_of_his_own(driver):
+    """The driver reads them while other threads run: here another one launches before it has read the first one's."""
+    found, launch, memory = driver(PRIMARY), new_launch(), [0] * len(MEMORY)
+
+    def other():
+        found.meanwhile = lambda: None
+        in_threads([lambda: launch.run(8, {"x": 30, "y": 40}, memory)])
+
+    found.meanwhile = other
+    launch.run(7, {"x": 10, "y": 20}, memory)
+    assert [done[2:] for done in found.launched] == [(8, expected(30, 40, memory)), (7, expected(10, 20, memory))]
+    launch.run(9, {"x": 50, "y": 60}, memory)
+    assert found.launched[-1][3] == expected(50, 60, memory)
+
+
+def test_a_launch_that_fails_says_so(driver):
+    driver(NONE)
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_CONTEXT"):
+        new_launch().run(7, {"x": 10, "y": 20}, [0] * len(MEMORY))

@@ -13,7 +13,7 @@ from numba import cuda
 if not cuda.is_available():
     pytest.skip("needs a GPU, or NUMBA_ENABLE_CUDASIM=1", allow_module_level=True)
 
-from nbbn.engine.cuda import engine
+from nbbn.engine.cuda.launching import Launch
 from tests.helpers.on_gpu import Pair, agree, device, few_threads, gradients_agree, host, new_layer
 
 CASES = {
@@ -185,8 +185,8 @@ def test_an_empty_batch():
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0, 0)], ids=str)
 def test_no_launch_without_a_block(shape, training, monkeypatch):
     """A GPU refuses it, the simulator does not."""
-    blocks, launch = [], engine.launch
-    monkeypatch.setattr(engine, "launch", lambda *a: blocks.append(a[4]) or launch(*a))
+    blocks, run = [], Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self, *a: blocks.append(self.blocks) or run(self, *a))
     layer = new_layer()
     y, pullback = layer.vjp(device(np.empty(shape, np.float32)), training=training)
     assert host(y).shape == host(pullback(y).inputs).shape == shape

@@ -21,6 +21,10 @@ def describe(array: Any) -> tuple[int, Sizes, Sizes, np.dtype, int]:
     return array.data.ptr, array.shape, array.strides, array.dtype, array.device.id
 
 
+def address(array: Any) -> int:
+    return int(array.data.ptr)
+
+
 def empty(shape: Sizes, dtype: np.dtype, device: int) -> Any:
     with cupy.cuda.Device(device):
         return cupy.empty(shape, dtype)

@@ -23,6 +23,9 @@ class Library(Protocol):
     def describe(self, array: Any) -> tuple[int, Sizes, Sizes, np.dtype, int]:
         """Address, shape, strides in bytes, dtype and the device's number."""
 
+    def address(self, array: Any) -> int:
+        """Of an array that empty() or empty_like() has made."""
+
     def empty(self, shape: Sizes, dtype: np.dtype, device: int) -> Any: ...
 
     def empty_like(self, array: Any) -> Any:

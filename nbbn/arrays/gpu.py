@@ -38,8 +38,8 @@ class DevicePlace:
 
     def take_out(self, value: Any) -> Array:
         out = self._take(value, "out")
-        if not out.library.is_writable(value):
-            raise ValueError(f"out must be an array that may change; received one of {type(value).__module__}")
+        if not out.library.is_writable(out.owner):
+            raise ValueError(f"out must be an array that may change; received one of {type(out.owner).__module__}")
         return out
 
     def _take(self, value: Any, argument: str) -> Array:
@@ -81,7 +81,8 @@ class DevicePlace:
         return found
 
     def row(self, array: Array, row: int, shape: Sizes) -> Any:
-        return array.owner[row].reshape(shape)
+        found = array.owner[row]
+        return found if len(shape) == 1 else found.reshape(shape)
 
     def reshape(self, array: Array, shape: Sizes) -> Array:
         if math.prod(shape) == array.size and is_contiguous(array.shape, array.strides, array.itemsize):
@@ -157,7 +158,9 @@ def _restored_place(library: str, device: int) -> DevicePlace:
 
 
 def find_array(value: Any) -> DeviceArray | None:
-    """The DeviceArray of a GPU's array; None for anything else."""
+    """The DeviceArray of a GPU's array, of which it may be one; None for anything else."""
+    if type(value) is DeviceArray:
+        return value
     library = find_library(value)
     return None if library is None else wrap(value, library)
 

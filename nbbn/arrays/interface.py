@@ -17,7 +17,7 @@ from nbbn.core.layout import Sizes
 
 _LEGACY = 1  # the legacy default stream, in both protocols
 
-empty, from_host, send = numba_cuda.empty, numba_cuda.from_host, numba_cuda.send
+address, empty, from_host, send = numba_cuda.address, numba_cuda.empty, numba_cuda.from_host, numba_cuda.send
 copy, assign = numba_cuda.copy, numba_cuda.assign
 stream, finish = numba_cuda.stream, numba_cuda.finish
 

@@ -41,6 +41,11 @@ def describe(array: Any) -> tuple[int, Sizes, Sizes, np.dtype, int]:
     return address, array.shape, (), np.dtype(array.dtype), _number(array.device)
 
 
+def address(array: Any) -> int:
+    """Waits until JAX no longer writes to the array, as it does to an empty one."""
+    return int(array.block_until_ready().unsafe_buffer_pointer())
+
+
 def empty(shape: Sizes, dtype: np.dtype, device: int) -> Any:
     return _empty(shape, dtype, _device(device))
 

@@ -32,6 +32,10 @@ def describe(array: Any) -> tuple[int, Sizes, Sizes, np.dtype, int]:
     return address, array.shape, array.strides, array.dtype, device
 
 
+def address(array: Any) -> int:
+    return int(describe(array)[0])
+
+
 def empty(shape: Sizes, dtype: np.dtype, device: int) -> Any:
     with cuda.gpus[device]:
         return cuda.device_array(shape, dtype)

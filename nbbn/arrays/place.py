@@ -4,6 +4,7 @@ Inside nbbn an Array is one of these two. They have shape, strides (in bytes), d
 what else a call needs of them is a method of their place.
 """
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -18,13 +19,16 @@ if TYPE_CHECKING:  # what is on a GPU is imported when an array of one comes in
 Place: TypeAlias = "Host | DevicePlace"
 
 
+@lru_cache(maxsize=1)  # an import costs a third of a microsecond each time
+def _gpu() -> Any:
+    from nbbn.arrays import gpu
+
+    return gpu
+
+
 def place_of(array: Array) -> Place:
     """Where an Array lies."""
-    if isinstance(array, np.ndarray):
-        return HOST
-    from nbbn.arrays.gpu import device_place
-
-    return device_place(array.library, array.device)
+    return HOST if isinstance(array, np.ndarray) else _gpu().device_place(array.library, array.device)
 
 
 def as_array(value: Any, argument: str, floats: bool = True) -> Array:
@@ -33,13 +37,17 @@ def as_array(value: Any, argument: str, floats: bool = True) -> Array:
     floats: False takes bools and integers, too. Raises: TypeError for another dtype.
     """
     if type(value) is not np.ndarray:
-        from nbbn.arrays.gpu import find_array
-
-        found = find_array(value)
+        found = _gpu().find_array(value)
         if found is not None:
             dtypes.check(found.dtype, argument, floats)
             return found
     return HOST.take(value, argument) if floats else numbers_of(value, argument)
+
+
+def found_on_gpu(value: Any) -> Any:
+    """The DeviceArray of an array on a GPU; all else as it is."""
+    found = None if value is None else _gpu().find_array(value)
+    return value if found is None else found
 
 
 def as_numpy(value: Any, argument: str) -> np.ndarray:
@@ -48,9 +56,7 @@ def as_numpy(value: Any, argument: str) -> np.ndarray:
     Raises: TypeError for what is none.
     """
     if not isinstance(value, np.ndarray):
-        from nbbn.arrays.gpu import find_library
-
-        library = find_library(value) or find_on_host(value)
+        library = _gpu().find_library(value) or find_on_host(value)
         if library is not None:
             value = library.to_host(value)
     return dtypes.as_numbers(value, argument)

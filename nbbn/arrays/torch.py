@@ -48,6 +48,10 @@ def _check(array: Any) -> None:
         )
 
 
+def address(array: Any) -> int:
+    return int(array.data_ptr())
+
+
 def empty(shape: Sizes, dtype: np.dtype, device: int) -> Any:
     return torch.empty(shape, dtype=_to_torch(dtype), device=_device(device))
 

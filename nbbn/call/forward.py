@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nbbn.arrays import Array, giver, place_of, view
+from nbbn.arrays import Array, found_on_gpu, giver, place_of, view
 from nbbn.call.collector import Collector
 from nbbn.call.gradients import Gradients, Record, gradients
 from nbbn.call.operands import Lengths, own_weights
@@ -15,7 +15,7 @@ from nbbn.call.step import Host, TrainingStep
 from nbbn.core import dtypes
 from nbbn.core.options import Numbers, Options, boolean
 from nbbn.engine.base import NOTHING, Operands
-from nbbn.engine.dispatcher import Dispatcher
+from nbbn.engine.dispatcher import Dispatcher, bound_key
 from nbbn.runtime import StateLock
 from nbbn.state.shapes import Shapes
 from nbbn.state.variables import Variables
@@ -196,16 +196,23 @@ class Normalizer:
         x: Any = inputs
         target, give = out, None
         step: Any = None  # the bound step of these arrays, where there is one
-        is_numpy = type(inputs) is np.ndarray
+        is_numpy, on_gpu = type(inputs) is np.ndarray, False
         if not is_numpy and (give := giver(inputs)) is not None:
             x, target, residual, is_numpy = view(inputs), view(out), view(residual), True
+        elif not is_numpy:
+            x = found_on_gpu(inputs)
+            if on_gpu := x is not inputs:
+                target, residual = found_on_gpu(out), found_on_gpu(residual)
         name, mask_shape, weights = "train" if batch else "infer", None, None
         if not (batch or keep):
             mask = None  # inference has no sums
         if mask is not None:
-            mask_shape = mask.shape if batch and type(mask) is np.ndarray else ()  # which no mask of a bound step has
+            known = batch and type(mask) is np.ndarray and not on_gpu
+            mask_shape = mask.shape if known else ()  # which no mask of a bound step has
         if is_numpy:
             step = self._dispatcher.bound.get((name, residual is not None, x.shape, x.dtype, mask_shape))
+        elif on_gpu:
+            step = self._dispatcher.bound.get(bound_key(name, x, residual is not None, mask_shape))
         general = step is None or not step.fits(variables, x, target, residual)
         if general and is_numpy and not x.flags.c_contiguous:
             step = self._dispatcher.bound.get((name, residual is not None, x.shape, x.dtype, mask_shape, x.strides))
@@ -219,14 +226,15 @@ class Normalizer:
             # The lock makes the update one step of a sequence: threads that train one layer lose none.
             with variables.lock if update else NO_LOCK:
                 state = variables.state
+                in_place = variables.place.in_place and update and self._updates_in_place
                 if general:
-                    in_place = variables.place.in_place and update and self._updates_in_place
                     y, new_state, saved = self._dispatcher.train(
                         x, variables.params, state, operands, numbers=numbers, out=target, in_place=in_place
                     )
                 else:
                     numbers = None
-                    y, new_state, saved = step.train(x, residual, target, variables.params, state, weights)
+                    new_state = state if in_place else None
+                    y, new_state, saved = step.train(x, residual, target, variables.params, state, weights, new_state)
                 if update and new_state is not state:
                     if self._collector is None:
                         self._update(variables, new_state, saved, inputs, numbers)

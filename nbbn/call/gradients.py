@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbbn.arrays import Array, place_of, view
+from nbbn.arrays import Array, found_on_gpu, place_of, view
 from nbbn.call.operands import as_like, as_out, refuse_overlap
 from nbbn.engine.base import Operands
-from nbbn.engine.dispatcher import Dispatcher
+from nbbn.engine.dispatcher import Dispatcher, bound_key
 from nbbn.kernels import channel
 from nbbn.state.variables import Variables
 
@@ -51,26 +51,23 @@ def gradients(dispatcher: Dispatcher, record: Record, dy: Any, out: Any, scale: 
     """
     x, saved, training, operands, _, variables, forward, _, give = record
     given_out = out
+    is_numpy = type(x) is np.ndarray
     if give is not None:
         dy, out = view(dy), view(out)
+    elif not is_numpy:
+        dy, out = found_on_gpu(dy), found_on_gpu(out)
     residual, shapes = operands.residual, variables.shapes
     weights, mask_shape = operands.weights, None if forward is None else forward.mask_shape
     plain = training and (weights is None or mask_shape is not None)
     plain = plain and operands.lengths is None and operands.a is None
     step, adjustment, dz = None if forward is None else forward.gradient, None, None
-    if step is None and plain and type(x) is np.ndarray:
-        order = () if x.flags.c_contiguous else (x.strides,)
-        step = dispatcher.bound.get(("backward", residual is not None, x.shape, x.dtype, mask_shape, *order))
+    if step is None and plain:
+        step = dispatcher.bound.get(bound_key("backward", x, residual is not None, mask_shape))
     if step is not None and dy is not None and step.fits(variables, x, out, residual, dy):
-        params = variables.params
-        dparams = np.empty(params.shape, params.dtype)  # empty_like() goes through NumPy's dispatch of functions
-        if give is None and residual is None and dparams.dtype == shapes.dtype and len(shapes.params) == 1:
-            dx, (gamma, beta) = step.backward(dy, x, None, None, out, dparams, saved, weights), dparams
+        dx, dparams, dz = step.backward(dy, x, residual, out, saved, weights)
+        if give is None and residual is None and is_numpy and dparams.dtype == shapes.dtype and len(shapes.params) == 1:
+            gamma, beta = dparams
             return Gradients(dx, gamma if scale else None, beta if center else None)
-        activated = dispatcher.options.activation is not None
-        if residual is not None:
-            dz = np.empty_like(x) if activated else dy.copy(order="K")
-        dx = step.backward(dy, x, residual, dz if activated else None, out, dparams, saved, weights)
     else:
         upstream = Upstream(dispatcher, record, dy, out)
         dx, dparams, dz = dispatcher.backward(

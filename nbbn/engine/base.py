@@ -6,9 +6,9 @@ know each other.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -111,6 +111,42 @@ class Step(NamedTuple):
         """That of the statistics where there is no state."""
         state = self.numbers.get("state")
         return dtypes.statistic(self.x.dtype) if state is None else state.dtype
+
+
+class BoundStep(Protocol):
+    """A step with everything decided that the geometry of its arrays decides, see Dispatcher.bind().
+
+    mask_shape: of what the weights are made of; None without. gradient: of a training step, the step for its gradient,
+    once there is one. Every method that runs it takes None for a residual, or for an output, that is not there; whether
+    there is a residual is fixed. The output is what the user gets; all others are Arrays.
+    """
+
+    mask_shape: Sizes | None
+    gradient: Any
+
+    def fits(self, owner: Any, x: Array, out: Any, residual: Any, dy: Any = None) -> bool:
+        """Whether the step can be run for `owner` on `x`, which has the geometry that it is known by, beside the others
+        that are not None, with `out` for its result. If not, somebody else has to find out why."""
+
+    def infer(self, x: Array, residual: Array | None, out: Array | None, params: Array, state: Array) -> Any:
+        """The output."""
+
+    def train(
+        self,
+        x: Array,
+        residual: Array | None,
+        out: Array | None,
+        params: Array,
+        state: Array,
+        weights: Array | None,
+        new_state: Array | None,
+    ) -> tuple[Any, Array, Array]:
+        """The output, the new state and saved. new_state: where to write it; None for a new array."""
+
+    def backward(
+        self, dy: Array, x: Array, residual: Array | None, out: Array | None, saved: Array, weights: Array | None
+    ) -> tuple[Array, Array, Array | None]:
+        """The gradients of x, of gamma and beta as one (2, C) array, and of the residual, if there is one."""
 
 
 _RESULTS = ("y", "dx", "dz")  # among the views
@@ -332,6 +368,17 @@ class Engine(ABC):
                 self.plans.clear()
             found = self.plans[key] = self._new_plan(step, in_place)
         return found
+
+    @abstractmethod
+    def lie_as_results(self, x: Array, beside: Sequence[Array | None]) -> bool:
+        """Whether the arrays of a step that are there lie as a bound step for `x` will find them."""
+
+    @abstractmethod
+    def bind(self, step: Step, owner: Any, mask_shape: Sizes | None) -> BoundStep | None:
+        """The step for other arrays like these, if it runs on them as they lie.
+
+        owner: the variables that it is for.
+        """
 
     @abstractmethod
     def _key(self, step: Step) -> tuple[Any, ...]:

@@ -17,8 +17,7 @@ from nbbn.arrays import Array, Place, place_of
 from nbbn.core import dtypes
 from nbbn.core.layout import Layout, Sizes, layout, resolve_axis, steps_dimension, strides_of_results
 from nbbn.core.options import Momentum, Numbers, Options
-from nbbn.engine.base import NOTHING, Batch, Engine, Force, Operands, PartPlans, Step
-from nbbn.engine.cpu.bound import BoundStep
+from nbbn.engine.base import NOTHING, Batch, BoundStep, Engine, Force, Operands, PartPlans, Step
 from nbbn.engine.cpu.engine import CpuEngine
 from nbbn.kernels import channel
 
@@ -337,23 +336,22 @@ class Dispatcher:
         in another way. owner: whose parameters and state the step will get. weights: of a mask of `mask_shape`, which
         decides about theirs.
         """
-        if not isinstance(x, np.ndarray) or not (x.size and self.options.is_constant):
+        if not (x.size and self.options.is_constant):
             return
-        order = () if x.flags.c_contiguous else (x.strides,)
-        if order and weights is not None:  # which may lie in any order
+        key = bound_key(name, x, residual, mask_shape)
+        if len(key) > _CONTIGUOUS and weights is not None:  # which may lie in any order
             return
-        key = name, residual, x.shape, x.dtype, mask_shape, *order
         known = self.bound.get(key)
-        if known is None and (key in self.bound or not _lie_as_results(beside, x)):
+        if known is None and key in self.bound:
             return
         if self.layout(x.shape, name != "infer").parts:  # several steps
             return
         if dtypes.statistic(x.dtype) != owner.params.dtype:
             return
-        if not (owner.params.flags.c_contiguous and owner.params.flags.aligned):
+        if isinstance(x, np.ndarray) and not (owner.params.flags.c_contiguous and owner.params.flags.aligned):
             return  # general steps get a copy
         if known is None or not known.fits(owner, x, None, None):
-            known = self._new_bound(key, x, owner, weights)
+            known = self._new_bound(key, x, owner, weights) if self.engine(x).lie_as_results(x, beside) else None
         if known is None:
             return
         forward = self.bound.get(("train", *key[1:]))
@@ -378,9 +376,8 @@ class Dispatcher:
         hyper = self.hyper(x.ndim, x.dtype, numbers) if name == "train" else self._epsilon
         return engine.on_memory(self._plain_step(name, x, residual)._replace(numbers={"hyper": hyper}))
 
-    def _new_bound(self, key: Any, x: np.ndarray, owner: Any, weights: Array | None) -> BoundStep | None:
+    def _new_bound(self, key: Any, x: Array, owner: Any, weights: Array | None) -> BoundStep | None:
         (name, residual, _, _, mask_shape, *_), engine = key, self.engine(x)
-        assert isinstance(engine, CpuEngine)
         step = self._plain_step(name, x, residual)
         if weights is not None:
             step.views["weights"] = np.broadcast_to(weights, x.shape)
@@ -425,9 +422,15 @@ class Dispatcher:
         return PartPlans(engine.plan(s) for s in steps)
 
 
-def _lie_as_results(arrays: Sequence[Array | None], x: np.ndarray) -> bool:
-    strides = strides_of_results(x.shape, x.strides, x.itemsize)
-    return all(a is None or a.strides == strides or (a.flags.c_contiguous and x.flags.c_contiguous) for a in arrays)
+_CONTIGUOUS = 5  # parts of a key where nothing is said of an order
+
+
+def bound_key(name: str, x: Array, residual: bool, mask_shape: Sizes | None) -> tuple[Any, ...]:
+    """By what Dispatcher.bound knows a step."""
+    key = name, residual, x.shape, x.dtype, mask_shape
+    if not isinstance(x, np.ndarray):
+        return *key, x.strides, x.device, x.library
+    return key if x.flags.c_contiguous else (*key, x.strides)
 
 
 def _check(name: str, array: Array, *shape: int) -> None:

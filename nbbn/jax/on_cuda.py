@@ -209,6 +209,9 @@ class _Program:
         self._now.memory.append((address, size))
         return _Memory(address, shape, dtype, device)
 
+    def address(self, memory: _Memory) -> int:
+        return memory.address
+
     def describe(self, memory: _Memory) -> tuple[int, Sizes, Sizes, np.dtype, int]:
         return memory.address, memory.shape, (), memory.dtype, memory.device
 

@@ -127,6 +127,48 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
+def load_kernel(key: str) -> bytes | None:
+    """What save_kernel() has kept under this key; None where there is nothing, or a damaged file, or one of others."""
+    path = _path(key)
+    if path is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            content = b"" if _fault(os.fstat(file.fileno())) else file.read()
+    except OSError:
+        return None
+    if content[:64] != _seal(key, content[64:]):
+        return None
+    with contextlib.suppress(OSError):  # the folder may be read-only
+        os.utime(path)  # _prune() deletes what nobody has used
+    return content[64:]
+
+
+def save_kernel(key: str, payload: bytes) -> None:
+    """Keep a compiled kernel under a key, which must name all that it depends on.
+
+    A full or vanished disk costs a compilation next time. Readers see the old file or the new one, never a part.
+    """
+    path = _path(key)
+    if path is None:
+        return
+    new_file = tempfile.NamedTemporaryFile
+    with contextlib.suppress(OSError), new_file(dir=path.parent, suffix=".kernel", delete=False) as file:
+        try:
+            file.write(_seal(key, payload) + payload)
+            file.close()
+            os.chmod(file.name, 0o644)  # for whoever can enter the folder: root may have filled it for a service
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+    _prune(path.parent)
+
+
+def _path(key: str) -> Path | None:
+    folder = cache_folder()
+    return None if folder is None else folder / f"{hashlib.sha256(key.encode()).hexdigest()}.kernel"
+
+
 class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotations
     """What Numba's dispatcher asks for one kernel, by name and signature."""
 
@@ -140,46 +182,19 @@ class KernelCache(_Cache):  # type: ignore[misc]  # Numba's part has no annotati
 
     def load_overload(self, sig: Any, target_context: Any) -> CompileResult | None:
         target_context.refresh()
-        entry = self._entry(sig, target_context.codegen())
-        if entry is None:
-            return None
-        path, key = entry
+        payload = load_kernel(self._key(sig, target_context.codegen()))
         try:
-            with path.open("rb") as file:
-                content = b"" if _fault(os.fstat(file.fileno())) else file.read()
-            if content[:64] != _seal(key, content[64:]):
-                return None
-            with contextlib.suppress(OSError):  # the folder may be read-only
-                os.utime(path)  # _prune() deletes what nobody has used
-            return CompileResult._rebuild(target_context, *pickle.loads(content[64:]))
-        except Exception:  # a damaged file, or one that this Numba cannot read, only costs a compilation
+            return None if payload is None else CompileResult._rebuild(target_context, *pickle.loads(payload))
+        except Exception:  # a file that this Numba cannot read only costs a compilation
             return None
 
     def save_overload(self, sig: Any, data: CompileResult) -> None:
-        entry = self._entry(sig, data.codegen)
-        if entry is None or data.library.has_dynamic_globals:
-            return
-        path, key = entry
-        payload = dumps(data._reduce())
-        # A full or vanished disk costs a compilation next time. Readers see the old file or the new one, never a part.
-        new_file = tempfile.NamedTemporaryFile
-        with contextlib.suppress(OSError), new_file(dir=path.parent, suffix=".kernel", delete=False) as file:
-            try:
-                file.write(_seal(key, payload) + payload)
-                file.close()
-                os.chmod(file.name, 0o644)  # for whoever can enter the folder: root may have filled it for a service
-                os.replace(file.name, path)
-            except OSError:
-                os.unlink(file.name)
-        _prune(path.parent)
+        if cache_folder() is not None and not data.library.has_dynamic_globals:
+            save_kernel(self._key(sig, data.codegen), dumps(data._reduce()))
 
-    def _entry(self, sig: Any, codegen: Any) -> tuple[Path, str] | None:
-        folder = cache_folder()
-        if folder is None:
-            return None
+    def _key(self, sig: Any, codegen: Any) -> str:
         versions = code_hash(), numba.__version__, llvmlite.__version__, sys.implementation.cache_tag
-        key = repr((self._name, str(sig), codegen.magic_tuple(), versions, numba.config.BOUNDSCHECK))
-        return folder / f"{hashlib.sha256(key.encode()).hexdigest()}.kernel", key
+        return repr((self._name, str(sig), codegen.magic_tuple(), versions, numba.config.BOUNDSCHECK))
 
     def enable(self) -> None: ...
 
@@ -246,7 +261,7 @@ def compile_kernel(
         options["pipeline_class"] = KernelCompiler
     dispatcher = numba.njit(**options)(function)
     dispatcher._cache = KernelCache(name)
-    start, place = perf_counter(), _place()
+    start, place = perf_counter(), kept_where()
     with _unique_symbols(), compiling(place):
         dispatcher.compile(signature)
         _forget_modules(*dispatcher.overloads.values())
@@ -257,7 +272,7 @@ def compile_kernel(
     return dispatcher  # type: ignore[no-any-return]
 
 
-def _place() -> str:
+def kept_where() -> str:
     """Where a compiled kernel goes, for the reader of a message."""
     folder, why = find_cache()
     return f"kept in {folder}" if not why else f"not kept: {f'{folder} is read-only' if folder else why}"

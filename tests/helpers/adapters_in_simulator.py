@@ -60,6 +60,12 @@ def run(library, make, to_host, dtype):
         for array in (y, gradients.inputs, gradients.gamma, layer.moving_mean):
             assert isinstance(array, kind), f"{kind.__name__} expected; received {type(array).__name__}"
         found |= {"y": y, "dx": gradients.inputs, "dgamma": gradients.gamma, "dresidual": gradients.residual}
+        for call in ("second", "third"):  # which take the short way
+            y, pullback = layer.vjp(give(x), training=True, residual=give(x[::-1].copy()))
+            gradients = pullback(give(x))
+            found |= {f"{call} {n}": g for n, g in gradients._asdict().items() if g is not None} | {f"{call} y": y}
+            found[f"{call} inference"] = layer(give(x))
+        assert {key[0] for key, step in layer._dispatcher.bound.items() if step} == {"train", "backward", "infer"}
         found |= {"mean": layer.moving_mean, "inference": layer(give(x))}
         # Five alternating runs, which are copied, and a virtual batch.
         found["copied"] = layer_with(thresholds, axis=[1, 3], momentum=0.5)(give(deep), training=True)

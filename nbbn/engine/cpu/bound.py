@@ -40,18 +40,20 @@ class BoundStep:
     """
 
     __slots__ = (
-        *("_dtype", "_empty", "_owner", "_run", "_saved_shape", "_shape", "_state_shape", "_view"),
-        *("gradient", "mask_shape"),
+        *("_dtype", "_empty", "_owner", "_params_dtype", "_params_shape", "_run", "_saved_shape", "_shape"),
+        *("_state_shape", "_view", "_writes_dz", "gradient", "mask_shape"),
     )
 
     def __init__(self, plan: Plan, step: Step, owner: Any, mask_shape: Sizes | None = None) -> None:
         self._shape, self._dtype = step.x.shape, plan.dtype
         self._saved_shape = SAVED_ROWS, step.lay.statistics
         self._owner, self._state_shape = owner, owner.state.shape
+        self._params_shape, self._params_dtype = owner.params.shape, owner.params.dtype
         self._empty = buffers.empty if step.x.nbytes >= buffers.SMALLEST else np.empty
         self._view = None if mask_shape is None else plan.view_of_weights()
         operands = () if mask_shape is None else ("weights", "a", "b")
         self._run = plan.bind(step.numbers, (*operands, *LAST_ARGUMENTS[step.name]))
+        self._writes_dz = step.views.get("dz") is not None
         self.mask_shape = mask_shape
         self.gradient: BoundStep | None = None
 
@@ -102,31 +104,38 @@ class BoundStep:
         return y
 
     def train(
-        self, x: Array, residual: Array | None, out: Array | None, params: Array, state: Array, weights: Array | None
+        self,
+        x: Array,
+        residual: Array | None,
+        out: Array | None,
+        params: Array,
+        state: Array,
+        weights: Array | None,
+        new_state: Array | None,
     ) -> tuple[Array, Array, Array]:
         """The output, the new state and saved."""
         y = self._empty(self._shape, self._dtype) if out is None else out
-        new_state, saved = np.empty(self._state_shape, state.dtype), np.empty(self._saved_shape)
+        saved = np.empty(self._saved_shape)
+        if new_state is None:
+            new_state = np.empty(self._state_shape, state.dtype)
         run = self._run if weights is None else self._beside(weights)
         run(residual, x, y, params, state, new_state, saved)
         return y, new_state, saved
 
     def backward(
-        self,
-        dy: Array,
-        x: Array,
-        residual: Array | None,
-        dz: Array | None,
-        out: Array | None,
-        dparams: Array,
-        saved: Array,
-        weights: Array | None,
-    ) -> Array:
-        """The gradient of x. Those of gamma and beta are written to `dparams`, that of the residual to `dz`."""
+        self, dy: Array, x: Array, residual: Array | None, out: Array | None, saved: Array, weights: Array | None
+    ) -> tuple[Array, Array, Array | None]:
+        """The gradients of x, of gamma and beta as one (2, C) array, and of the residual."""
         dx = self._empty(self._shape, self._dtype) if out is None else out
+        # np.empty_like() goes through NumPy's dispatch of functions.
+        dparams = np.empty(self._params_shape, self._params_dtype)
         run = self._run if weights is None else self._beside(weights)
-        run(dz, residual, x, dy, dx, saved, dparams)
-        return dx
+        if residual is None:
+            run(None, None, x, dy, dx, saved, dparams)
+            return dx, dparams, None
+        dz = np.empty_like(x) if self._writes_dz else dy.copy(order="K")
+        run(dz if self._writes_dz else None, residual, x, dy, dx, saved, dparams)
+        return dx, dparams, dz
 
 
 class StridedStep(BoundStep):

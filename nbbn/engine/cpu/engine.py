@@ -1,11 +1,11 @@
 """The stages on NumPy arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from nbbn.core.layout import Sizes, is_contiguous, sequences_view, steps_dimension
+from nbbn.core.layout import Sizes, is_contiguous, sequences_view, steps_dimension, strides_of_results
 from nbbn.core.options import Options
 from nbbn.engine.base import Batch, Canonical, Engine, Force, Step, canonical_view
 from nbbn.engine.cpu import adjustment
@@ -21,6 +21,11 @@ class CpuEngine(Engine):
     def __init__(self, options: Options, force: Force) -> None:
         super().__init__(options, force)
         self._thresholds = Thresholds(**force.thresholds)
+
+    def lie_as_results(self, x: np.ndarray, beside: Sequence[np.ndarray | None]) -> bool:
+        strides = strides_of_results(x.shape, x.strides, x.itemsize)
+        dense = x.flags.c_contiguous
+        return all(a is None or a.strides == strides or (dense and a.flags.c_contiguous) for a in beside)
 
     def bind(self, step: Step, owner: Any, mask_shape: Sizes | None) -> BoundStep | None:
         """The step for other arrays like these, if it runs on them as they lie."""

@@ -1,70 +1,28 @@
 """The stages on arrays of a GPU, one or two launches each, without waiting for any."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from nbbn.arrays import availability, moving
 from nbbn.arrays.device import DeviceArray, wrap
-from nbbn.arrays.gpu import device_place
-from nbbn.core.layout import Layout, Sizes
+from nbbn.core.layout import Sizes, strides_of_results
 from nbbn.core.options import Options
-from nbbn.engine.base import Batch, Copied, Engine, Force, Step, canonical_view
+from nbbn.engine.base import Batch, Engine, Force, Step, canonical_view
 from nbbn.engine.cuda import adjustment
-from nbbn.engine.cuda.launching import clear, launch, primary_context
-from nbbn.engine.cuda.schedule import Schedule, Thresholds, choose
+from nbbn.engine.cuda.bound import BoundStep
+from nbbn.engine.cuda.driver import primary_context
+from nbbn.engine.cuda.plan import ALIGNMENT, Plan, over_channels, plan_of
+from nbbn.engine.cuda.schedule import Thresholds, choose
 from nbbn.kernels.cuda import steps
 from nbbn.kernels.cuda.blocks import Variant
 from nbbn.kernels.cuda.memory import VECTOR_BYTES
-from nbbn.kernels.cuda.tasks import grid_of
 
+_BYTES = np.dtype(np.uint8)
 _NARROW = 1 << 30  # sizes and strides below it leave room in 32 bits for what a block reads beyond the end
-_NOTHING = (0,) * 5  # the view of an array that is not there
-_ALIGNMENT = VECTOR_BYTES  # of the parts of a call's scratch memory
-# The launches of a step: the one that does everything, where a block has its channels for itself, and those that take
-# turns elsewhere.
-_LAUNCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "reduce": ((), ("reduce",)),
-    "apply": ((), ("normalize",)),
-    "reduce_gradient": ((), ("sum_gradient",)),
-    "apply_gradient": ((), ("spread_gradient", "input_gradient")),
-    "train": (("train",), ("train_reduce", "normalize")),
-    "infer": ((), ("infer",)),
-    "backward": (("backward",), ("backward_reduce", "input_gradient")),
-    "frozen_backward": (("backward",), ("backward_reduce", "input_gradient")),
-}
-_WHOLE = ("train", "backward")  # launches in which a block has its channels for itself
-_APPLYING = ("infer", "normalize", "input_gradient")
-_COUNTING = ("reduce", "train_reduce", "sum_gradient", "backward_reduce")  # whose blocks ask which one is the last
 MAX_KEPT = 32  # numbers of steps that stay on the device
 Array = DeviceArray
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one step runs on arrays of one shape, dtype and memory layout."""
-
-    shape: Sizes
-    strides: dict[str, Sizes]
-    copied: Copied | None
-    schedule: Schedule
-    variant: Variant
-
-    def __str__(self) -> str:
-        s, v, (r0, k0, r1, k1) = self.schedule, self.variant, self.schedule.place(self.shape)
-        loops = "statistics side by side" if s.rows else "values side by side"
-        reduction = "by the block that applies" if s.one_launch else f"{s.reduce.chunks} chunks of each statistic"
-        copied = "" if self.copied is None else f" (copied in the order of dimensions {self.copied.order})"
-        sums = "float64" if v.sums == np.float64 else "float32, then float64"
-        return "\n".join(
-            (
-                f"dtype         {v.dtype.name}; statistics {v.statistic.name}, sums in {sums}",
-                f"view          R0={r0} K0={k0} R1={r1} K1={k1}{copied}",
-                f"schedule      {loops}; {v.width} elements in one access; blocks of {s.block[0]}x{s.block[1]} threads",
-                f"reduction     {reduction}",
-            )
-        )
 
 
 class CudaEngine(Engine):
@@ -117,35 +75,37 @@ class CudaEngine(Engine):
             frozen=step.name == "frozen_backward",
             wide=any(abs(n) >= _NARROW for sizes in (view, *strides.values()) for n in sizes),
         )
-        placed = {name: schedule.place(s) for name, s in strides.items()}
-        return Plan(schedule.place(view), placed, copied, schedule, variant)
+        return plan_of(step.name, step.lay, x.device, view, strides, copied, schedule, variant, self.options.epsilon)
+
+    def lie_as_results(self, x: Array, beside: Sequence[Array | None]) -> bool:
+        """So must the input: what a library makes of its order is known where its elements lie side by side."""
+        strides = strides_of_results(x.shape, x.strides, x.itemsize)
+        return all(a is None or (a.strides == strides and a.address % ALIGNMENT == 0) for a in (x, *beside))
+
+    def bind(self, step: Step, owner: Any, mask_shape: Sizes | None) -> BoundStep | None:
+        plan: Plan = self.plan(step)
+        # A step that reads numbers of the host has just run: they are here, or have been there for one call alone.
+        hyper = None if step.name == "backward" else self._hyper.get(self._hyper_key(step.x, step.numbers["hyper"]))
+        if plan.copied is not None or (hyper is None and step.name != "backward"):
+            return None
+        return BoundStep(plan, step, owner, hyper)
 
     def _launch(self, plan: Plan, step: Step) -> None:
-        x, lay, schedule = step.x, step.lay, plan.schedule
-        views = {n: _NOTHING if a is None else (a.address, *plan.strides[n]) for n, a in step.views.items()}
-        addresses, stream = self._addresses(x, step.numbers), x.library.stream(x.device)
-        launches = _LAUNCHES[step.name][not schedule.one_launch]
-        counting, scratch = any(name in _COUNTING for name in launches), None
-        if step.name != "infer":
-            scratch = _scratch(x, plan, lay, addresses, counting)
-        memory = tuple(addresses.values())
-        with primary_context(x.device):
-            if counting:
-                clear(addresses["counters"], 4 * schedule.counters, stream)
-            for name in launches:
-                if name == "spread_gradient":
-                    self._launch_over_channels(name, plan.variant, x, memory, lay.channels, lay.statistics, stream)
-                    continue
-                grid = schedule.apply if name in _APPLYING else schedule.reduce
-                blocks = schedule.reduce.families if name in _WHOLE else grid.chunks * grid.tiles
-                arguments: list[Any] = [views.get(v, _NOTHING) for v in steps.VIEWS[name]]
-                arguments += [plan.shape, grid, memory, lay.channels, self.options.epsilon]
-                launch(name, plan.variant, x.device, stream, blocks, schedule.block, arguments)
+        x, addresses, scratch = step.x, self._addresses(step.x, step.numbers), None
+        if plan.scratch is not None:
+            scratch = x.library.empty((plan.scratch.size,), _BYTES, x.device)
+            first = x.library.address(scratch)
+            addresses |= {name: first + place for name, place in plan.scratch.parts.items()}
+        views = {name: a.address for name, a in step.views.items() if a is not None}
+        plan.queue(x.library.stream(x.device), views, tuple(addresses.values()))
         x.library.finish(x.device)
         del scratch  # not before the launches are queued
 
     def _run_middle(self, name: str, numbers: dict[str, Any], adjusted: bool) -> None:
         like, statistics = numbers["params"], numbers["saved"].shape[1]
+        channels = like.shape[1]
+        if channels == 0:  # a grid has a block at least
+            return
         variant = Variant(
             dtype=like.dtype,
             rows=True,
@@ -158,22 +118,11 @@ class CudaEngine(Engine):
             debias=self.debias is not None,
             skip=self.options.skip_nonfinite,
         )
-        memory, stream = tuple(self._addresses(like, numbers).values()), like.library.stream(like.device)
+        memory = tuple(self._addresses(like, numbers).values())
+        launch = over_channels(name, variant, like.device, channels, statistics, self.options.epsilon)
         with primary_context(like.device):
-            self._launch_over_channels(name, variant, like, memory, like.shape[1], statistics, stream)
+            launch.run(like.library.stream(like.device), {}, memory)
         like.library.finish(like.device)
-
-    def _launch_over_channels(
-        self, name: str, variant: Variant, like: Array, memory: Sizes, channels: int, statistics: int, stream: int
-    ) -> None:
-        """A launch with one thread per channel; none without any channel, as a grid has a block at least."""
-        if channels == 0:
-            return
-        threads = self._thresholds.threads
-        blocks = -(-channels // threads)
-        shape, grid = (1, 1, 1, statistics), grid_of((1, 1, threads), blocks, k1_pieces=blocks)
-        arguments = [shape, grid, memory, channels, self.options.epsilon]
-        launch(name, variant, like.device, stream, blocks, (threads, 1), arguments)
 
     def _addresses(self, like: Array, numbers: dict[str, Any]) -> dict[str, int]:
         """Of the small arrays, by their names in steps.MEMORY; 0 for what is not there. hyper may be on the host."""
@@ -182,9 +131,9 @@ class CudaEngine(Engine):
             if isinstance(array, np.ndarray):
                 array = numbers[name] = self._hyper_on(like, array)  # which is there until the launches are queued
             addresses[name] = array.address
-        if addresses["coefficients"] % _ALIGNMENT:
+        if addresses["coefficients"] % ALIGNMENT:
             raise ValueError(
-                f"coefficients must lie at a multiple of {_ALIGNMENT} bytes, as an array does that a library has made; "
+                f"coefficients must lie at a multiple of {ALIGNMENT} bytes, as an array does that a library has made; "
                 f"received the address {addresses['coefficients']}"
             )
         if not addresses["moments"]:
@@ -194,7 +143,7 @@ class CudaEngine(Engine):
     def _hyper_on(self, like: Array, hyper: np.ndarray) -> Array:
         """The numbers that the middle stage reads. The first ones are copied and kept for every stream, which waits.
         Where there are always others, as of a schedule, each goes with a launch in the stream of its call."""
-        key = like.library, like.device, hyper.tobytes()
+        key = self._hyper_key(like, hyper)
         found = self._hyper.get(key)
         if found is None:
             if len(self._hyper) < MAX_KEPT:
@@ -204,23 +153,5 @@ class CudaEngine(Engine):
                 moving.numbers(hyper, found)
         return found
 
-
-def _scratch(x: Array, plan: Plan, lay: Layout, addresses: dict[str, int], counting: bool) -> Any:
-    """Memory for what the launches of a step, and the blocks of one, tell each other; its places are written to
-    `addresses`.
-
-    The counters are those of the call. A stream's handle says too little: one stands for the default streams of all
-    threads, and what a graph has captured is replayed in any stream.
-    """
-    sizes = {"partial": 4 * plan.schedule.reduce.chunks * lay.statistics * 8}
-    if counting:
-        sizes["counters"] = 4 * plan.schedule.counters
-    if not addresses["coefficients"]:
-        sizes["coefficients"] = 5 * lay.statistics * 8
-    total = sum(-(-n // _ALIGNMENT) * _ALIGNMENT for n in sizes.values())
-    memory = device_place(x.library, x.device).empty((total,), np.dtype(np.uint8))
-    address = memory.address
-    for name, size in sizes.items():
-        addresses[name] = address
-        address += -(-size // _ALIGNMENT) * _ALIGNMENT
-    return memory
+    def _hyper_key(self, like: Array, hyper: np.ndarray) -> tuple[Any, ...]:
+        return like.library, like.device, hyper.tobytes()

@@ -1,34 +1,22 @@
-"""Kernels compiled for a device, and what is put into its streams."""
+"""What is put into a GPU's streams, with as little of Python before the driver as can be."""
 
 import ctypes
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import struct
+from array import array
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from nbbn.kernels.cuda.blocks import Variant
-from nbbn.kernels.cuda.steps import signature, steps
+from nbbn.core.layout import Sizes
+from nbbn.engine.cuda.compiling import function
+from nbbn.engine.cuda.driver import checked, driver
+from nbbn.kernels.cuda.blocks import VIEW_SIZE, Variant
+from nbbn.kernels.cuda.steps import MEMORY, VIEWS, steps
 from nbbn.kernels.cuda.target import SIMULATED
+from nbbn.kernels.cuda.tasks import Grid
 
-_compiling = threading.Lock()
-
-
-def launch(
-    step: str, variant: Variant, device: int, stream: int, blocks: int, block: tuple[int, int], arguments: Any
-) -> None:
-    """Run a kernel on a stream, inside primary_context(). `arguments`: tuples of integers and integers, the last one a
-    float: epsilon."""
-    if SIMULATED:
-        _simulated(step, variant)[(blocks,), block](*arguments)
-        return
-    from cuda.core import launch as start
-
-    kernel, epsilon = _kernel(step, variant, device)
-    flat: list[Any] = []
-    for value in arguments[:-1]:
-        flat.extend(value) if isinstance(value, tuple) else flat.append(value)
-    start(_stream(stream), _configuration(blocks, block), kernel, *flat, epsilon(arguments[-1]))
+_SIZE = 8  # bytes of an argument's place; of one of 32 bits the driver reads the first half, which is the lower one
+_MEMORY = struct.Struct(f"={len(MEMORY)}q")
 
 
 def clear(address: int, size: int, stream: int) -> None:
@@ -36,78 +24,85 @@ def clear(address: int, size: int, stream: int) -> None:
     if SIMULATED:
         ctypes.memset(address, 0, size)
     else:
-        _checked(_driver().cuMemsetD8Async(address, 0, size, stream))
+        checked(driver().cuMemsetD8Async(address, 0, size, stream))
 
 
-@contextmanager
-def primary_context(device: int) -> Iterator[None]:
-    """The device's primary context, which all libraries use, is current in this thread; so stream 0 is its own.
+class Launch:
+    """A kernel and its arguments, of which only addresses differ from one launch to the next.
 
-    One that was current before is so again afterwards. A thread that had none keeps this one: memory that a library
-    takes from its pool makes none current.
+    strides: of the views that are there, by name. shape, grid, channels, epsilon: as in kernels/cuda/steps.py.
+
+    The driver reads arguments from memory, by a list of their places, before a launch returns. Both are kept, and
+    belong to one thread from the beginning of a launch to its end.
     """
-    if SIMULATED:
-        yield
-        return
-    driver, primary = _driver(), _primary(device)
-    (before,) = _checked(driver.cuCtxGetCurrent())
-    if int(before) == int(primary):
-        yield
-        return
-    _checked(driver.cuCtxSetCurrent(primary))
-    try:
-        yield
-    finally:
-        if int(before):
-            _checked(driver.cuCtxSetCurrent(before))
+
+    __slots__ = ("_arguments", "_block", "_function", "_idle", "_kernel", "_memory", "_views", "blocks")
+
+    def __init__(
+        self,
+        step: str,
+        variant: Variant,
+        device: int,
+        blocks: int,
+        block: tuple[int, int],
+        strides: Mapping[str, Sizes],
+        shape: Sizes,
+        grid: Grid,
+        channels: int,
+        epsilon: float,
+    ) -> None:
+        views, nothing = VIEWS[step], (0,) * (VIEW_SIZE - 1)
+        self._kernel = step, variant, device
+        self.blocks, self._block = blocks, block
+        self._views = [(name, VIEW_SIZE * i) for i, name in enumerate(views) if name in strides]
+        own = [n for name in views for n in (0, *strides.get(name, nothing))]
+        self._arguments = array("q", [*own, *shape, *grid, *(0 for _ in MEMORY), channels])
+        self._memory = _SIZE * (len(self._arguments) - 1 - len(MEMORY))
+        self._arguments.frombytes(struct.pack("=d" if variant.statistic.itemsize == 8 else "=f4x", epsilon))
+        self._function: Any = None
+        self._idle: list[tuple[Any, Any, int]] = []  # arguments, their places, where these are
+
+    def run(self, stream: int, views: Mapping[str, int], memory: Sequence[int]) -> None:
+        """Queue it in a stream, inside primary_context().
+
+        views: the addresses of those that are there. memory: those of the small arrays, in the order of MEMORY.
+        """
+        try:
+            own = self._idle.pop()
+        except IndexError:
+            own = self._new_arguments()
+        arguments, _, places = own
+        for name, place in self._views:
+            arguments[place] = views[name]
+        _MEMORY.pack_into(arguments, self._memory, *memory)
+        if SIMULATED:
+            _simulate(self._kernel, self.blocks, self._block, arguments)
+        else:
+            if self._function is None:
+                self._function = function(*self._kernel)
+            x, y = self._block
+            checked(driver().cuLaunchKernel(self._function, self.blocks, 1, 1, x, y, 1, 0, stream, places, 0))
+        self._idle.append(own)
+
+    def _new_arguments(self) -> tuple[Any, Any, int]:
+        arguments = array("q", self._arguments)
+        first, _ = arguments.buffer_info()
+        places = array("Q", range(first, first + _SIZE * len(arguments), _SIZE))
+        return arguments, places, places.buffer_info()[0]
 
 
-@lru_cache(maxsize=64)
-def _primary(device: int) -> Any:
-    (number,) = _checked(_driver().cuDeviceGet(device))
-    (context,) = _checked(_driver().cuDevicePrimaryCtxRetain(number))
-    return context
+def _simulate(kernel: tuple[str, Variant, int], blocks: int, block: tuple[int, int], arguments: Sequence[int]) -> None:
+    """Run a kernel in Numba's simulator on the arguments that the driver would get."""
+    step, variant, _ = kernel
+    left = iter(arguments)
 
+    def take(count: int) -> tuple[int, ...]:
+        return tuple(next(left) for _ in range(count))
 
-def _driver() -> Any:
-    from cuda.bindings import driver
-
-    return driver
-
-
-def _checked(answer: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What the driver has answered. Raises: RuntimeError for an error."""
-    code, *values = answer
-    if int(code):
-        raise RuntimeError(f"CUDA's driver reports {getattr(code, 'name', code)}")
-    return tuple(values)
-
-
-@lru_cache(maxsize=1024)
-def _kernel(step: str, variant: Variant, device: int) -> Any:
-    """The driver's kernel, and the C type of epsilon."""
-    from numba import cuda
-
-    with _compiling, cuda.gpus[device]:
-        compiled = cuda.jit(signature(step, variant), fastmath=False)(steps(variant)[step])
-        kernel = next(iter(compiled.overloads.values()))
-        kernel.bind()
-        function = kernel._codelibrary.get_cufunc().kernel
-    return function, ctypes.c_double if variant.statistic.itemsize == 8 else ctypes.c_float
-
-
-@lru_cache(maxsize=1024)
-def _configuration(blocks: int, block: tuple[int, int]) -> Any:
-    from cuda.core import LaunchConfig
-
-    return LaunchConfig(grid=(blocks, 1, 1), block=(*block, 1), shmem_size=0)
-
-
-@lru_cache(maxsize=64)
-def _stream(handle: int) -> Any:
-    from cuda.core import Stream
-
-    return Stream.from_handle(handle)
+    views = [take(VIEW_SIZE) for _ in VIEWS[step]]
+    shape, grid, memory, (channels, last) = take(4), Grid(*take(len(Grid._fields))), take(len(MEMORY)), take(2)
+    (epsilon,) = struct.unpack("=d" if variant.statistic.itemsize == 8 else "=f4x", struct.pack("=q", last))
+    _simulated(step, variant)[(blocks,), block](*views, shape, grid, memory, channels, epsilon)
 
 
 @lru_cache(maxsize=256)
