@@ -125,10 +125,12 @@ class Accumulation:
             self._total = self._layers[0]._shared_sums(record, own).reshape(1, -1)
         return self._total
 
+    def wants(self, layer: BatchNormalization) -> bool:
+        return self._token is None or (layer, self._token) not in self._seen
+
     def take(self, layer: BatchNormalization, saved: Array, x: Array, numbers: Numbers | None) -> None:
-        key = layer, self._token
-        if self._token is None or key not in self._seen:
-            self._seen.add(key)
+        if self.wants(layer):
+            self._seen.add((layer, self._token))
             self._taken[layer].append((saved, x.ndim, x.dtype, numbers))
 
     def _update(self, layer: BatchNormalization, taken: Sequence[_Taken]) -> None:

@@ -36,8 +36,11 @@ class _Totals:
         self.wanted: Sequence[BatchNormalization] = ()
         self._found: dict[int, np.ndarray] = {}
 
+    def wants(self, layer: BatchNormalization) -> bool:
+        return layer in self.wanted
+
     def take(self, layer: BatchNormalization, saved: Array, x: Array, numbers: Numbers | None) -> None:
-        if layer not in self.wanted:
+        if not self.wants(layer):
             return
         own, channels = place_of(saved).to_host(saved)[:MOMENT_ROWS], _channels(layer)
         if own.size == 0:  # virtual batches without a sample on any rank

@@ -296,7 +296,7 @@ def test_other_states_when_a_group_is_set():
         layer = nbbn.SyncBatchNormalization(momentum=0.5)
         layer(X[group.rank], training=True)
         layer.group = group
-        refused(layer, lambda: layer(X[group.rank], training=True), "the moving statistics before the first call")
+        refused(layer, lambda: layer(X[group.rank], training=True), "the moving statistics before the call")
         layer.moving_mean, layer.moving_variance = np.zeros(5), np.ones(5)
         works(group, layer)
 

@@ -12,7 +12,7 @@ from nbbn.engine.dispatcher import Dispatcher
 from nbbn.layer.layer import BatchNormalization
 from nbbn.sync.exchange import Exchange, Lost
 from nbbn.sync.group import Group, check_group
-from nbbn.sync.header import BACKWARD, LATER, NEVER, NOW, NUMBERS, Header, checksum, dtype_number
+from nbbn.sync.header import AGAIN, BACKWARD, LATER, NEVER, NOW, NUMBERS, Header, checksum, checksum_of, dtype_number
 
 Half = TypeVar("Half")
 
@@ -139,6 +139,14 @@ class SyncBatchNormalization(BatchNormalization):
         with exchange.lock:
             return exchange.sums(self._header_of(record.x)._replace(stage=BACKWARD, call=record.call), own, cause)
 
+    def _update_of(self, step: TrainingStep) -> int:
+        """Whether, and when, a call updates the moving statistics."""
+        if not step.updates:
+            return NEVER
+        if self._collector is None:
+            return NOW
+        return LATER if self._collector.wants(self) else AGAIN
+
     def _header_of(self, x: Any) -> Header:
         lay = self._dispatcher.layout(x.shape, training=True)
         return Header(dtype=dtype_number(x.dtype), groups=lay.groups, channels=lay.channels)
@@ -146,16 +154,15 @@ class SyncBatchNormalization(BatchNormalization):
     def _header(self, step: TrainingStep, exchange: Exchange | Lost) -> Header:
         o, (x, _, operands, _, numbers, variables) = self.options, step.prepared
         hyper = self._dispatcher.hyper(x.ndim, x.dtype, numbers)[: len(NUMBERS)]
-        state = variables.on_host().state.tobytes() if exchange.calls == 0 else b""
         return self._header_of(x)._replace(
-            update=NEVER if not step.updates else NOW if self._collector is None else LATER,
+            update=self._update_of(step),
             **dict(zip(NUMBERS, hyper, strict=True)),
             options=checksum(
                 *(o.axis, x.ndim, o.renorm, o.activation, operands.adjusted),
                 *(o.virtual_batch_size, o.ragged, o.virtual_batch_order),
                 *(o.momentum is None, o.debias, o.skip_nonfinite),
             ),
-            state=checksum(state),
+            state=checksum_of(variables.place.to_host(variables.state)),
         )
 
 

@@ -15,7 +15,7 @@ from nbbn.engine.base import Operands
 from nbbn.engine.dispatcher import Dispatcher
 from nbbn.sync.exchange import Exchange, Lost
 from nbbn.sync.group import Group
-from nbbn.sync.header import BACKWARD, LATER, NEVER, NOW, NUMBERS, Header, checksum, dtype_number
+from nbbn.sync.header import BACKWARD, LATER, NEVER, NOW, NUMBERS, Header, checksum, checksum_of, dtype_number
 from nbbn.sync.torch_group import torch as group_of
 from nbbn.torch import calls, ops
 from nbbn.torch.modules import Normalization
@@ -170,7 +170,6 @@ class _Call:
     def header(self) -> Header:
         o, x = self.run.options, self.own.x
         hyper = self.run.hyper(x.ndim, x.dtype, self.numbers)[: len(NUMBERS)]
-        state = place_of(self.state).to_host(self.state).tobytes() if self.number == 1 else b""
         return self._plain_header()._replace(
             update=self.update,
             **dict(zip(NUMBERS, hyper, strict=True)),
@@ -178,7 +177,7 @@ class _Call:
                 *(o.axis, x.ndim, o.renorm, o.activation, self.own.operands.adjusted),
                 *(o.virtual_batch_size, o.ragged, o.virtual_batch_order, o.debias, o.skip_nonfinite),
             ),
-            state=checksum(state),
+            state=checksum_of(place_of(self.state).to_host(self.state)),
         )
 
     def finish(self, y: Tensor) -> Any:
