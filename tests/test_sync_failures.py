@@ -14,6 +14,7 @@ import nbbn
 from nbbn.sync import SyncError
 from tests.helpers.processes import check
 from tests.helpers.ranks import (
+    DY,
     FAILURES,
     PATIENCE,
     Plain,
@@ -287,6 +288,23 @@ def test_a_group_may_be_set_later():
         works(group, layer)
         layer.group = group  # once more: with other messages
         works(group, layer)
+
+    on_ranks(threads(2), run)
+
+
+def test_a_pullback_is_of_the_group_of_its_call():
+    """Whatever group the layer has got since then."""
+
+    def run(group):
+        x, dy = (a[: group.size].reshape(-1, 5) for a in (X, DY))
+        part = slice(12 * group.rank, 12 * group.rank + 12)
+        layer, whole = make(group), nbbn.BatchNormalization()
+        _, pullback = layer.vjp(X[group.rank], True)
+        layer.group = None
+        same(pullback(DY[group.rank]).inputs, whole.vjp(x, True)[1](dy).inputs[part])
+        _, pullback = layer.vjp(X[group.rank], True)
+        layer.group = group
+        same(pullback(DY[group.rank]).inputs, whole.vjp(X[group.rank], True)[1](DY[group.rank]).inputs)
 
     on_ranks(threads(2), run)
 

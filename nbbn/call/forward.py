@@ -246,7 +246,7 @@ class Normalizer:
                 operands = NOTHING if residual is None and weights is None else Operands(residual, weights)
                 dtype = x.dtype
             record = Record(
-                x, saved, batch, operands, dtype, variables, None if general or not batch else step, 0, give
+                x, saved, batch, operands, dtype, variables, None if general or not batch else step, None, give
             )
         if general and mask_shape != ():
             self._dispatcher.bind(name, x, residual is not None, (y, residual), variables, operands.weights, mask_shape)

@@ -31,8 +31,9 @@ class Gradients(NamedTuple):
 
 class Record(NamedTuple):
     """What a forward pass leaves behind for its gradient. dtype: of the gradient, which is that of a float input. step:
-    the bound step that the forward pass took. call: its number, where several ranks count them. give: what makes
-    arrays of the input's library, where that is another one than NumPy with arrays on the host."""
+    the bound step that the forward pass took. shared: by which exchange the ranks shared its statistics, and the number
+    of that call. give: what makes arrays of the input's library, where that is another one than NumPy with arrays on
+    the host."""
 
     x: Array
     saved: Array
@@ -41,7 +42,7 @@ class Record(NamedTuple):
     dtype: np.dtype
     variables: Variables
     step: Any = None
-    call: int = 0
+    shared: tuple[Any, int] | None = None
     give: Callable[[np.ndarray], Any] | None = None
 
 

@@ -25,7 +25,7 @@ class TrainingStep:
     Nothing of the layer changes before `finish()`, which updates its moving statistics.
     """
 
-    call = 0  # its number, where several ranks count them
+    shared: tuple[Any, int] | None = None  # as in Record
 
     def __init__(
         self, layer: Any, inputs: Any, mask: Any, update: Any, out: Any, residual: Any, keep: bool = True
@@ -76,7 +76,7 @@ class TrainingStep:
             elif self.updates:
                 layer._collector.take(layer, saved, x, numbers)
         give = giver(self._inputs)
-        self.record = Record(x, saved, True, operands, dtype, variables, call=self.call, give=give)
+        self.record = Record(x, saved, True, operands, dtype, variables, shared=self.shared, give=give)
         if self._out is not None:
             return self._out
         return place.give(y) if give is None else give(y)

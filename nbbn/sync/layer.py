@@ -95,15 +95,14 @@ class SyncBatchNormalization(BatchNormalization):
                 raise
             assert step is not None  # or the line above has raised
             y = step.complete(moments)
-            exchange.calls = step.call  # a rank that cannot complete is left behind, and all will be told so
+            exchange.calls += 1  # a rank that cannot complete is left behind, and all will be told so
             return y, step.record
 
     def _gradients(self, record: Record, dy: Any, out: Any) -> Gradients:
-        exchange = self._exchange
-        if exchange is None or not record.training:
+        if record.shared is None:
             return super()._gradients(record, dy, out)
         pullback, cause = _first_half(lambda: Pullback(self._dispatcher, record, dy, out))
-        sums = self._all_sums(exchange, record, None if pullback is None else pullback.sums, cause)
+        sums = self._all_sums(record, None if pullback is None else pullback.sums, cause)
         assert pullback is not None  # as above
         return pullback.finish(sums, self.scale, self.center)
 
@@ -113,11 +112,11 @@ class SyncBatchNormalization(BatchNormalization):
             return own
         with exchange.lock:
             moments = self._all_moments(exchange, step, own)
-            exchange.calls = step.call
+            exchange.calls += 1
             return moments
 
     def _shared_sums(self, record: Record, own: np.ndarray) -> np.ndarray:
-        return own if self._exchange is None else self._all_sums(self._exchange, record, own)
+        return own if record.shared is None else self._all_sums(record, own)
 
     def _all_moments(
         self,
@@ -129,15 +128,16 @@ class SyncBatchNormalization(BatchNormalization):
         """Those of all ranks. own: None where this one cannot take part, because of `cause`. The lock is held."""
         call, header = exchange.calls + 1, Header()
         if step is not None:
-            step.call, header = call, self._header(step, exchange)
+            step.shared, header = (exchange, call), self._header(step)
         return exchange.moments(header._replace(call=call), own, cause)
 
-    def _all_sums(
-        self, exchange: Exchange | Lost, record: Record, own: np.ndarray | None, cause: Exception | None = None
-    ) -> np.ndarray:
-        """The sums of the gradient, likewise."""
+    def _all_sums(self, record: Record, own: np.ndarray | None, cause: Exception | None = None) -> np.ndarray:
+        """The sums of the gradient, likewise, of those who shared the statistics: the layer may have left them."""
+        assert record.shared is not None
+        exchange, call = record.shared
         with exchange.lock:
-            return exchange.sums(self._header_of(record.x)._replace(stage=BACKWARD, call=record.call), own, cause)
+            found: np.ndarray = exchange.sums(self._header_of(record.x)._replace(stage=BACKWARD, call=call), own, cause)
+        return found
 
     def _update_of(self, step: TrainingStep) -> int:
         """Whether, and when, a call updates the moving statistics."""
@@ -151,7 +151,7 @@ class SyncBatchNormalization(BatchNormalization):
         lay = self._dispatcher.layout(x.shape, training=True)
         return Header(dtype=dtype_number(x.dtype), groups=lay.groups, channels=lay.channels)
 
-    def _header(self, step: TrainingStep, exchange: Exchange | Lost) -> Header:
+    def _header(self, step: TrainingStep) -> Header:
         o, (x, _, operands, _, numbers, variables) = self.options, step.prepared
         hyper = self._dispatcher.hyper(x.ndim, x.dtype, numbers)[: len(NUMBERS)]
         return self._header_of(x)._replace(
