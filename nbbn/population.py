@@ -73,7 +73,7 @@ class _Population:
         self, layers: Sequence[BatchNormalization], batches: Batches, forward: Callable[[Any], Any], group: Group | None
     ) -> None:
         self._layers, self._batches, self._forward = layers, batches, forward
-        self._exchange = None if group is None else Exchange(group, Turns(group))
+        self._exchange = None if group is None else Exchange(group, Turns())
         self._totals = _Totals()
         self._before: list[tuple[BatchNormalization, Array]] = []  # states, to have them back
 

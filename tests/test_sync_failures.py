@@ -2,6 +2,7 @@
 that is as it was. Threads, forked children and copies of a layer do not take each other's messages."""
 
 import copy
+import gc
 import pickle
 import random
 import threading
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import nbbn
-from nbbn.sync import SyncError
+from nbbn.sync import SyncError, exchange
 from tests.helpers.processes import check
 from tests.helpers.ranks import (
     DY,
@@ -149,10 +150,18 @@ def test_what_is_no_group():
         nbbn.SyncBatchNormalization(synchronized=False)
 
 
-def test_layers_that_share_messages_and_meet_each_other():
+def groups_of_layers(kind, group):
+    """For each of two layers."""
+    own = Plain(group)
+    return [own, own] if kind == "one" else [Plain(group, several=True) for _ in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["one", "several"])
+def test_layers_that_share_messages_and_meet_each_other(kind):
+    """Of one group, and of several that send by one transport."""
+
     def run(group):
-        own = Plain(group)
-        layers = [make(own) for _ in range(2)]
+        layers = [make(own) for own in groups_of_layers(kind, group)]
         for later in (False, True):
             one, other = layers[:: -1 if group.rank else 1]
             for layer, order in ((one, "0: 0, rank 1: 1"), (other, "0: 1, rank 1: 0")):
@@ -160,6 +169,37 @@ def test_layers_that_share_messages_and_meet_each_other():
                 assert layer.built == later
             for layer in layers:
                 works(group, layer)
+
+    on_ranks(threads(2), run)
+
+
+def test_groups_are_not_kept():
+    """Nor mixed up with a later one in the same memory."""
+    gc.collect()
+    before = len(exchange._turns)
+    for _ in range(10):
+        make(threads(1)[0])
+    gc.collect()
+    assert len(exchange._turns) == before
+
+
+class Slotted:
+    """A group that has no weak references."""
+
+    __slots__ = ("group", "rank", "size")
+
+    def __init__(self, group):
+        self.rank, self.size, self.group = group.rank, group.size, group
+
+    def all_gather(self, values):
+        return self.group.all_gather(values)
+
+
+def test_a_group_without_weak_references():
+    def run(group):
+        own = Slotted(group)
+        for _ in range(2):
+            works(group, make(own))
 
     on_ranks(threads(2), run)
 

@@ -114,6 +114,12 @@ def test_a_late_rank_over_gloo():
     assert json.loads(results[0][1]) == ["SyncError", "SyncError"]
 
 
+def test_two_groups_of_one_process_group():
+    results = over_gloo(3, *PROGRAM, "gloo", "sharing")
+    assert [code for code, _, _ in results] == [0] * 3, "\n".join(err for _, _, err in results)
+    assert json.loads(results[0][1]) == "done"
+
+
 def test_a_killed_rank_over_gloo():
     results = over_gloo(3, *PROGRAM, "gloo", "killed")
     assert [code for code, _, _ in results] == [0, 0, -signal.SIGKILL], "\n".join(err for _, _, err in results)

@@ -1,6 +1,7 @@
 """The messages of one layer: what is gathered for a training call, and for its pullback."""
 
 import itertools
+import weakref
 from typing import Any, NoReturn
 
 import numpy as np
@@ -17,14 +18,26 @@ FIRST = 1024
 
 
 class Turns:
-    """What the layers of a group have in common: a number for each, and a lock for those that share its messages."""
+    """What the layers of a transport have in common: a number for each, and a lock for those that share messages."""
 
-    def __init__(self, group: Group) -> None:
-        self.group, self.numbers, self.lock = group, itertools.count(), StateLock()
+    def __init__(self, transport: Any = None) -> None:
+        self.transport, self.numbers, self.lock = transport, itertools.count(), StateLock()
 
 
-# By the id of the group, which need not be hashable. It is kept, so that no other one ever has its id.
-_turns: dict[int, Turns] = {}
+_turns: dict[int, Turns] = {}  # by the id of the transport, which need not be hashable
+
+
+def _turns_of(transport: Any) -> Turns:
+    """They last as long as the transport, so that numbers go on where all of its layers are gone on one rank."""
+    found = _turns.get(id(transport))
+    if found is None:
+        try:
+            weakref.finalize(transport, _turns.pop, id(transport), None).atexit = False
+            found = Turns()
+        except TypeError:  # no weak references to these: it is kept, so that no other one ever has its id
+            found = Turns(transport)
+        found = _turns.setdefault(id(transport), found)
+    return found
 
 
 class Exchange:
@@ -37,7 +50,7 @@ class Exchange:
     def __init__(self, group: Group, turns: Turns | None = None) -> None:
         self.group, self.calls = group, 0
         self._channel: Any = group.duplicate() if turns is None and hasattr(group, "duplicate") else group
-        turns = turns or _turns.setdefault(id(group), Turns(group))
+        turns = turns or _turns_of(getattr(group, "transport", group))
         self._layer, self.lock = next(turns.numbers), turns.lock if self._channel is group else StateLock()
         self._broken: str | None = None
 

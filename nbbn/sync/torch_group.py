@@ -12,7 +12,7 @@ class TorchGroup(OneProcess):
     """The ranks of a process group; see torch().
 
     Where that is all processes it has a process group of its own, for all layers: one for each layer would take three
-    threads and five files.
+    threads and five files. transport: the process group that has the messages.
     """
 
     def __init__(self, process_group: Any, timeout: float | None) -> None:
@@ -22,15 +22,15 @@ class TorchGroup(OneProcess):
         self._dist = dist
         ranks, backend = dist.get_process_group_ranks(process_group), dist.get_backend(process_group)
         self._timeout = None if timeout is None else datetime.timedelta(seconds=timeout)
-        self._group = process_group
+        self.transport = process_group
         if len(ranks) == dist.get_world_size():
             # For some of the processes PyTorch would need the others, too, or, with use_local_synchronization, that all
             # of them have equally many groups.
             try:
-                self._group = dist.new_group(backend=backend, timeout=self._timeout)
+                self.transport = dist.new_group(backend=backend, timeout=self._timeout)
             except RuntimeError as error:
                 raise SyncError(f"the {len(ranks)} ranks could not make a process group: {error}") from error
-        self.rank, self.size = dist.get_rank(self._group), len(ranks)
+        self.rank, self.size = dist.get_rank(self.transport), len(ranks)
         self._device = "cuda" if backend == "nccl" else "cpu"  # NCCL knows arrays of a GPU only
 
     def all_gather(self, values: np.ndarray) -> np.ndarray:
@@ -41,7 +41,7 @@ class TorchGroup(OneProcess):
         mine = torch.from_numpy(np.array(values, np.float64)).to(self._device)
         found = torch.empty((self.size, mine.numel()), dtype=torch.float64, device=self._device)
         try:
-            work = self._dist.all_gather([*found], mine, group=self._group, async_op=True)
+            work = self._dist.all_gather([*found], mine, group=self.transport, async_op=True)
             work.wait() if self._timeout is None else work.wait(self._timeout)
         except RuntimeError as error:
             raise SyncError(f"the {self.size} ranks of the process group did not come together: {error}") from error
