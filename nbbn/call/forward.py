@@ -1,7 +1,7 @@
 """The forward pass of a layer, on arrays of every kind."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from nbbn.arrays import Array, giver, place_of, view
 from nbbn.call.collector import Collector
 from nbbn.call.gradients import Gradients, Record, gradients
-from nbbn.call.operands import Lengths, own_weights
+from nbbn.call.operands import Lengths, own_weights, refuse_both
 from nbbn.call.preparation import prepare
 from nbbn.call.step import Host, TrainingStep
 from nbbn.core import dtypes
@@ -152,12 +152,15 @@ class Normalizer:
         """Whether a training call is a TrainingStep, because others share its statistics."""
         return False
 
-    def _shared_moments(self, step: TrainingStep, own: Host) -> Host:
-        """The moments of all that share the statistics of a step: here, of nobody else."""
+    def _shared_moments(
+        self, steps: Sequence[TrainingStep], own: Host | None, cause: Exception | None = None
+    ) -> Host | None:
+        """The moments of all that share the statistics of steps, which are one call: here, of nobody else. own: of
+        these; None where they cannot take part, for a cause."""
         return own
 
-    def _shared_sums(self, record: Record, own: Host) -> Host:
-        """The sums of the gradient of all that share the statistics of a step."""
+    def _shared_sums(self, record: Record, own: Host | None, cause: Exception | None = None) -> Host | None:
+        """The sums of the gradient of all that share the statistics of a step, likewise."""
         return own
 
     def _uses_batch(self, training: bool | None) -> bool:
@@ -200,7 +203,8 @@ class Normalizer:
         if not is_numpy and (give := giver(inputs)) is not None:
             x, target, residual, is_numpy = view(inputs), view(out), view(residual), True
         name, mask_shape, weights = "train" if batch else "infer", None, None
-        if not (batch or keep):
+        if mask is not None and not (batch or keep):
+            refuse_both(mask)
             mask = None  # inference has no sums
         if mask is not None:
             mask_shape = mask.shape if batch and type(mask) is np.ndarray else ()  # which no mask of a bound step has

@@ -31,6 +31,7 @@ class TrainingStep:
         self, layer: Any, inputs: Any, mask: Any, update: Any, out: Any, residual: Any, keep: bool = True
     ) -> None:
         self._layer, self._inputs, self._out = layer, inputs, out
+        self.builds = layer._variables is None  # whether it is the first that the layer gets
         self.updates = boolean("update_statistics", update)
         self.prepared = prepare(layer, inputs, True, mask, out, residual, keep)
         operands = self.prepared.operands

@@ -1,6 +1,6 @@
 """The layer whose batch is those of all ranks of a group together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -81,18 +81,16 @@ class SyncBatchNormalization(BatchNormalization):
     def _forward(
         self, inputs: Any, training: bool | None, mask: Any, update: bool, out: Any, residual: Any, keep: bool
     ) -> tuple[Any, Record | None]:
-        exchange = self._exchange
-        if exchange is None or not self._uses_batch(training):
+        exchange, step = self._exchange, None
+        batch, cause = _first_half(lambda: self._uses_batch(training))
+        if exchange is None or batch is False:
             return super()._forward(inputs, training, mask, update, out, residual, keep)
         with exchange.lock:
-            before = self._variables
-            step, cause = _first_half(lambda: TrainingStep(self, inputs, mask, update, out, residual, keep))
-            try:
-                moments = self._all_moments(exchange, step, None if step is None else step.moments, cause)
-            except BaseException:
-                if before is None:  # it has built the layer for an input that need not be like those of the next call
-                    self._variables = None
-                raise
+            unbuilt = self._variables is None
+            if batch:
+                step, cause = _first_half(lambda: TrainingStep(self, inputs, mask, update, out, residual, keep))
+            steps, own = ([], None) if step is None else ([step], step.moments)
+            moments = self._all_moments(exchange, steps, own, cause, unbuilt)
             assert step is not None  # or the line above has raised
             y = step.complete(moments)
             exchange.calls += 1  # a rank that cannot complete is left behind, and all will be told so
@@ -106,30 +104,41 @@ class SyncBatchNormalization(BatchNormalization):
         assert pullback is not None  # as above
         return pullback.finish(sums, self.scale, self.center)
 
-    def _shared_moments(self, step: TrainingStep, own: np.ndarray) -> np.ndarray:
+    def _shared_moments(
+        self, steps: Sequence[TrainingStep], own: np.ndarray | None, cause: Exception | None = None
+    ) -> np.ndarray | None:
         exchange = self._exchange
         if exchange is None:
             return own
         with exchange.lock:
-            moments = self._all_moments(exchange, step, own)
+            moments = self._all_moments(exchange, steps, own, cause, any(step.builds for step in steps))
             exchange.calls += 1
             return moments
 
-    def _shared_sums(self, record: Record, own: np.ndarray) -> np.ndarray:
-        return own if record.shared is None else self._all_sums(record, own)
+    def _shared_sums(self, record: Record, own: np.ndarray | None, cause: Exception | None = None) -> np.ndarray | None:
+        return own if record.shared is None else self._all_sums(record, own, cause)
 
     def _all_moments(
         self,
         exchange: Exchange | Lost,
-        step: TrainingStep | None,
+        steps: Sequence[TrainingStep],
         own: np.ndarray | None,
-        cause: Exception | None = None,
+        cause: Exception | None,
+        unbuilt: bool,
     ) -> np.ndarray:
-        """Those of all ranks. own: None where this one cannot take part, because of `cause`. The lock is held."""
+        """Those of all ranks. steps: one call. own: None where this rank cannot take part, because of `cause`. unbuilt:
+        whether the layer was, before these steps. The lock is held."""
         call, header = exchange.calls + 1, Header()
-        if step is not None:
-            step.shared, header = (exchange, call), self._header(step)
-        return exchange.moments(header._replace(call=call), own, cause)
+        for step in steps:
+            step.shared = exchange, call
+        try:
+            if own is not None:
+                header = self._header(steps[0])
+            return exchange.moments(header._replace(call=call), own, cause)
+        except BaseException:
+            if unbuilt:  # the steps have built it for inputs that need not be like those of the next call
+                self._variables = None
+            raise
 
     def _all_sums(self, record: Record, own: np.ndarray | None, cause: Exception | None = None) -> np.ndarray:
         """The sums of the gradient, likewise, of those who shared the statistics: the layer may have left them."""

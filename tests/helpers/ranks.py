@@ -244,12 +244,12 @@ def make(group, **options):
     return nbbn.SyncBatchNormalization(**{"momentum": 0.5, "dtype": None, **options}, group=group)
 
 
-def refused(layer, call, message):
-    """The SyncError of call(), which has changed nothing."""
-    before = bits(layer)
+def refused(layer, call, message, *after):
+    """The SyncError of call(), which has changed nothing. after: the state then, where that is another one."""
+    after = after or (bits(layer),)
     with pytest.raises(SyncError, match=message) as found:
         call()
-    assert bits(layer) == before
+    assert (bits(layer),) == after
     return found.value
 
 
@@ -429,6 +429,8 @@ BAD_CALLS = {
     "dtype": (lambda layer, x: layer(x.astype(np.complex128), training=True), TypeError),
     "no array": (lambda layer, x: layer("x", training=True), TypeError),
     "mask": (lambda layer, x: layer(x, training=True, mask=np.ones(7, bool)), ValueError),
+    "mask and lengths": (lambda layer, x: layer(x, True, mask=np.ones(12), lengths=np.ones(12, int)), ValueError),
+    "training": (lambda layer, x: layer(x, training="yes"), TypeError),
     "negative weights": (lambda layer, x: layer(x, training=True, mask=-np.ones(12)), ValueError),
     "update_statistics": (lambda layer, x: layer(x, training=True, update_statistics="no"), TypeError),
     "residual": (lambda layer, x: layer(x, training=True, residual=x[:3]), ValueError),
@@ -501,15 +503,76 @@ def bad_gradient(group):
         works(group, layer)
 
 
+# What the last rank does in the exact form of accumulate(), after a first start() that is right.
+BAD_STARTS = {
+    "shape": (lambda batch, x: batch.start(x[:, :, None]), ValueError),
+    "mask and lengths": (lambda batch, x: batch.start(x, mask=np.ones(12), lengths=np.ones(12, int)), ValueError),
+    "micro-batch": (lambda batch, x: (batch.micro_batch(0), batch.start(x)), RuntimeError),  # once more
+}
+
+
+def bad_start(group, start, kind, later):
+    layer, bad = make(group), group.size - 1
+    if later:
+        works(group, layer)
+    with nbbn.accumulate(layer) as batch:
+        batch.micro_batch(0)
+        first = batch.start(X[group.rank][:4])
+        batch.micro_batch(1)
+        call = (lambda: start(batch, X[group.rank])) if group.rank == bad else first.finish
+        error = refused(layer, call, f"rank {bad} could not take part", bits(layer) if later else None)
+        assert (isinstance(error.__cause__, kind)) if group.rank == bad else error.__cause__ is None
+        with pytest.raises(RuntimeError, match=r"all micro-batches have to start\(\) again"):
+            first.finish()
+        again = batch.start(X[group.rank])
+        again.finish()
+        bad_pull(group, layer, again)
+    works(group, layer)
+
+
+def bad_pull(group, layer, step):
+    """The pull() of one rank, which can be made again."""
+    bad = group.size - 1
+    if group.rank == bad:
+        call = lambda: step.pull(DY[group.rank][:3])  # noqa: E731
+    else:
+        step.pull(DY[group.rank])
+        call = step.pulled
+    error = refused(layer, call, f"rank {bad} could not take part")
+    assert (isinstance(error.__cause__, ValueError)) if group.rank == bad else error.__cause__ is None
+    if group.rank == bad:
+        step.pull(DY[group.rank])
+    x, dy = (a[: group.size].reshape(-1, 5) for a in (X, DY))
+    whole = Reference(epsilon=layer.epsilon).build(x.shape)(x, True, update_statistics=False)
+    same(step.pulled().inputs, whole.gradients(dy).inputs[12 * group.rank : 12 * group.rank + 12])
+
+
+def unlike_starts(group):
+    """A new layer is not built for what the ranks could not do together."""
+    layer = make(group)
+    with contextlib.suppress(SyncError), nbbn.accumulate(layer) as batch:
+        step = batch.start(each_rank(group, [X[0], X[1][:, :4]]))
+        raise refused(layer, step.finish, "channels", None)
+    works(group, layer)
+
+
 FAILURES = {f"unlike {n}": (unlike_layers, *v) for n, v in UNLIKE_LAYERS.items()}
 FAILURES |= {f"unlike {n} in a call": (unlike_calls, *v) for n, v in UNLIKE_CALLS.items()}
 FAILURES |= {f"bad {n}": (bad_call, *v, False) for n, v in BAD_CALLS.items()}
 FAILURES |= {f"bad {n} later": (bad_call, *v, True) for n, v in (BAD_CALLS | LATER_BAD_CALLS).items()}
+FAILURES |= {f"bad {n} of a start": (bad_start, *v, False) for n, v in BAD_STARTS.items()}
+FAILURES |= {f"bad {n} of a start later": (bad_start, *v, True) for n, v in BAD_STARTS.items()}
 FAILURES |= {
     f.__name__.replace("_", " "): (f,)
     for f in (
         *(other_axis, other_update, accumulating, accumulating_unlike_micro_batches),
-        *(accumulating_until_one_rank_fails, reset_on_one_rank, forward_meets_pullback, pullbacks_in_another_order),
+        *(
+            accumulating_until_one_rank_fails,
+            reset_on_one_rank,
+            forward_meets_pullback,
+            pullbacks_in_another_order,
+            unlike_starts,
+        ),
         *(two_bad_calls, bad_adjustment, bad_virtual_batch, bad_gradient),
     )
 }
