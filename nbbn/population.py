@@ -77,7 +77,7 @@ def _heard_by_all(exchange: Exchange | None) -> Iterator[None]:
         yield
     except Exception as cause:
         if exchange is not None:
-            exchange.moments(Header(), None, cause)
+            exchange.gather(Header(), None, cause)
         raise
 
 
@@ -118,7 +118,7 @@ class _Population:
             options = [(o.axis, o.renorm, o.momentum is None, o.epsilon) for o in (x.options for x in layers)]
             sizes = [(_channels(layer), _variables(layer).dtype.name) for layer in layers]
             header = Header(channels=own.shape[1], groups=1, options=checksum(options, sizes, settings))
-        return own if self._exchange is None else self._exchange.moments(header, own)
+        return own if self._exchange is None else merge_moments(self._exchange.gather(header, own))
 
     def _own_totals(self, layers: Sequence[BatchNormalization]) -> np.ndarray:
         batches = self._batches

@@ -67,14 +67,14 @@ def over_mpi(n, *program):
     return out
 
 
-def over_gloo(n, *program):
+def over_gloo(n, *program, **variables):
     """What each rank has returned."""
     if importlib.util.find_spec("torch") is None:
         pytest.skip("torch is missing (extra: distributed)")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), **variables}
     return end([start([sys.executable, *program], **group, RANK=str(rank)) for rank in range(n)])
 
 

@@ -2,6 +2,6 @@
 
 from nbbn.arrays.host import HOST, Array, numbers_of
 from nbbn.arrays.libraries import giver, view
-from nbbn.arrays.place import Place, as_array, as_numpy, place_of
+from nbbn.arrays.place import Place, as_array, as_numpy, beside, place_of
 
-__all__ = ["HOST", "Array", "Place", "as_array", "as_numpy", "giver", "numbers_of", "place_of", "view"]
+__all__ = ["HOST", "Array", "Place", "as_array", "as_numpy", "beside", "giver", "numbers_of", "place_of", "view"]

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbbn.arrays import Array, place_of, view
+from nbbn.arrays import Array, beside, place_of, view
 from nbbn.call.operands import as_like, as_out, refuse_overlap, sum_to
 from nbbn.core import rules
 from nbbn.engine.base import Operands
@@ -133,23 +133,30 @@ class Upstream:
 class Pullback:
     """The gradient of a training call in halves: the sums are merged with those of all that share the statistics.
 
-    sums: of this input alone, (2, S), or with an adjustment (4, S), float64, on the host.
+    reduced: the sums of this input alone, (2, S), or with an adjustment (4, S), float64, where the input is.
     """
 
     def __init__(self, dispatcher: Dispatcher, record: Record, dy: Any, out: Any) -> None:
         self._dispatcher, self._record, self._out = dispatcher, record, out
         self._upstream = Upstream(dispatcher, record, dy, out)
-        sums, self._dparams = dispatcher.reduce_gradient(self._upstream.dy, record.x, record.saved, record.operands)
-        self.sums: np.ndarray = place_of(sums).to_host(sums)
+        self.reduced, self._dparams = dispatcher.reduce_gradient(
+            self._upstream.dy, record.x, record.saved, record.operands
+        )
 
-    def finish(self, sums: np.ndarray, scale: bool, center: bool) -> Gradients:
-        """The gradients, of the sums of all. Those of gamma and beta are of this input alone."""
+    @property
+    def sums(self) -> np.ndarray:
+        """The same on the host."""
+        return place_of(self.reduced).to_host(self.reduced)
+
+    def finish(self, sums: Array, scale: bool, center: bool) -> Gradients:
+        """The gradients, of the sums of all, on the host or where the input is. Those of gamma and beta are of this
+        input alone."""
         record, upstream, adjustment = self._record, self._upstream, None
         dx, dz = self._dispatcher.apply_gradient(
             upstream.dy,
             record.x,
             record.saved,
-            place_of(record.x).from_host(sums),
+            beside(sums, record.x),
             record.operands,
             out=upstream.target,
             wants_dz=upstream.wants_dz,

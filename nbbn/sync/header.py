@@ -16,6 +16,7 @@ NEVER, NOW, LATER, AGAIN = range(4)
 _WORDS: dict[str, dict[int, str]] = {
     "stage": {FORWARD: "a training call", BACKWARD: "a pullback"},
     "dtype": dict(enumerate(dtypes.NAMES)),
+    "direct": {0: "of the host", 1: "of a GPU, for NCCL"},
     "update": {NEVER: "False", NOW: "True", LATER: "after accumulate()", AGAIN: "a micro-batch that has had its call"},
 }
 # What a user calls what he cannot guess.
@@ -26,6 +27,7 @@ _NAMES = {
     "groups": "the number of virtual batches",
     "update": "update_statistics",
     "options": "axis, rank, renorm, activation, debias, skip_nonfinite or what virtual batches are (a checksum)",
+    "direct": "what their arrays are",
     "state": "the moving statistics before the call (a checksum)",
 }
 
@@ -36,7 +38,8 @@ class Header(NamedTuple):
     layer: the how many-th of its group. call: the number of the training call, also in its pullback. status: 1 if this
     rank cannot take part. dtype: of the input. groups: of a virtual batch; 0 if there is no sample and it cannot tell.
     update: whether, and when, the moving statistics are. epsilon to dmax: the numbers of this training call. options: a
-    checksum of all others. state: a checksum of the moving statistics before a training call.
+    checksum of all others. direct: 1 if the numbers follow from where they lie, and not by the host. state: a checksum
+    of the moving statistics before a training call.
     """
 
     version: float = VERSION
@@ -56,6 +59,7 @@ class Header(NamedTuple):
     rmax: float = 0
     dmax: float = 0
     options: float = 0
+    direct: float = 0
     state: float = 0
 
 

@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import numpy as np
-
+from nbbn.arrays import Array
 from nbbn.call.gradients import Gradients, Pullback, Record
 from nbbn.call.step import TrainingStep
 from nbbn.engine.dispatcher import Dispatcher
@@ -89,7 +88,7 @@ class SyncBatchNormalization(BatchNormalization):
             unbuilt = self._variables is None
             if batch:
                 step, cause = _first_half(lambda: TrainingStep(self, inputs, mask, update, out, residual, keep))
-            steps, own = ([], None) if step is None else ([step], step.moments)
+            steps, own = ([], None) if step is None else ([step], step.reduced)
             moments = self._all_moments(exchange, steps, own, cause, unbuilt)
             assert step is not None  # or the line above has raised
             y = step.complete(moments)
@@ -100,13 +99,13 @@ class SyncBatchNormalization(BatchNormalization):
         if record.shared is None:
             return super()._gradients(record, dy, out)
         pullback, cause = _first_half(lambda: Pullback(self._dispatcher, record, dy, out))
-        sums = self._all_sums(record, None if pullback is None else pullback.sums, cause)
+        sums = self._all_sums(record, None if pullback is None else pullback.reduced, cause)
         assert pullback is not None  # as above
         return pullback.finish(sums, self.scale, self.center)
 
     def _shared_moments(
-        self, steps: Sequence[TrainingStep], own: np.ndarray | None, cause: Exception | None = None
-    ) -> np.ndarray | None:
+        self, steps: Sequence[TrainingStep], own: Array | None, cause: Exception | None = None
+    ) -> Array | None:
         exchange = self._exchange
         if exchange is None:
             return own
@@ -115,17 +114,17 @@ class SyncBatchNormalization(BatchNormalization):
             exchange.calls += 1
             return moments
 
-    def _shared_sums(self, record: Record, own: np.ndarray | None, cause: Exception | None = None) -> np.ndarray | None:
+    def _shared_sums(self, record: Record, own: Array | None, cause: Exception | None = None) -> Array | None:
         return own if record.shared is None else self._all_sums(record, own, cause)
 
     def _all_moments(
         self,
         exchange: Exchange | Lost,
         steps: Sequence[TrainingStep],
-        own: np.ndarray | None,
+        own: Array | None,
         cause: Exception | None,
         unbuilt: bool,
-    ) -> np.ndarray:
+    ) -> Array:
         """Those of all ranks. steps: one call. own: None where this rank cannot take part, because of `cause`. unbuilt:
         whether the layer was, before these steps. The lock is held."""
         call, header = exchange.calls + 1, Header()
@@ -134,19 +133,19 @@ class SyncBatchNormalization(BatchNormalization):
         try:
             if own is not None:
                 header = self._header(steps[0])
-            return exchange.moments(header._replace(call=call), own, cause)
+            return self._dispatcher.merge_moments(exchange.gather(header._replace(call=call), own, cause))
         except BaseException:
             if unbuilt:  # the steps have built it for inputs that need not be like those of the next call
                 self._variables = None
             raise
 
-    def _all_sums(self, record: Record, own: np.ndarray | None, cause: Exception | None = None) -> np.ndarray:
+    def _all_sums(self, record: Record, own: Array | None, cause: Exception | None = None) -> Array:
         """The sums of the gradient, likewise, of those who shared the statistics: the layer may have left them."""
         assert record.shared is not None
         exchange, call = record.shared
         with exchange.lock:
-            found: np.ndarray = exchange.sums(self._header_of(record.x)._replace(stage=BACKWARD, call=call), own, cause)
-        return found
+            header = self._header_of(record.x)._replace(stage=BACKWARD, call=call)
+            return self._dispatcher.add_sums(exchange.gather(header, own, cause))
 
     def _update_of(self, step: TrainingStep) -> int:
         """Whether, and when, a call updates the moving statistics."""

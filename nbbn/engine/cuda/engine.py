@@ -155,6 +155,27 @@ class CudaEngine(Engine):
             self._launch_over_channels(name, variant, like, memory, like.shape[1], statistics, stream)
         like.library.finish(like.device)
 
+    def merge_moments(self, parts: Array) -> Array:
+        """The moments (4, S) of several inputs together: (P, 4, S), merged in their order."""
+        return self._merged("merge_moments", parts, "moments")
+
+    def add_sums(self, parts: Array) -> Array:
+        """The sums (R, S) of the gradient, likewise."""
+        return self._merged("add_sums", parts, "sums")
+
+    def _merged(self, name: str, parts: Array, result: str) -> Array:
+        count, rows, statistics = parts.shape
+        found: Array = device_place(parts.library, parts.device).empty((rows, statistics), parts.dtype)
+        dtype, threads, adjusted = parts.dtype, self._thresholds.threads, rows > 2  # as sums have them then
+        variant = Variant(dtype, rows=True, width=1, sums=dtype, threads=threads, adjustment=adjusted)
+        memory = tuple(self._addresses(parts, {"partial": parts, result: found}).values())
+        with primary_context(parts.device):
+            self._launch_over_channels(
+                name, variant, parts, memory, statistics, count * statistics, parts.library.stream(parts.device)
+            )
+        parts.library.finish(parts.device)
+        return found
+
     def _launch_over_channels(
         self, name: str, variant: Variant, like: Array, memory: Sizes, channels: int, statistics: int, stream: int
     ) -> None:

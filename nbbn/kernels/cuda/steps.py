@@ -320,6 +320,35 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         if c < channels:
             input_coefficients(c, array64(memory[SUMS], (gradient_sums, shape[3])), memory, channels)
 
+    # -- what several inputs have, together: a thread per statistic; shape[3] is how many all parts have ---------
+
+    def merge_moments(shape, grid, memory, channels, epsilon):
+        s, (parts, _) = own_channel(grid), divide(shape[3], channels)
+        if s < channels:
+            part = array64(memory[PARTIAL], (parts, channel.MOMENT_ROWS, channels))
+            n, mean, m2 = part[0, channel.COUNT, s], part[0, channel.BATCH_MEAN, s], part[0, channel.M2, s]
+            squares, p = part[0, channel.SQUARES, s], 1
+            while p < parts:
+                next_n, next_mean = part[p, channel.COUNT, s], part[p, channel.BATCH_MEAN, s]
+                next_m2, next_squares = part[p, channel.M2, s], part[p, channel.SQUARES, s]
+                n, mean, m2, squares = rules.combine(n, mean, m2, squares, next_n, next_mean, next_m2, next_squares)
+                p += 1
+            moments = array64(memory[MOMENTS], (channel.MOMENT_ROWS, channels))
+            moments[channel.COUNT, s], moments[channel.BATCH_MEAN, s] = n, mean
+            moments[channel.M2, s], moments[channel.SQUARES, s] = m2, squares
+
+    def add_sums(shape, grid, memory, channels, epsilon):
+        s, (parts, _) = own_channel(grid), divide(shape[3], channels)
+        if s < channels:
+            part = array64(memory[PARTIAL], (parts, gradient_sums, channels))
+            sums = array64(memory[SUMS], (gradient_sums, channels))
+            for row in range(gradient_sums):
+                total, p = part[0, row, s], 1
+                while p < parts:
+                    total += part[p, row, s]
+                    p += 1
+                sums[row, s] = total
+
     # -- one launch: a block has a family for itself; a chunk is a whole statistic -------------------------------------
 
     def train(x, residual, weights, a, b, y, shape, grid, memory, channels, epsilon):
@@ -359,7 +388,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
             tile += grid.families
 
     found = (normalize, train, infer, input_gradient, backward, finish, freeze, spread_gradient)
-    return {f.__name__: f for f in found} | {
+    return {f.__name__: f for f in (*found, merge_moments, add_sums)} | {
         "reduce": reduction(finish_moments),
         "train_reduce": reduction(finish_training),
         "sum_gradient": gradient_reduction(finish_sums),
