@@ -13,6 +13,8 @@ import pytest
 
 import nbbn
 from nbbn.sync import SyncError, exchange
+from nbbn.sync.header import VERSION, Header
+from nbbn.sync.header import check as compare
 from tests.helpers.processes import check
 from tests.helpers.ranks import (
     DY,
@@ -317,6 +319,14 @@ def test_a_copy_has_lost_its_group(how):
         alone(X[0], training=True)
 
     on_ranks(threads(2), run)
+
+
+def test_another_version_of_messages():
+    """Whatever else it means by them."""
+    headers = np.array([Header(), Header(version=VERSION + 1, channels=5)])
+    with pytest.raises(SyncError, match=rf"nbbn's version of messages \(rank 0: {VERSION}, rank 1: {VERSION + 1}\)"):
+        compare(headers)
+    assert compare(np.array([Header(groups=3), Header(groups=3)])) == 3
 
 
 def test_a_group_may_be_set_later():

@@ -119,14 +119,14 @@ def sharing(transport):
 
 def killed(transport):
     """The last rank dies in the middle."""
-    group = transport.group(transport.size, 10.0)
+    group = transport.group(transport.size, 5.0)
     layer = make(group)
     works(group, layer)
     if group.rank == group.size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     start = time.monotonic()
-    error = refused(layer, lambda: layer(X[group.rank], training=True), "did not come together")
-    assert error.__cause__ is not None
+    message = "did not come together|not all 3 ranks of the communicator came"
+    refused(layer, lambda: layer(X[group.rank], training=True), message)
     assert time.monotonic() - start < 30
     layer.group = None
     layer(X[group.rank], training=True)

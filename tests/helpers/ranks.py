@@ -14,6 +14,7 @@ import pytest
 
 import nbbn
 from nbbn.sync import SyncError
+from nbbn.sync.exchange import FIRST
 from tests.helpers.concurrency import in_threads
 from tests.oracle.reference import Reference
 
@@ -70,7 +71,7 @@ class Plain:
 
 
 class Case(NamedTuple):
-    """options: of the layer. sample: the shape of one. mask: "bool", "weights" or None."""
+    """options: of the layer. sample: the shape of one. mask: "bool", "weights", "lengths" or None."""
 
     options: dict[str, Any]
     sample: tuple[int, ...] = (5,)
@@ -99,6 +100,10 @@ CASES = {
     "no parameters": Case({"scale": False, "center": False}),
     "axis 1": Case({"axis": 1}, (3, 2, 2)),
     "axis 1, mask": Case({"axis": 1}, (3, 2, 2), mask="bool"),
+    "debias": Case({"debias": True}),
+    "lengths": Case({"bessel_correction": True}, (4, 3), mask="lengths"),
+    "lengths, axis 1": Case({"axis": 1}, (3, 4), mask="lengths"),
+    "two messages": Case({}, (FIRST // 4 + 5,), adjusted=True),
     "several axes": Case({"axis": [1, 3]}, (3, 2, 2)),
 }
 LENGTHS = {
@@ -122,7 +127,12 @@ class Batch:
         shape = (count, *case.sample)
         self.x, self.dy = rng.normal(mean, scale, shape), rng.normal(size=shape)
         self.residual = rng.normal(size=shape) if case.residual else None
-        self.mask = {None: None, "bool": rng.random(count) > 0.3, "weights": rng.random(shape)}[case.mask]
+        self.lengths, weights = None, rng.random(shape)
+        self.mask = {None: None, "bool": rng.random(count) > 0.3, "weights": weights, "lengths": None}[case.mask]
+        if case.mask == "lengths":
+            steps = 2 if case.options.get("axis") == 1 else 1
+            self.lengths = rng.integers(0, shape[steps] + 1, count)
+            self.mask = np.arange(shape[steps]) < self.lengths[:, None]
         self.a, self.b = rng.normal(size=(count, *(1,) * len(case.sample))), rng.normal(size=case.sample)
 
     def part(self, name, part):
@@ -177,8 +187,9 @@ def check_case(group, case, lengths, bound=1e-12):
             setattr(layer, name, value.reshape(whole.parameter_shape))
     for seed, update in enumerate([True, False, True]):
         batch = step["batch"] = Batch(case, sum(lengths), seed)
-        x, mask, residual = (batch.part(n, part) for n in ("x", "mask", "residual"))
-        y, pullback = layer.vjp(x, True, mask, update, residual=residual)
+        x, mask, residual, own_lengths = (batch.part(n, part) for n in ("x", "mask", "residual", "lengths"))
+        mask = None if case.mask == "lengths" else mask
+        y, pullback = layer.vjp(x, True, mask, update, residual=residual, lengths=own_lengths)
         found = pullback(batch.dy[part])
         result = whole(batch.x, True, batch.mask, update, batch.residual)
         expected = result.gradients(batch.dy)
@@ -464,6 +475,17 @@ def two_bad_calls(group):
     works(group, layer)
 
 
+def two_messages(group):
+    """What does not go with the header is not sent where the headers do not agree."""
+    layer, x = make(group), np.tile(X[group.rank], FIRST // 20 + 1)
+    bad_calls = {"could not take part": lambda: layer(x, True, np.ones(7)), "channels": lambda: layer(x[:, :5], True)}
+    for message, bad in bad_calls.items():
+        refused(layer, bad if group.rank == 0 else lambda: layer(x, True), message)
+    y, pullback = layer.vjp(x, True)
+    assert pullback(y).inputs.shape == x.shape
+    check_same_bits(group, layer)
+
+
 def bad_adjustment(group):
     state = {"fails": True}
 
@@ -573,7 +595,7 @@ FAILURES |= {
             pullbacks_in_another_order,
             unlike_starts,
         ),
-        *(two_bad_calls, bad_adjustment, bad_virtual_batch, bad_gradient),
+        *(two_messages, two_bad_calls, bad_adjustment, bad_virtual_batch, bad_gradient),
     )
 }
 
