@@ -80,8 +80,9 @@ class SyncBatchNormalization(BatchNormalization):
     def _forward(
         self, inputs: Any, training: bool | None, mask: Any, update: bool, out: Any, residual: Any, keep: bool
     ) -> tuple[Any, Record | None]:
-        exchange, step = self._exchange, None
-        batch, cause = _first_half(lambda: self._uses_batch(training))
+        exchange, step, batch, cause = self._exchange, None, None, None
+        if exchange is not None:
+            batch, cause = _first_half(lambda: self._uses_batch(training))
         if exchange is None or batch is False:
             return super()._forward(inputs, training, mask, update, out, residual, keep)
         with exchange.lock:
