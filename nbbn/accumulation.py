@@ -25,7 +25,13 @@ class MicroBatch:
         self._batch, self._step, self._has_pulled = batch, step, False
 
     def finish(self) -> Any:
-        """The output. Raises: RuntimeError if it was asked for before."""
+        """The output.
+
+        Raises: RuntimeError if it was asked for before, or if no output is possible after an error; with a group
+            SyncError as a call of the layer. All micro-batches have to start again then.
+        """
+        if self._step not in self._batch._started:
+            raise RuntimeError("finish() is not possible after an error: all micro-batches have to start() again")
         moments = self._batch._moments()
         self._step.updates = self._batch._started[0] is self._step  # they have the same moments: one stands for all
         return self._step.complete(moments)
@@ -33,11 +39,19 @@ class MicroBatch:
     def pull(self, dy: Any, out: Any = None) -> None:
         """Take the gradient of the output. out: where pulled() writes the gradient of the input.
 
-        Raises: TypeError, ValueError as a pullback; RuntimeError before finish(), or if there was a pull() before.
+        Raises: TypeError, ValueError as a pullback, with a group SyncError; RuntimeError before finish(), or if there
+            was a pull() before.
         """
         if self._has_pulled:
             raise RuntimeError("pull() of a micro-batch is called once: its sums are among those of all")
-        self._batch._sums.append(self._step.pull(dy, out))
+        record = self._step.record
+        try:
+            sums = self._step.pull(dy, out)
+        except Exception as cause:
+            if record is not None:
+                self._batch._layers[0]._shared_sums(record, None, cause)  # raises where others wait for a message
+            raise
+        self._batch._sums.append(sums)
         self._has_pulled = True
 
     def pulled(self) -> Gradients:
@@ -60,6 +74,7 @@ class Accumulation:
         self._seen: set[tuple[BatchNormalization, Hashable]] = set()
         self._taken: dict[BatchNormalization, list[_Taken]] = {layer: [] for layer in layers}
         self._started: list[TrainingStep] = []
+        self._started_tokens: set[Hashable] = set()
         self._sums: list[Host] = []
         self._merged: Host | None = None
         self._total: Host | None = None
@@ -96,25 +111,41 @@ class Accumulation:
         """Take one of the inputs that are to be normalized with the statistics of all of them.
 
         When all have started, `finish()` of each returns its output. Their gradients need the sums of all, too:
-        `pull(dy)` of each, and then `pulled()` of each.
+        `pull(dy)` of each, and then `pulled()` of each. With a group, each rank starts one at least: a rank without
+        data an empty one, `start(x[:0])`.
 
-        Raises: TypeError, ValueError as a call of the layer; ValueError for several layers, or virtual batches, which
-            have statistics of their own; RuntimeError when one has finished.
+        Raises: TypeError, ValueError as a call of the layer, with a group SyncError, on all ranks; ValueError for
+            several layers, or virtual batches, which have statistics of their own; RuntimeError when one has finished,
+            or for a micro-batch that has started.
         """
         if len(self._layers) != 1 or self._layers[0].virtual_batch_size is not None:
             raise ValueError("start() is for one layer without virtual batches: others are called as usual")
         if self._merged is not None:
             raise RuntimeError("start() of all micro-batches comes before the first finish()")
-        step = self._layers[0].start(inputs, mask, True, out, residual, lengths)
+        try:
+            if self._token is not None and self._token in self._started_tokens:
+                raise RuntimeError(f"start() of micro-batch {self._token!r} was called before: it would count twice")
+            step = self._layers[0].start(inputs, mask, True, out, residual, lengths)
+        except Exception as cause:
+            self._share(None, cause)  # raises where others wait for a message
+            raise
         self._started.append(step)
+        self._started_tokens.add(self._token)
         return MicroBatch(self, step)
 
     def _moments(self) -> Host:
         """Of all inputs that have started, and of those of other ranks."""
         if self._merged is None:
-            own = merge_moments(np.stack([step.moments for step in self._started]))
-            self._merged = self._layers[0]._shared_moments(self._started[0], own)
+            self._merged = self._share(merge_moments(np.stack([step.moments for step in self._started])))
+        assert self._merged is not None  # as their own are
         return self._merged
+
+    def _share(self, own: Host | None, cause: Exception | None = None) -> Host | None:
+        try:
+            return self._layers[0]._shared_moments(self._started, own, cause)
+        except BaseException:  # the layer may be unbuilt again: none of these can go on
+            self._started, self._started_tokens = [], set()
+            raise
 
     def _all_sums(self) -> Host:
         """Those of the gradient, likewise, as one message."""
@@ -122,13 +153,17 @@ class Accumulation:
             record = self._started[0].record
             assert record is not None  # pull() has seen to it
             own = add_sums(np.stack(self._sums)).reshape(-1, self._started[0].moments.shape[1])
-            self._total = self._layers[0]._shared_sums(record, own).reshape(1, -1)
+            total = self._layers[0]._shared_sums(record, own)
+            assert total is not None  # as its own are
+            self._total = total.reshape(1, -1)
         return self._total
 
+    def wants(self, layer: BatchNormalization) -> bool:
+        return self._token is None or (layer, self._token) not in self._seen
+
     def take(self, layer: BatchNormalization, saved: Array, x: Array, numbers: Numbers | None) -> None:
-        key = layer, self._token
-        if self._token is None or key not in self._seen:
-            self._seen.add(key)
+        if self.wants(layer):
+            self._seen.add((layer, self._token))
             self._taken[layer].append((saved, x.ndim, x.dtype, numbers))
 
     def _update(self, layer: BatchNormalization, taken: Sequence[_Taken]) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from nbbn.engine.dispatcher import Dispatcher
 from nbbn.kernels.channel import COUNT, MOMENT_ROWS
 from nbbn.layer.layer import BatchNormalization, as_layers
 from nbbn.runtime.progress import is_terminal
-from nbbn.state.variables import COUNTS
+from nbbn.state.variables import COUNTS, Variables
 from nbbn.sync.exchange import Exchange, Turns
 from nbbn.sync.group import Group, check_group
 from nbbn.sync.header import Header, checksum
@@ -36,8 +37,11 @@ class _Totals:
         self.wanted: Sequence[BatchNormalization] = ()
         self._found: dict[int, np.ndarray] = {}
 
+    def wants(self, layer: BatchNormalization) -> bool:
+        return layer in self.wanted
+
     def take(self, layer: BatchNormalization, saved: Array, x: Array, numbers: Numbers | None) -> None:
-        if layer not in self.wanted:
+        if not self.wants(layer):
             return
         own, channels = place_of(saved).to_host(saved)[:MOMENT_ROWS], _channels(layer)
         if own.size == 0:  # virtual batches without a sample on any rank
@@ -58,24 +62,41 @@ class _Totals:
         return np.zeros((MOMENT_ROWS, 2 * _channels(layer))) if found is None else found
 
 
+def _variables(layer: BatchNormalization) -> Variables:
+    return layer._built_variables("population_statistics()")
+
+
 def _channels(layer: BatchNormalization) -> int:
-    found: int = layer._built_variables("population_statistics()").params.shape[1]
-    return found
+    return int(_variables(layer).params.shape[1])
+
+
+@contextmanager
+def _heard_by_all(exchange: Exchange | None) -> Iterator[None]:
+    """An error of this rank is one of all: the others wait for a message either way."""
+    try:
+        yield
+    except Exception as cause:
+        if exchange is not None:
+            exchange.gather(Header(), None, cause)
+        raise
 
 
 class _Population:
-    """What population_statistics() does; each method is a part of it."""
+    """What population_statistics() does; each method is a part of it. The layers' calls are collected from now on."""
 
     def __init__(
-        self, layers: Sequence[BatchNormalization], batches: Batches, forward: Callable[[Any], Any], group: Group | None
+        self,
+        layers: Sequence[BatchNormalization],
+        batches: Batches,
+        forward: Callable[[Any], Any],
+        exchange: Exchange | None,
     ) -> None:
-        self._layers, self._batches, self._forward = layers, batches, forward
-        self._exchange = None if group is None else Exchange(group, Turns(group))
+        self._layers, self._batches, self._forward, self._exchange = layers, batches, forward, exchange
         self._totals = _Totals()
         self._before: list[tuple[BatchNormalization, Array]] = []  # states, to have them back
+        attach(self._totals, layers)
 
     def run(self, passes: Sequence[Sequence[BatchNormalization]], bessel: bool) -> None:
-        attach(self._totals, self._layers)
         try:
             for layers in passes:
                 self._totals.wanted = layers
@@ -92,17 +113,12 @@ class _Population:
 
     def _all_totals(self, layers: Sequence[BatchNormalization], settings: Any) -> np.ndarray:
         """Of these layers side by side, (4, 2 * channels of all): what a pass over the data has, and of all ranks."""
-        if self._exchange is None:
-            return self._own_totals(layers)
-        own, cause, header = None, None, Header(status=1)
-        try:
+        with _heard_by_all(self._exchange):
             own = self._own_totals(layers)
             options = [(o.axis, o.renorm, o.momentum is None, o.epsilon) for o in (x.options for x in layers)]
-            sizes = [_channels(layer) for layer in layers]
-            header = Header(channels=own.shape[1], options=checksum(options, sizes, settings))
-        except Exception as error:  # the others wait for a message either way
-            cause = error
-        return self._exchange.moments(header._replace(groups=1), own, cause)
+            sizes = [(_channels(layer), _variables(layer).dtype.name) for layer in layers]
+            header = Header(channels=own.shape[1], groups=1, options=checksum(options, sizes, settings))
+        return own if self._exchange is None else merge_moments(self._exchange.gather(header, own))
 
     def _own_totals(self, layers: Sequence[BatchNormalization]) -> np.ndarray:
         batches = self._batches
@@ -128,7 +144,7 @@ class _Population:
 def _new_state(layer: BatchNormalization, total: np.ndarray, bessel: bool) -> tuple[np.ndarray, np.ndarray]:
     """The old state and the new one, on the host: that of one step with momentum 0. A statistic without any value stays
     what it is. Raises: ValueError if that is so for all."""
-    variables, channels = layer._built_variables("population_statistics()"), _channels(layer)
+    variables, channels = _variables(layer), _channels(layer)
     moments, calls = total[:, :channels], total[COUNT, channels:]
     if channels and not calls.any():
         raise ValueError(_UNSEEN.format(layer.name))
@@ -150,7 +166,7 @@ def _copying(layer: BatchNormalization, bessel: bool) -> Options:
 
 
 def _keep(layer: BatchNormalization, state: np.ndarray) -> None:
-    variables = layer._built_variables("population_statistics()")
+    variables = _variables(layer)
     with variables.lock:
         variables.keep(variables.place.from_host(state))
 
@@ -206,9 +222,23 @@ def population_statistics(
             many batches as it likes; one without any has built layers. Layers that share statistics with a group of
             their own do so in each call already: this is None for them.
     Raises: TypeError, ValueError for arguments that are not possible, or a layer that gets no values; RuntimeError if a
-        layer is in an accumulate() or population_statistics() already; SyncError, on all ranks, if one of them fails;
-        and what `batches` and `forward` raise. All layers are then as they were.
+        layer is in an accumulate() or population_statistics() already; with a group SyncError, on all ranks, in the
+        place of all these; and what `batches` and `forward` raise. All layers are then as they were.
     """
+    exchange = None
+    if group is not None:
+        check_group(group)
+        exchange = Exchange(group, Turns())
+    with _heard_by_all(exchange):
+        found, one_by_one, bessel = _checked(layers, batches, forward, sequential, bessel_correction, group)
+        population = _Population(found, batches, forward, exchange)
+    population.run([[layer] for layer in found] if one_by_one else [found], bessel)
+
+
+def _checked(
+    layers: Any, batches: Any, forward: Any, sequential: Any, bessel_correction: Any, group: Group | None
+) -> tuple[Sequence[BatchNormalization], bool, bool]:
+    """The layers, whether each has a pass of its own, and bessel_correction. Raises: TypeError, ValueError."""
     found = list(dict.fromkeys(as_layers(layers)))
     if not found:
         raise ValueError("layers must be one layer or several; received none")
@@ -216,8 +246,6 @@ def population_statistics(
         raise TypeError(f"batches must be an iterable, or a callable that returns one; received {batches!r}")
     if not callable(forward):
         raise TypeError(f"forward must be a function of a batch; received {forward!r}")
-    if group is not None:
-        check_group(group)
     bessel = boolean("bessel_correction", bessel_correction)
     one_by_one = boolean("sequential", sequential) and len(found) > 1
     if one_by_one and isinstance(batches, Iterator):
@@ -233,4 +261,4 @@ def population_statistics(
             raise ValueError(
                 f"group must be None for layers that have one, or {layer.name}.group set to None meanwhile"
             )
-    _Population(found, batches, forward, group).run([[layer] for layer in found] if one_by_one else [found], bessel)
+    return found, one_by_one, bessel

@@ -477,6 +477,22 @@ def test_the_exact_form_out_of_its_order():
     check_state(layer, whole)
 
 
+def test_the_exact_form_refuses_a_micro_batch_that_has_started():
+    """Checkpointing has nothing to repeat here: it would be a part of the batch twice."""
+    layer, whole = make(None), make(None)
+    with nbbn.accumulate(layer) as batch:
+        steps = []
+        for i in range(2):
+            batch.micro_batch(i)
+            steps.append(batch.start(X[i]))
+            with pytest.raises(RuntimeError, match=rf"start\(\) of micro-batch {i} was called before"):
+                batch.start(X[i])
+        for step in steps:
+            step.finish()
+    whole(WHOLE[:24], training=True)
+    same(layer.moving_variance, whole.moving_variance)
+
+
 # -- both, with a group -----------------------------------------------------------------------------------------------
 
 

@@ -85,7 +85,7 @@ ROOMS = {
     },
     "exchange": {"arrays", "core", "layer", "state"},
     "accumulation": {"arrays", "call", "core", "engine.cpu", "kernels", "layer"},
-    "sync": {"call", "core", "engine.cpu", "engine.dispatcher", "kernels", "layer", "runtime"},
+    "sync": {"arrays", "call", "core", "engine.dispatcher", "layer", "runtime"},
     "moments": {"arrays", "call", "core", "engine.cpu", "engine.dispatcher", "kernels", "state"},
     "population": {
         *("arrays", "call", "core", "engine.cpu", "engine.dispatcher", "kernels", "layer", "runtime", "state"),

@@ -1,5 +1,6 @@
 """population_statistics(): against NumPy in float64, of all values that a layer has got."""
 
+import contextlib
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -435,6 +436,7 @@ def test_a_rank_that_fails(when):
         ({"epsilon": 1e-3}, {"epsilon": 1e-5}, "a checksum"),
         ({"channels": 5}, {"channels": 4}, "channels"),
         ({"bessel": True}, {}, "a checksum"),
+        ({"dtype": "float32"}, {"dtype": "float64"}, "a checksum"),
         ({"build": False, "batches": []}, {}, "rank 0 could not take part"),
     ],
 )
@@ -448,6 +450,35 @@ def test_ranks_that_do_not_do_the_same(one, other, message):
 
     errors = on_ranks([lambda group: work(group, **one), lambda group: work(group, **other)])
     assert all(isinstance(error, SyncError) and message in str(error) for error in errors)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"layers": 5}, {"batches": 5}, {"forward": 5}, {"sequential": "yes"}, {"bessel_correction": None}],
+    ids=str,
+)
+def test_a_bad_argument_of_one_rank(arguments):
+    """The others need not wait for it."""
+
+    def work(group, arguments):
+        layer = built()
+        arguments = {"layers": layer, "batches": [X], "forward": training(layer)} | arguments
+        nbbn.population_statistics(**arguments, group=group)
+
+    errors = on_ranks([lambda group: work(group, {}), lambda group: work(group, arguments)], timeout=5)
+    assert all(isinstance(error, SyncError) and "rank 1 could not take part" in str(error) for error in errors)
+    assert isinstance(errors[1].__cause__, TypeError)
+
+
+def test_a_layer_of_one_rank_that_is_measured_already():
+    def work(group, busy):
+        layer = built()
+        with nbbn.accumulate(layer) if busy else contextlib.nullcontext():
+            nbbn.population_statistics(layer, [X], training(layer), group=group)
+
+    errors = on_ranks([lambda group, busy=busy: work(group, busy) for busy in (False, True)], timeout=5)
+    assert all(isinstance(error, SyncError) and "rank 1 could not take part" in str(error) for error in errors)
+    assert isinstance(errors[1].__cause__, RuntimeError)
 
 
 def test_no_rank_has_any_data():
@@ -472,8 +503,8 @@ def test_layers_with_a_group_of_their_own():
     check_state(one, X, variance=X.var(0, ddof=1))
     assert same(one, other.get_weights())
     (error,) = on_ranks([lambda g: work(g, X, True)])
-    assert isinstance(error, ValueError)
-    assert "group must be None for layers that have one" in str(error)
+    assert isinstance(error, SyncError)
+    assert "group must be None for layers that have one" in str(error.__cause__)
 
 
 def test_virtual_batches_without_a_sample_on_any_rank():

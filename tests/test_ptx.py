@@ -248,8 +248,24 @@ MIDDLE = {
 }
 
 
+MERGING = {
+    f"{step} {' '.join(options)}": (step, variant(FLOAT64, "rows", width=1, sums=FLOAT64, **options), (9, 0))
+    for step, options in (("merge_moments", {}), ("add_sums", {}), ("add_sums", {"adjustment": True}))
+}
+
+
 def test_every_kernel_is_tested_here():
-    assert {step for step, _, _ in CASES.values()} | {step for step, _, _ in MIDDLE.values()} == set(VIEWS)
+    assert {step for cases in (CASES, MIDDLE, MERGING) for step, _, _ in cases.values()} == set(VIEWS)
+
+
+@pytest.mark.parametrize("case", MERGING.values(), ids=MERGING)
+def test_merging(case):
+    """A thread has a statistic, and loops over the parts, without any memory of its own."""
+    ptx = compiled(*case)
+    assert not re.search(r"\.local\b", ptx)
+    assert not re.search(r"\.shared\b|\bbar(rier)?\.|\b(atom|red)\.", ptx)
+    found = resources(ptx, case[2])
+    assert (found.stack, found.local) == (0, 0)
 
 
 @pytest.mark.parametrize("case", MIDDLE.values(), ids=MIDDLE)

@@ -184,6 +184,44 @@ def test_a_channel_without_any_value_keeps_its_state(options):
     on_ranks(threads(3), run)
 
 
+def test_skip_nonfinite_is_of_all_ranks():
+    """A NaN of one rank leaves its channel's statistics alone on all."""
+    x = X[:2].copy()
+    x[1, 3, 2] = np.nan
+    others = np.arange(5) != 2
+
+    def run(group):
+        layer = make(group, skip_nonfinite=True)
+        layer(x[group.rank], training=True)
+        assert (layer.moving_mean[2], layer.moving_variance[2]) == (0, 1)
+        same(layer.moving_mean[others], x.reshape(-1, 5).mean(0)[others] / 2)
+        return check_same_bits(group, layer)
+
+    on_ranks(threads(2), run)
+
+
+@pytest.mark.parametrize(
+    "options", [{"virtual_batch_order": "contiguous"}, {"ragged": "last"}, {"ragged": "spread"}], ids=str
+)
+def test_groups_of_virtual_batches_in_another_order(options):
+    """Group g of all ranks is one group, whatever its members are."""
+    count = 7 if "ragged" in options else 8
+
+    def run(group):
+        layer = make(group, virtual_batch_size=4, **options)
+        y = layer(X[group.rank][:count], training=True)
+        means, members = [], layer._dispatcher.layout((count, 5), training=True).members()
+        for own in members:
+            whole = np.concatenate([X[rank][:count][own] for rank in range(2)])
+            means.append(whole.mean(0))
+            same(y[own], (X[group.rank][:count][own] - whole.mean(0)) / np.sqrt(whole.var(0) + layer.epsilon))
+        assert len(means) == 2
+        same(layer.moving_mean.ravel(), np.mean(means, axis=0) / 2)
+        check_same_bits(group, layer)
+
+    on_ranks(threads(2), run)
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (0, 3, 2, 5), (4, 0, 5)], ids=str)
 @pytest.mark.parametrize(
     "options",

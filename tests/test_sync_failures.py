@@ -2,6 +2,7 @@
 that is as it was. Threads, forked children and copies of a layer do not take each other's messages."""
 
 import copy
+import gc
 import pickle
 import random
 import threading
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 
 import nbbn
-from nbbn.sync import SyncError
+from nbbn.sync import SyncError, exchange
+from nbbn.sync.header import VERSION, Header
+from nbbn.sync.header import check as compare
 from tests.helpers.processes import check
 from tests.helpers.ranks import (
+    DY,
     FAILURES,
     PATIENCE,
     Plain,
@@ -148,10 +152,18 @@ def test_what_is_no_group():
         nbbn.SyncBatchNormalization(synchronized=False)
 
 
-def test_layers_that_share_messages_and_meet_each_other():
+def groups_of_layers(kind, group):
+    """For each of two layers."""
+    own = Plain(group)
+    return [own, own] if kind == "one" else [Plain(group, several=True) for _ in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["one", "several"])
+def test_layers_that_share_messages_and_meet_each_other(kind):
+    """Of one group, and of several that send by one transport."""
+
     def run(group):
-        own = Plain(group)
-        layers = [make(own) for _ in range(2)]
+        layers = [make(own) for own in groups_of_layers(kind, group)]
         for later in (False, True):
             one, other = layers[:: -1 if group.rank else 1]
             for layer, order in ((one, "0: 0, rank 1: 1"), (other, "0: 1, rank 1: 0")):
@@ -159,6 +171,37 @@ def test_layers_that_share_messages_and_meet_each_other():
                 assert layer.built == later
             for layer in layers:
                 works(group, layer)
+
+    on_ranks(threads(2), run)
+
+
+def test_groups_are_not_kept():
+    """Nor mixed up with a later one in the same memory."""
+    gc.collect()
+    before = len(exchange._turns)
+    for _ in range(10):
+        make(threads(1)[0])
+    gc.collect()
+    assert len(exchange._turns) == before
+
+
+class Slotted:
+    """A group that has no weak references."""
+
+    __slots__ = ("group", "rank", "size")
+
+    def __init__(self, group):
+        self.rank, self.size, self.group = group.rank, group.size, group
+
+    def all_gather(self, values):
+        return self.group.all_gather(values)
+
+
+def test_a_group_without_weak_references():
+    def run(group):
+        own = Slotted(group)
+        for _ in range(2):
+            works(group, make(own))
 
     on_ranks(threads(2), run)
 
@@ -278,6 +321,14 @@ def test_a_copy_has_lost_its_group(how):
     on_ranks(threads(2), run)
 
 
+def test_another_version_of_messages():
+    """Whatever else it means by them."""
+    headers = np.array([Header(), Header(version=VERSION + 1, channels=5)])
+    with pytest.raises(SyncError, match=rf"nbbn's version of messages \(rank 0: {VERSION}, rank 1: {VERSION + 1}\)"):
+        compare(headers)
+    assert compare(np.array([Header(groups=3), Header(groups=3)])) == 3
+
+
 def test_a_group_may_be_set_later():
     def run(group):
         layer = nbbn.SyncBatchNormalization(momentum=0.5)
@@ -291,12 +342,29 @@ def test_a_group_may_be_set_later():
     on_ranks(threads(2), run)
 
 
+def test_a_pullback_is_of_the_group_of_its_call():
+    """Whatever group the layer has got since then."""
+
+    def run(group):
+        x, dy = (a[: group.size].reshape(-1, 5) for a in (X, DY))
+        part = slice(12 * group.rank, 12 * group.rank + 12)
+        layer, whole = make(group), nbbn.BatchNormalization()
+        _, pullback = layer.vjp(X[group.rank], True)
+        layer.group = None
+        same(pullback(DY[group.rank]).inputs, whole.vjp(x, True)[1](dy).inputs[part])
+        _, pullback = layer.vjp(X[group.rank], True)
+        layer.group = group
+        same(pullback(DY[group.rank]).inputs, whole.vjp(X[group.rank], True)[1](DY[group.rank]).inputs)
+
+    on_ranks(threads(2), run)
+
+
 def test_other_states_when_a_group_is_set():
     def run(group):
         layer = nbbn.SyncBatchNormalization(momentum=0.5)
         layer(X[group.rank], training=True)
         layer.group = group
-        refused(layer, lambda: layer(X[group.rank], training=True), "the moving statistics before the first call")
+        refused(layer, lambda: layer(X[group.rank], training=True), "the moving statistics before the call")
         layer.moving_mean, layer.moving_variance = np.zeros(5), np.ones(5)
         works(group, layer)
 

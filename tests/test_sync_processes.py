@@ -56,25 +56,29 @@ def end(processes, limit=LIMIT):
     return found
 
 
-def over_mpi(n, *program):
+def mpiexec():
     if importlib.util.find_spec("mpi4py") is None:
         pytest.skip("mpi4py is missing (extra: distributed)")
     command = MPIEXEC if MPIEXEC.exists() else shutil.which("mpiexec")
     if command is None:
         pytest.skip("mpiexec is missing (extra: distributed)")
-    ((code, out, err),) = end([start([str(command), "-n", str(n), sys.executable, *program], **ALLOWED)])
+    return str(command)
+
+
+def over_mpi(n, *program):
+    ((code, out, err),) = end([start([mpiexec(), "-n", str(n), sys.executable, *program], **ALLOWED)])
     assert code == 0, f"{out}\n{err}"
     return out
 
 
-def over_gloo(n, *program):
+def over_gloo(n, *program, **variables):
     """What each rank has returned."""
     if importlib.util.find_spec("torch") is None:
         pytest.skip("torch is missing (extra: distributed)")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), **variables}
     return end([start([sys.executable, *program], **group, RANK=str(rank)) for rank in range(n)])
 
 
@@ -114,10 +118,23 @@ def test_a_late_rank_over_gloo():
     assert json.loads(results[0][1]) == ["SyncError", "SyncError"]
 
 
+def test_two_groups_of_one_process_group():
+    results = over_gloo(3, *PROGRAM, "gloo", "sharing")
+    assert [code for code, _, _ in results] == [0] * 3, "\n".join(err for _, _, err in results)
+    assert json.loads(results[0][1]) == "done"
+
+
 def test_a_killed_rank_over_gloo():
     results = over_gloo(3, *PROGRAM, "gloo", "killed")
     assert [code for code, _, _ in results] == [0, 0, -signal.SIGKILL], "\n".join(err for _, _, err in results)
     assert [out for _, out, _ in results] == ["survived\n", "survived\n", ""]
+
+
+def test_a_killed_rank_over_mpi():
+    """Where MPI does not end the others, too."""
+    command = [mpiexec(), "--enable-recovery", "-n", "3", sys.executable, *PROGRAM, "mpi", "killed"]
+    ((_, out, err),) = end([start(command, **ALLOWED)])
+    assert out == "survived\n" * 2, err
 
 
 def test_the_example():

@@ -2,6 +2,18 @@
 
 from nbbn.arrays.host import HOST, Array, numbers_of
 from nbbn.arrays.libraries import giver, view
-from nbbn.arrays.place import Place, as_array, as_numpy, found_on_gpu, place_of
+from nbbn.arrays.place import Place, as_array, as_numpy, beside, found_on_gpu, place_of
 
-__all__ = ["HOST", "Array", "Place", "as_array", "as_numpy", "found_on_gpu", "giver", "numbers_of", "place_of", "view"]
+__all__ = [
+    "HOST",
+    "Array",
+    "Place",
+    "as_array",
+    "as_numpy",
+    "beside",
+    "found_on_gpu",
+    "giver",
+    "numbers_of",
+    "place_of",
+    "view",
+]

@@ -31,6 +31,11 @@ def place_of(array: Array) -> Place:
     return HOST if isinstance(array, np.ndarray) else _gpu().device_place(array.library, array.device)
 
 
+def beside(array: Array, like: Array) -> Array:
+    """The array where `like` is: itself, or a copy of what is on the host."""
+    return place_of(like).send(array) if isinstance(array, np.ndarray) else array
+
+
 def as_array(value: Any, argument: str, floats: bool = True) -> Array:
     """A user's array of one of nbbn's dtypes, wherever it lies; what is no array becomes NumPy's.
 

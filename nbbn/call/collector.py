@@ -8,6 +8,9 @@ from nbbn.core.options import Numbers
 
 
 class Collector(Protocol):
+    def wants(self, layer: Any) -> bool:
+        """Whether the moments of the next call of a layer count."""
+
     def take(self, layer: Any, saved: Array, x: Array, numbers: Numbers | None) -> None:
         """saved: of a training call on `x` that would have updated the moving statistics. It begins with the moments
         (4, groups * C) of the batch; these rows may be kept. numbers: as of Normalizer._update()."""

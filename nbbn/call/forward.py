@@ -1,7 +1,7 @@
 """The forward pass of a layer, on arrays of every kind."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from nbbn.arrays import Array, found_on_gpu, giver, place_of, view
 from nbbn.call.collector import Collector
 from nbbn.call.gradients import Gradients, Record, gradients
-from nbbn.call.operands import Lengths, own_weights
+from nbbn.call.operands import Lengths, own_weights, refuse_both
 from nbbn.call.preparation import prepare
 from nbbn.call.step import Host, TrainingStep
 from nbbn.core import dtypes
@@ -152,12 +152,15 @@ class Normalizer:
         """Whether a training call is a TrainingStep, because others share its statistics."""
         return False
 
-    def _shared_moments(self, step: TrainingStep, own: Host) -> Host:
-        """The moments of all that share the statistics of a step: here, of nobody else."""
+    def _shared_moments(
+        self, steps: Sequence[TrainingStep], own: Host | None, cause: Exception | None = None
+    ) -> Host | None:
+        """The moments of all that share the statistics of steps, which are one call: here, of nobody else. own: of
+        these; None where they cannot take part, for a cause."""
         return own
 
-    def _shared_sums(self, record: Record, own: Host) -> Host:
-        """The sums of the gradient of all that share the statistics of a step."""
+    def _shared_sums(self, record: Record, own: Host | None, cause: Exception | None = None) -> Host | None:
+        """The sums of the gradient of all that share the statistics of a step, likewise."""
         return own
 
     def _uses_batch(self, training: bool | None) -> bool:
@@ -204,7 +207,8 @@ class Normalizer:
             if on_gpu := x is not inputs:
                 target, residual = found_on_gpu(out), found_on_gpu(residual)
         name, mask_shape, weights = "train" if batch else "infer", None, None
-        if not (batch or keep):
+        if mask is not None and not (batch or keep):
+            refuse_both(mask)
             mask = None  # inference has no sums
         if mask is not None:
             known = batch and type(mask) is np.ndarray and not on_gpu
@@ -254,7 +258,7 @@ class Normalizer:
                 operands = NOTHING if residual is None and weights is None else Operands(residual, weights)
                 dtype = x.dtype
             record = Record(
-                x, saved, batch, operands, dtype, variables, None if general or not batch else step, 0, give
+                x, saved, batch, operands, dtype, variables, None if general or not batch else step, None, give
             )
         if general and mask_shape != ():
             self._dispatcher.bind(name, x, residual is not None, (y, residual), variables, operands.weights, mask_shape)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbbn.arrays import Array, found_on_gpu, place_of, view
+from nbbn.arrays import Array, beside, found_on_gpu, place_of, view
 from nbbn.call.operands import as_like, as_out, refuse_overlap
 from nbbn.engine.base import Operands
 from nbbn.engine.dispatcher import Dispatcher, bound_key
@@ -30,8 +30,9 @@ class Gradients(NamedTuple):
 
 class Record(NamedTuple):
     """What a forward pass leaves behind for its gradient. dtype: of the gradient, which is that of a float input. step:
-    the bound step that the forward pass took. call: its number, where several ranks count them. give: what makes
-    arrays of the input's library, where that is another one than NumPy with arrays on the host."""
+    the bound step that the forward pass took. shared: by which exchange the ranks shared its statistics, and the number
+    of that call. give: what makes arrays of the input's library, where that is another one than NumPy with arrays on
+    the host."""
 
     x: Array
     saved: Array
@@ -40,7 +41,7 @@ class Record(NamedTuple):
     dtype: np.dtype
     variables: Variables
     step: Any = None
-    call: int = 0
+    shared: tuple[Any, int] | None = None
     give: Callable[[np.ndarray], Any] | None = None
 
 
@@ -129,23 +130,30 @@ class Upstream:
 class Pullback:
     """The gradient of a training call in halves: the sums are merged with those of all that share the statistics.
 
-    sums: of this input alone, (2, S), or with an adjustment (4, S), float64, on the host.
+    reduced: the sums of this input alone, (2, S), or with an adjustment (4, S), float64, where the input is.
     """
 
     def __init__(self, dispatcher: Dispatcher, record: Record, dy: Any, out: Any) -> None:
         self._dispatcher, self._record, self._out = dispatcher, record, out
         self._upstream = Upstream(dispatcher, record, dy, out)
-        sums, self._dparams = dispatcher.reduce_gradient(self._upstream.dy, record.x, record.saved, record.operands)
-        self.sums: np.ndarray = place_of(sums).to_host(sums)
+        self.reduced, self._dparams = dispatcher.reduce_gradient(
+            self._upstream.dy, record.x, record.saved, record.operands
+        )
 
-    def finish(self, sums: np.ndarray, scale: bool, center: bool) -> Gradients:
-        """The gradients, of the sums of all. Those of gamma and beta are of this input alone."""
+    @property
+    def sums(self) -> np.ndarray:
+        """The same on the host."""
+        return place_of(self.reduced).to_host(self.reduced)
+
+    def finish(self, sums: Array, scale: bool, center: bool) -> Gradients:
+        """The gradients, of the sums of all, on the host or where the input is. Those of gamma and beta are of this
+        input alone."""
         record, upstream, adjustment = self._record, self._upstream, None
         dx, dz = self._dispatcher.apply_gradient(
             upstream.dy,
             record.x,
             record.saved,
-            place_of(record.x).send(sums),
+            beside(sums, record.x),
             record.operands,
             out=upstream.target,
             wants_dz=upstream.wants_dz,

@@ -2,7 +2,7 @@
 
 import reprlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -92,13 +92,17 @@ def taken_weights(mask: Any, place: Place, dtype: np.dtype, argument: str, order
     return place.astype(array, dtype, copy=True)
 
 
-class Lengths:
-    """How many steps of each sample count, in the place of a mask. Raises: ValueError beside a mask."""
+class Lengths(NamedTuple):
+    """How many steps of each sample count, in the place of a mask. mask: what was passed beside them."""
 
-    def __init__(self, value: Any, mask: Any) -> None:
-        if mask is not None:
-            raise ValueError("mask and lengths both say what counts: pass one of them; received both")
-        self.value = value
+    value: Any
+    mask: Any
+
+
+def refuse_both(mask: Any) -> None:
+    """Raises: ValueError for lengths beside a mask."""
+    if isinstance(mask, Lengths) and mask.mask is not None:
+        raise ValueError("mask and lengths both say what counts: pass one of them; received both")
 
 
 def as_lengths(value: Any, x: Array, steps: int) -> Array:

@@ -5,7 +5,17 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from nbbn.arrays import HOST, Array, place_of
-from nbbn.call.operands import Lengths, as_adjustment, as_input, as_lengths, as_like, as_out, as_weights, refuse_overlap
+from nbbn.call.operands import (
+    Lengths,
+    as_adjustment,
+    as_input,
+    as_lengths,
+    as_like,
+    as_out,
+    as_weights,
+    refuse_both,
+    refuse_overlap,
+)
 from nbbn.core import dtypes
 from nbbn.core.options import Numbers, Options
 from nbbn.engine.base import NOTHING, Operands
@@ -57,6 +67,7 @@ def prepare(layer: Layer, inputs: Any, batch: bool, mask: Any, out: Any, residua
 
     batch: whether the call uses the statistics of its batch. keep: whether its gradient will be asked for.
     """
+    refuse_both(mask)
     x, given, shapes = take(layer, inputs)
     target = None if out is None else as_out(out, x)
     added = None if residual is None else as_like(residual, x, "residual", "the input's")

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from nbbn.arrays import giver, place_of
+from nbbn.arrays import Array, beside, giver, place_of
 from nbbn.call.gradients import Gradients, Pullback, Record
 from nbbn.call.preparation import prepare
 from nbbn.core.options import boolean
@@ -25,19 +25,24 @@ class TrainingStep:
     Nothing of the layer changes before `finish()`, which updates its moving statistics.
     """
 
-    call = 0  # its number, where several ranks count them
+    shared: tuple[Any, int] | None = None  # as in Record
 
     def __init__(
         self, layer: Any, inputs: Any, mask: Any, update: Any, out: Any, residual: Any, keep: bool = True
     ) -> None:
         self._layer, self._inputs, self._out = layer, inputs, out
+        self.builds = layer._variables is None  # whether it is the first that the layer gets
         self.updates = boolean("update_statistics", update)
         self.prepared = prepare(layer, inputs, True, mask, out, residual, keep)
         operands = self.prepared.operands
-        moments = layer._dispatcher.reduce(self.prepared.x, operands.weights, lengths=operands.lengths)
-        self.moments: Host = place_of(moments).to_host(moments)
+        self.reduced: Array = layer._dispatcher.reduce(self.prepared.x, operands.weights, lengths=operands.lengths)
         self.record: Record | None = None
         self._pullback: Pullback | None = None
+
+    @property
+    def moments(self) -> Host:
+        """(4, groups * C)."""
+        return place_of(self.reduced).to_host(self.reduced)
 
     @property
     def message(self) -> Host:
@@ -54,15 +59,15 @@ class TrainingStep:
         """
         return self.complete(merge_moments(self._parts(gathered, MOMENT_ROWS)))
 
-    def complete(self, moments: Host) -> Any:
-        """The output, of the moments (4, groups * C) of all."""
+    def complete(self, moments: Array) -> Any:
+        """The output, of the moments (4, groups * C) of all, on the host or where the input is."""
         if self.record is not None:
             raise RuntimeError("this step is finished: it is one training call")
         layer, (x, target, operands, dtype, numbers, variables) = self._layer, self.prepared
         place, dispatcher = place_of(x), layer._dispatcher
         with variables.lock:
             new_state, saved, coefficients = dispatcher.finish(
-                place.send(moments),
+                beside(moments, x),
                 variables.params,
                 variables.state,
                 rank=x.ndim,
@@ -76,7 +81,7 @@ class TrainingStep:
             elif self.updates:
                 layer._collector.take(layer, saved, x, numbers)
         give = giver(self._inputs)
-        self.record = Record(x, saved, True, operands, dtype, variables, call=self.call, give=give)
+        self.record = Record(x, saved, True, operands, dtype, variables, shared=self.shared, give=give)
         if self._out is not None:
             return self._out
         return place.give(y) if give is None else give(y)
@@ -102,7 +107,7 @@ class TrainingStep:
         """
         if self._pullback is None:
             raise RuntimeError("pulled() needs pull(dy) first")
-        sums = add_sums(self._parts(gathered, len(self._pullback.sums)))
+        sums = add_sums(self._parts(gathered, self._pullback.reduced.shape[0]))
         return self._pullback.finish(sums, self._layer.scale, self._layer.center)
 
     def _parts(self, gathered: Any, rows: int) -> Host:
@@ -110,7 +115,7 @@ class TrainingStep:
         found = np.asarray(gathered)
         if found.dtype != np.float64:
             raise TypeError(f"gathered must have dtype float64; received {found.dtype.name}")
-        channels, own = self.prepared.variables.params.shape[1], rows * self.moments.shape[1]
+        channels, own = self.prepared.variables.params.shape[1], rows * self.reduced.shape[1]
         unknown = own == 0 and channels > 0  # of an empty virtual batch
         fits = found.ndim == 2 and len(found) > 0 and (unknown or found.shape[1] == own)
         if not fits or found.shape[1] % (rows * max(channels, 1)):

@@ -1,12 +1,12 @@
 """The messages of one layer: what is gathered for a training call, and for its pullback."""
 
 import itertools
+import weakref
 from typing import Any, NoReturn
 
 import numpy as np
 
-from nbbn.engine.cpu.moments import add_sums, merge_moments
-from nbbn.kernels.channel import MOMENT_ROWS
+from nbbn.arrays import Array, place_of
 from nbbn.runtime import StateLock
 from nbbn.sync.group import Group, SyncError
 from nbbn.sync.header import Header, check
@@ -17,14 +17,26 @@ FIRST = 1024
 
 
 class Turns:
-    """What the layers of a group have in common: a number for each, and a lock for those that share its messages."""
+    """What the layers of a transport have in common: a number for each, and a lock for those that share messages."""
 
-    def __init__(self, group: Group) -> None:
-        self.group, self.numbers, self.lock = group, itertools.count(), StateLock()
+    def __init__(self, transport: Any = None) -> None:
+        self.transport, self.numbers, self.lock = transport, itertools.count(), StateLock()
 
 
-# By the id of the group, which need not be hashable. It is kept, so that no other one ever has its id.
-_turns: dict[int, Turns] = {}
+_turns: dict[int, Turns] = {}  # by the id of the transport, which need not be hashable
+
+
+def _turns_of(transport: Any) -> Turns:
+    """They last as long as the transport, so that numbers go on where all of its layers are gone on one rank."""
+    found = _turns.get(id(transport))
+    if found is None:
+        try:
+            weakref.finalize(transport, _turns.pop, id(transport), None).atexit = False
+            found = Turns()
+        except TypeError:  # no weak references to these: it is kept, so that no other one ever has its id
+            found = Turns(transport)
+        found = _turns.setdefault(id(transport), found)
+    return found
 
 
 class Exchange:
@@ -37,33 +49,32 @@ class Exchange:
     def __init__(self, group: Group, turns: Turns | None = None) -> None:
         self.group, self.calls = group, 0
         self._channel: Any = group.duplicate() if turns is None and hasattr(group, "duplicate") else group
-        turns = turns or _turns.setdefault(id(group), Turns(group))
+        turns = turns or _turns_of(getattr(group, "transport", group))
         self._layer, self.lock = next(turns.numbers), turns.lock if self._channel is group else StateLock()
         self._broken: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Lost, ()
 
-    def moments(self, header: Header, own: np.ndarray | None, cause: Exception | None = None) -> np.ndarray:
-        """The moments (4, groups * C) of all ranks, of one's own; None where this rank cannot take part, for a cause.
+    def gather(self, header: Header, own: Array | None, cause: Exception | None = None) -> Array:
+        """The numbers (size, R, groups * C) of all ranks, of one's own (R, groups * C): moments, or the sums of a
+        gradient. On the host, or where they lie if the group can do so. own: None where this rank cannot take part, for
+        a cause.
 
         Raises: SyncError if one of them cannot, if they do not make the same call, or if the group fails.
         """
-        return merge_moments(self._gather(header, own, MOMENT_ROWS, cause))
-
-    def sums(self, header: Header, own: np.ndarray | None, cause: Exception | None = None) -> np.ndarray:
-        """The sums (R, groups * C) of the gradient of all ranks. Raises: as moments()."""
-        return add_sums(self._gather(header, own, MOMENT_ROWS if own is None else len(own), cause))
-
-    def _gather(self, header: Header, own: np.ndarray | None, rows: int, cause: Exception | None) -> np.ndarray:
-        """(size, rows, S)."""
-        fields = np.array(header._replace(layer=self._layer, status=float(own is None)), np.float64)
-        numbers = np.zeros(0) if own is None else own.ravel()
+        takes = getattr(self._channel, "takes", None)
+        direct = not (own is None or isinstance(own, np.ndarray) or takes is None) and takes(own.owner)
+        header = header._replace(layer=self._layer, status=float(own is None), direct=float(direct))
+        fields, rows = np.array(header, np.float64), 0 if own is None else own.shape[0]
+        numbers = np.zeros(0) if own is None or direct else place_of(own).to_host(own).ravel()
         try:
             if self._broken is not None:
                 raise SyncError(f"an earlier call of this layer has lost the other ranks: {self._broken}")
             first = self._all_gather(np.concatenate([fields, _padded(numbers[:FIRST], FIRST)]))
             statistics = check(first[:, : fields.size]) * int(header.channels)
+            if direct:
+                return self._gathered_there(own, statistics)
             size = rows * statistics
             found = first[:, fields.size : fields.size + size]
             if size > FIRST:
@@ -77,6 +88,19 @@ class Exchange:
             self._broken = repr(error)
             raise
         return found.reshape(len(found), rows, statistics)
+
+    def _gathered_there(self, own: Any, statistics: int) -> Array:
+        """The same of an array that the group gathers where it lies."""
+        place, rows = place_of(own), own.shape[0]
+        if own.size == 0:  # an empty virtual batch does not know how many the others have
+            own = place.from_host(np.zeros((rows, statistics)))
+        found: Any = place.empty((self.group.size, rows, statistics), own.dtype)
+        try:
+            self._channel.gather_into(found.owner, own.owner)
+        except Exception as error:
+            self._broken = str(error)
+            raise
+        return found
 
     def _all_gather(self, values: np.ndarray) -> np.ndarray:
         """Raises: SyncError if the group fails, or returns something else than it must."""
@@ -108,11 +132,9 @@ class Lost:
     def __reduce__(self) -> tuple[Any, ...]:
         return Lost, ()
 
-    def moments(self, header: Header, own: np.ndarray | None, cause: Exception | None = None) -> NoReturn:
+    def gather(self, header: Header, own: Array | None, cause: Exception | None = None) -> NoReturn:
         message = "a copy of a layer has no group: set its attribute `group`, to None for a layer by itself"
         raise SyncError(message) from cause
-
-    sums = moments
 
 
 def _padded(numbers: np.ndarray, size: int) -> np.ndarray:

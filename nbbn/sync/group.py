@@ -18,7 +18,8 @@ class Group(Protocol):
     """What a group needs. rank: 0 to size - 1. Any object with these three will do.
 
     One that also has `duplicate()`, which returns a group of the same ranks whose messages meet no others, is asked for
-    one by each layer when that is made. Layers of a group without it take turns.
+    one by each layer when that is made. Layers of a group without it take turns. Where several groups send by one
+    transport, each names it: its attribute `transport` is the same object in all, whose layers take turns together.
     """
 
     @property

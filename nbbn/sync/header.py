@@ -12,11 +12,12 @@ from nbbn.sync.group import SyncError
 
 VERSION = 1
 FORWARD, BACKWARD = 0, 1
-NEVER, NOW, LATER = range(3)
+NEVER, NOW, LATER, AGAIN = range(4)
 _WORDS: dict[str, dict[int, str]] = {
     "stage": {FORWARD: "a training call", BACKWARD: "a pullback"},
     "dtype": dict(enumerate(dtypes.NAMES)),
-    "update": {NEVER: "False", NOW: "True", LATER: "after accumulate()"},
+    "direct": {0: "of the host", 1: "of a GPU, for NCCL"},
+    "update": {NEVER: "False", NOW: "True", LATER: "after accumulate()", AGAIN: "a micro-batch that has had its call"},
 }
 # What a user calls what he cannot guess.
 _NAMES = {
@@ -26,7 +27,8 @@ _NAMES = {
     "groups": "the number of virtual batches",
     "update": "update_statistics",
     "options": "axis, rank, renorm, activation, debias, skip_nonfinite or what virtual batches are (a checksum)",
-    "state": "the moving statistics before the first call (a checksum)",
+    "direct": "what their arrays are",
+    "state": "the moving statistics before the call (a checksum)",
 }
 
 
@@ -36,7 +38,8 @@ class Header(NamedTuple):
     layer: the how many-th of its group. call: the number of the training call, also in its pullback. status: 1 if this
     rank cannot take part. dtype: of the input. groups: of a virtual batch; 0 if there is no sample and it cannot tell.
     update: whether, and when, the moving statistics are. epsilon to dmax: the numbers of this training call. options: a
-    checksum of all others. state: a checksum of the moving statistics in the first call.
+    checksum of all others. direct: 1 if the numbers follow from where they lie, and not by the host. state: a checksum
+    of the moving statistics before a training call.
     """
 
     version: float = VERSION
@@ -56,9 +59,11 @@ class Header(NamedTuple):
     rmax: float = 0
     dmax: float = 0
     options: float = 0
+    direct: float = 0
     state: float = 0
 
 
+_SHAPING = {"channels", "dtype"}
 _STATUS, _GROUPS = Header._fields.index("status"), Header._fields.index("groups")
 # As Dispatcher.hyper() begins.
 NUMBERS = Header._fields[Header._fields.index("epsilon") : Header._fields.index("dmax") + 1]
@@ -74,6 +79,11 @@ def checksum(*values: Any) -> int:
     return zlib.crc32(repr(values).encode())
 
 
+def checksum_of(array: np.ndarray) -> int:
+    """A number that tells arrays apart by their bytes."""
+    return zlib.crc32(np.ascontiguousarray(array).data)
+
+
 def check(headers: np.ndarray) -> int:
     """How many groups the statistics have, of the headers (size, fields) of all ranks.
 
@@ -85,13 +95,15 @@ def check(headers: np.ndarray) -> int:
     if failed:
         who = f"rank {failed[0]}" if len(failed) == 1 else f"the ranks {', '.join(map(str, failed))}"
         raise SyncError(f"{who} could not take part; what it was is raised there, and nothing has changed anywhere")
-    differences = []
+    differences: dict[str, str] = {}
     for name, column in zip(Header._fields, headers.T, strict=True):
         known = column[column > 0] if name == "groups" else column
         if known.size and (known != known[0]).any():
-            differences.append(f"{_NAMES.get(name, name)} ({_each(name, column)})")
+            differences[name] = f"{_NAMES.get(name, name)} ({_each(name, column)})"
+    if differences.keys() & _SHAPING:  # other channels or dtypes have other states
+        differences.pop("state", None)
     if differences:
-        raise SyncError(f"the ranks do not make the same call: they differ in {'; '.join(differences)}")
+        raise SyncError(f"the ranks do not make the same call: they differ in {'; '.join(differences.values())}")
     return int(headers[:, _GROUPS].max())
 
 

@@ -1,18 +1,17 @@
 """The layer whose batch is those of all ranks of a group together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import numpy as np
-
+from nbbn.arrays import Array
 from nbbn.call.gradients import Gradients, Pullback, Record
 from nbbn.call.step import TrainingStep
 from nbbn.engine.dispatcher import Dispatcher
 from nbbn.layer.layer import BatchNormalization
 from nbbn.sync.exchange import Exchange, Lost
 from nbbn.sync.group import Group, check_group
-from nbbn.sync.header import BACKWARD, LATER, NEVER, NOW, NUMBERS, Header, checksum, dtype_number
+from nbbn.sync.header import AGAIN, BACKWARD, LATER, NEVER, NOW, NUMBERS, Header, checksum, checksum_of, dtype_number
 
 Half = TypeVar("Half")
 
@@ -81,81 +80,98 @@ class SyncBatchNormalization(BatchNormalization):
     def _forward(
         self, inputs: Any, training: bool | None, mask: Any, update: bool, out: Any, residual: Any, keep: bool
     ) -> tuple[Any, Record | None]:
-        exchange = self._exchange
-        if exchange is None or not self._uses_batch(training):
+        exchange, step, batch, cause = self._exchange, None, None, None
+        if exchange is not None:
+            batch, cause = _first_half(lambda: self._uses_batch(training))
+        if exchange is None or batch is False:
             return super()._forward(inputs, training, mask, update, out, residual, keep)
         with exchange.lock:
-            before = self._variables
-            step, cause = _first_half(lambda: TrainingStep(self, inputs, mask, update, out, residual, keep))
-            try:
-                moments = self._all_moments(exchange, step, None if step is None else step.moments, cause)
-            except BaseException:
-                if before is None:  # it has built the layer for an input that need not be like those of the next call
-                    self._variables = None
-                raise
+            unbuilt = self._variables is None
+            if batch:
+                step, cause = _first_half(lambda: TrainingStep(self, inputs, mask, update, out, residual, keep))
+            steps, own = ([], None) if step is None else ([step], step.reduced)
+            moments = self._all_moments(exchange, steps, own, cause, unbuilt)
             assert step is not None  # or the line above has raised
             y = step.complete(moments)
-            exchange.calls = step.call  # a rank that cannot complete is left behind, and all will be told so
+            exchange.calls += 1  # a rank that cannot complete is left behind, and all will be told so
             return y, step.record
 
     def _gradients(self, record: Record, dy: Any, out: Any) -> Gradients:
-        exchange = self._exchange
-        if exchange is None or not record.training:
+        if record.shared is None:
             return super()._gradients(record, dy, out)
         pullback, cause = _first_half(lambda: Pullback(self._dispatcher, record, dy, out))
-        sums = self._all_sums(exchange, record, None if pullback is None else pullback.sums, cause)
+        sums = self._all_sums(record, None if pullback is None else pullback.reduced, cause)
         assert pullback is not None  # as above
         return pullback.finish(sums, self.scale, self.center)
 
-    def _shared_moments(self, step: TrainingStep, own: np.ndarray) -> np.ndarray:
+    def _shared_moments(
+        self, steps: Sequence[TrainingStep], own: Array | None, cause: Exception | None = None
+    ) -> Array | None:
         exchange = self._exchange
         if exchange is None:
             return own
         with exchange.lock:
-            moments = self._all_moments(exchange, step, own)
-            exchange.calls = step.call
+            moments = self._all_moments(exchange, steps, own, cause, any(step.builds for step in steps))
+            exchange.calls += 1
             return moments
 
-    def _shared_sums(self, record: Record, own: np.ndarray) -> np.ndarray:
-        return own if self._exchange is None else self._all_sums(self._exchange, record, own)
+    def _shared_sums(self, record: Record, own: Array | None, cause: Exception | None = None) -> Array | None:
+        return own if record.shared is None else self._all_sums(record, own, cause)
 
     def _all_moments(
         self,
         exchange: Exchange | Lost,
-        step: TrainingStep | None,
-        own: np.ndarray | None,
-        cause: Exception | None = None,
-    ) -> np.ndarray:
-        """Those of all ranks. own: None where this one cannot take part, because of `cause`. The lock is held."""
+        steps: Sequence[TrainingStep],
+        own: Array | None,
+        cause: Exception | None,
+        unbuilt: bool,
+    ) -> Array:
+        """Those of all ranks. steps: one call. own: None where this rank cannot take part, because of `cause`. unbuilt:
+        whether the layer was, before these steps. The lock is held."""
         call, header = exchange.calls + 1, Header()
-        if step is not None:
-            step.call, header = call, self._header(step, exchange)
-        return exchange.moments(header._replace(call=call), own, cause)
+        for step in steps:
+            step.shared = exchange, call
+        try:
+            if own is not None:
+                header = self._header(steps[0])
+            return self._dispatcher.merge_moments(exchange.gather(header._replace(call=call), own, cause))
+        except BaseException:
+            if unbuilt:  # the steps have built it for inputs that need not be like those of the next call
+                self._variables = None
+            raise
 
-    def _all_sums(
-        self, exchange: Exchange | Lost, record: Record, own: np.ndarray | None, cause: Exception | None = None
-    ) -> np.ndarray:
-        """The sums of the gradient, likewise."""
+    def _all_sums(self, record: Record, own: Array | None, cause: Exception | None = None) -> Array:
+        """The sums of the gradient, likewise, of those who shared the statistics: the layer may have left them."""
+        assert record.shared is not None
+        exchange, call = record.shared
         with exchange.lock:
-            return exchange.sums(self._header_of(record.x)._replace(stage=BACKWARD, call=record.call), own, cause)
+            header = self._header_of(record.x)._replace(stage=BACKWARD, call=call)
+            return self._dispatcher.add_sums(exchange.gather(header, own, cause))
+
+    def _update_of(self, step: TrainingStep) -> int:
+        """Whether, and when, a call updates the moving statistics."""
+        if not step.updates:
+            return NEVER
+        if self._collector is None:
+            return NOW
+        return LATER if self._collector.wants(self) else AGAIN
 
     def _header_of(self, x: Any) -> Header:
         lay = self._dispatcher.layout(x.shape, training=True)
         return Header(dtype=dtype_number(x.dtype), groups=lay.groups, channels=lay.channels)
 
-    def _header(self, step: TrainingStep, exchange: Exchange | Lost) -> Header:
+    def _header(self, step: TrainingStep) -> Header:
         o, (x, _, operands, _, numbers, variables) = self.options, step.prepared
         hyper = self._dispatcher.hyper(x.ndim, x.dtype, numbers)[: len(NUMBERS)]
-        state = variables.on_host().state.tobytes() if exchange.calls == 0 else b""
         return self._header_of(x)._replace(
-            update=NEVER if not step.updates else NOW if self._collector is None else LATER,
+            update=self._update_of(step),
             **dict(zip(NUMBERS, hyper, strict=True)),
             options=checksum(
                 *(o.axis, x.ndim, o.renorm, o.activation, operands.adjusted),
                 *(o.virtual_batch_size, o.ragged, o.virtual_batch_order),
                 *(o.momentum is None, o.debias, o.skip_nonfinite),
             ),
-            state=checksum(state),
+            state=checksum_of(variables.place.to_host(variables.state)),
         )
 
 

@@ -73,6 +73,9 @@ class _Layer:
         """Raises: TypeError."""
         raise TypeError("start() is for layers of NumPy arrays: call the module")
 
+    def _shared_moments(self, *args: Any) -> None:
+        """Nothing: no step has started."""
+
     def _built_variables(self, what: str) -> Any:
         state = self._module.state_tensors()
         x, channels = state[0], self._module.num_features

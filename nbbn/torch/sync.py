@@ -3,19 +3,18 @@
 import weakref
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from nbbn.arrays import place_of
+from nbbn.arrays import beside, place_of
 from nbbn.engine.base import Operands
 from nbbn.engine.dispatcher import Dispatcher
 from nbbn.sync.exchange import Exchange, Lost
 from nbbn.sync.group import Group
-from nbbn.sync.header import BACKWARD, LATER, NEVER, NOW, NUMBERS, Header, checksum, dtype_number
+from nbbn.sync.header import BACKWARD, LATER, NEVER, NOW, NUMBERS, Header, checksum, checksum_of, dtype_number
 from nbbn.sync.torch_group import torch as group_of
 from nbbn.torch import calls, ops
 from nbbn.torch.modules import Normalization
@@ -113,7 +112,7 @@ class SyncBatchNorm(Normalization):
             try:
                 call = _Call(self, exchange, x, residual, mask, update)
             except Exception as cause:
-                exchange.moments(Header(call=exchange.calls + 1), None, cause)  # tells the others, and raises
+                exchange.gather(Header(call=exchange.calls + 1), None, cause)  # tells the others, and raises
                 raise
             y: Tensor = _Synchronized.apply(x, self.weight, self.bias, residual, call)
             exchange.calls += 1
@@ -127,11 +126,11 @@ class SyncBatchNorm(Normalization):
 
 
 class _Own(NamedTuple):
-    """What one rank brings: its input as an Array, what stands beside it, and its moments on the host."""
+    """What one rank brings: its input as an Array, what stands beside it, and its moments."""
 
     x: Any
     operands: Operands
-    moments: np.ndarray
+    moments: Any
 
 
 class _Call:
@@ -155,8 +154,7 @@ class _Call:
         channels, state = module.num_features, module.state_tensors()
         self.params = array_of(ops.parameters(x, module.weight, module.bias, channels))
         self.state = array_of(ops.packed_state(x, state, channels, self.run.state_rows))
-        moments = self.run.reduce(array, operands.weights)
-        self.own = _Own(array, operands, place_of(moments).to_host(moments))
+        self.own = _Own(array, operands, self.run.reduce(array, operands.weights))
         self.exchange, self.number = exchange, exchange.calls + 1
         self.update = LATER if module._collector is not None and update else NOW if update else NEVER
         self.saved: Any = None
@@ -170,7 +168,6 @@ class _Call:
     def header(self) -> Header:
         o, x = self.run.options, self.own.x
         hyper = self.run.hyper(x.ndim, x.dtype, self.numbers)[: len(NUMBERS)]
-        state = place_of(self.state).to_host(self.state).tobytes() if self.number == 1 else b""
         return self._plain_header()._replace(
             update=self.update,
             **dict(zip(NUMBERS, hyper, strict=True)),
@@ -178,13 +175,13 @@ class _Call:
                 *(o.axis, x.ndim, o.renorm, o.activation, self.own.operands.adjusted),
                 *(o.virtual_batch_size, o.ragged, o.virtual_batch_order, o.debias, o.skip_nonfinite),
             ),
-            state=checksum(state),
+            state=checksum_of(place_of(self.state).to_host(self.state)),
         )
 
     def finish(self, y: Tensor) -> Any:
         """Write the output. Returns: saved."""
         x, operands, own = self.own
-        moments = place_of(x).send(self.exchange.moments(self.header(), own))
+        moments = beside(self.run.merge_moments(self.exchange.gather(self.header(), own)), x)
         new_state, saved, coefficients = self.run.finish(
             moments,
             self.params,
@@ -203,8 +200,8 @@ class _Call:
         sums, dparams = self.run.reduce_gradient(dy, x, saved, operands)
         header = self._plain_header()._replace(stage=BACKWARD)
         with self.exchange.lock:
-            total = self.exchange.sums(header, place_of(sums).to_host(sums))
-        found = place_of(x).send(total)
+            parts = self.exchange.gather(header, sums)
+        found = beside(self.run.add_sums(parts), x)
         _, dz = self.run.apply_gradient(dy, x, saved, found, operands, out=array_of(dx), wants_dz=wants_dz)
         return dparams, dz
 

@@ -24,6 +24,7 @@ import nbbn.torch
 pytest.importorskip("benchmarks", reason="the benchmarks belong to a clone, and are not in the source distribution")
 from benchmarks.frameworks import suite
 from benchmarks.frameworks import torch as benchmark
+from tests.helpers.ranks import on_ranks
 
 pytestmark = pytest.mark.frameworks
 
@@ -134,6 +135,24 @@ def test_threads_that_share_statistics(options):
             assert torch.equal(modules[0].get_buffer(name), modules[1].get_buffer(name))
     total = sum(m.weight.grad for m in modules)
     assert_close(total, alone.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_running_statistics_that_have_parted():
+    """They are refused in the next call, until they are the same again."""
+
+    def run(group):
+        module, x = nbbn.torch.SyncBatchNorm(3, process_group=group), torch.ones(4, 3)
+        module(x)
+        kept = copy.deepcopy(module.state_dict())
+        if group.rank:
+            module.reset_running_stats()
+        for _ in range(2):
+            with pytest.raises(nbbn.sync.SyncError, match="differ in the moving statistics before the call"):
+                module(x)
+        module.load_state_dict(kept)
+        module(x)
+
+    on_ranks(nbbn.sync.threads(2, timeout=20), run)
 
 
 def test_a_process_alone_needs_no_group():

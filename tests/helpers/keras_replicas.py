@@ -1,5 +1,5 @@
-"""tf_keras's synchronized layer on two replicas, MirroredStrategy on two logical CPUs: a program, because TensorFlow's
-devices are configured before it starts. python -m tests.helpers.keras_replicas IN.npz OUT.npz"""
+"""tf_keras's synchronized layer on replicas, MirroredStrategy on logical CPUs: a program, because TensorFlow's devices
+are configured before it starts. python -m tests.helpers.keras_replicas REPLICAS IN.npz OUT.npz"""
 
 import os
 import sys
@@ -15,9 +15,14 @@ import tf_keras
 
 def train(strategy, values, name):
     """Two steps of a layer. values: "NAME axis" and "NAME momentum", and of each step and replica x, dy and mask."""
+    count, is_half = strategy.num_replicas_in_sync, values[f"{name} 0 0 x"].dtype == np.float16
     with strategy.scope():
-        axis, momentum = int(values[f"{name} axis"]), float(values[f"{name} momentum"])
-        layer = tf_keras.layers.BatchNormalization(axis=axis, momentum=momentum, synchronized=True)
+        layer = tf_keras.layers.BatchNormalization(
+            axis=values[f"{name} axis"].tolist(),
+            momentum=float(values[f"{name} momentum"]),
+            synchronized=True,
+            dtype="mixed_float16" if is_half else None,
+        )
 
     def step(x, dy, mask):
         with tf.GradientTape() as tape:
@@ -30,7 +35,7 @@ def train(strategy, values, name):
     for i in range(2):
 
         def of_replicas(what, i=i):
-            arrays = [values.get(f"{name} {i} {rank} {what}") for rank in range(2)]
+            arrays = [values.get(f"{name} {i} {rank} {what}") for rank in range(count)]
             if arrays[0] is None:
                 return None
             return strategy.experimental_distribute_values_from_function(
@@ -48,12 +53,12 @@ def train(strategy, values, name):
 
 
 if __name__ == "__main__":
-    (cpu,) = tf.config.list_physical_devices("CPU")
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    with np.load(sys.argv[1]) as file:
+    (cpu,), count = tf.config.list_physical_devices("CPU"), int(sys.argv[1])
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+    strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(count)])
+    with np.load(sys.argv[2]) as file:
         values = dict(file)
     results = {}
     for name in sorted({key.split(" ")[0] for key in values}):
         results |= train(strategy, values, name)
-    np.savez(sys.argv[2], **results)
+    np.savez(sys.argv[3], **results)

@@ -45,12 +45,18 @@ class Gloo:
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
-        self._dist = dist
+        self._dist, self._made = dist, []
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def group(self, n, timeout):
         made = self._dist.new_group(list(range(n)))
         return nbbn.sync.torch(None if n == self.size else made, timeout) if self.rank < n else None
+
+    def again(self, n, timeout):
+        """A group of the same process group each time."""
+        if not self._made:
+            self._made.append(self._dist.new_group(list(range(n))))
+        return nbbn.sync.torch(self._made[0], timeout) if self.rank < n else None
 
     def end(self):
         self._dist.destroy_process_group()
@@ -97,16 +103,30 @@ def outcome(layer, x):
     return "done"
 
 
+def sharing(transport):
+    """Two groups of some of the processes send by one: layers that meet hear of it."""
+    groups = [transport.again(2, LIMIT) for _ in range(2)]
+    if transport.rank < 2:
+        layers = [make(group) for group in groups]
+        for layer, order in zip(
+            layers[:: -1 if transport.rank else 1], ("0: 0, rank 1: 1", "0: 1, rank 1: 0"), strict=True
+        ):
+            refused(layer, partial(layer, X[transport.rank], True), rf"which layer .*\(rank {order}\)")
+        for layer in layers:
+            works(groups[0], layer)
+    return "done"
+
+
 def killed(transport):
     """The last rank dies in the middle."""
-    group = transport.group(transport.size, 10.0)
+    group = transport.group(transport.size, 5.0)
     layer = make(group)
     works(group, layer)
     if group.rank == group.size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     start = time.monotonic()
-    error = refused(layer, lambda: layer(X[group.rank], training=True), "did not come together")
-    assert error.__cause__ is not None
+    message = "did not come together|not all 3 ranks of the communicator came"
+    refused(layer, lambda: layer(X[group.rank], training=True), message)
     assert time.monotonic() - start < 30
     layer.group = None
     layer(X[group.rank], training=True)
@@ -116,7 +136,7 @@ def killed(transport):
 
 if __name__ == "__main__":
     transport = {"mpi": Mpi, "gloo": Gloo}[sys.argv[1]]()
-    result = {"everything": everything, "late": late, "killed": killed}[sys.argv[2]](transport)
+    result = {"everything": everything, "late": late, "sharing": sharing, "killed": killed}[sys.argv[2]](transport)
     if transport.rank == 0:
         print(json.dumps(result), flush=True)
     transport.end()

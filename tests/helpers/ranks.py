@@ -14,6 +14,7 @@ import pytest
 
 import nbbn
 from nbbn.sync import SyncError
+from nbbn.sync.exchange import FIRST
 from tests.helpers.concurrency import in_threads
 from tests.oracle.reference import Reference
 
@@ -55,10 +56,12 @@ def on_ranks(groups, function, *arguments):
 
 
 class Plain:
-    """A group with nothing but what it must have."""
+    """A group with nothing but what it must have. several: whether others send by the same one."""
 
-    def __init__(self, group):
+    def __init__(self, group, several=False):
         self.rank, self.size, self._group = group.rank, group.size, group
+        if several:
+            self.transport = group
 
     def all_gather(self, values):
         return self._group.all_gather(values)
@@ -68,7 +71,7 @@ class Plain:
 
 
 class Case(NamedTuple):
-    """options: of the layer. sample: the shape of one. mask: "bool", "weights" or None."""
+    """options: of the layer. sample: the shape of one. mask: "bool", "weights", "lengths" or None."""
 
     options: dict[str, Any]
     sample: tuple[int, ...] = (5,)
@@ -97,6 +100,10 @@ CASES = {
     "no parameters": Case({"scale": False, "center": False}),
     "axis 1": Case({"axis": 1}, (3, 2, 2)),
     "axis 1, mask": Case({"axis": 1}, (3, 2, 2), mask="bool"),
+    "debias": Case({"debias": True}),
+    "lengths": Case({"bessel_correction": True}, (4, 3), mask="lengths"),
+    "lengths, axis 1": Case({"axis": 1}, (3, 4), mask="lengths"),
+    "two messages": Case({}, (FIRST // 4 + 5,), adjusted=True),
     "several axes": Case({"axis": [1, 3]}, (3, 2, 2)),
 }
 LENGTHS = {
@@ -120,7 +127,12 @@ class Batch:
         shape = (count, *case.sample)
         self.x, self.dy = rng.normal(mean, scale, shape), rng.normal(size=shape)
         self.residual = rng.normal(size=shape) if case.residual else None
-        self.mask = {None: None, "bool": rng.random(count) > 0.3, "weights": rng.random(shape)}[case.mask]
+        self.lengths, weights = None, rng.random(shape)
+        self.mask = {None: None, "bool": rng.random(count) > 0.3, "weights": weights, "lengths": None}[case.mask]
+        if case.mask == "lengths":
+            steps = 2 if case.options.get("axis") == 1 else 1
+            self.lengths = rng.integers(0, shape[steps] + 1, count)
+            self.mask = np.arange(shape[steps]) < self.lengths[:, None]
         self.a, self.b = rng.normal(size=(count, *(1,) * len(case.sample))), rng.normal(size=case.sample)
 
     def part(self, name, part):
@@ -175,8 +187,9 @@ def check_case(group, case, lengths, bound=1e-12):
             setattr(layer, name, value.reshape(whole.parameter_shape))
     for seed, update in enumerate([True, False, True]):
         batch = step["batch"] = Batch(case, sum(lengths), seed)
-        x, mask, residual = (batch.part(n, part) for n in ("x", "mask", "residual"))
-        y, pullback = layer.vjp(x, True, mask, update, residual=residual)
+        x, mask, residual, own_lengths = (batch.part(n, part) for n in ("x", "mask", "residual", "lengths"))
+        mask = None if case.mask == "lengths" else mask
+        y, pullback = layer.vjp(x, True, mask, update, residual=residual, lengths=own_lengths)
         found = pullback(batch.dy[part])
         result = whole(batch.x, True, batch.mask, update, batch.residual)
         expected = result.gradients(batch.dy)
@@ -242,12 +255,12 @@ def make(group, **options):
     return nbbn.SyncBatchNormalization(**{"momentum": 0.5, "dtype": None, **options}, group=group)
 
 
-def refused(layer, call, message):
-    """The SyncError of call(), which has changed nothing."""
-    before = bits(layer)
+def refused(layer, call, message, *after):
+    """The SyncError of call(), which has changed nothing. after: the state then, where that is another one."""
+    after = after or (bits(layer),)
     with pytest.raises(SyncError, match=message) as found:
         call()
-    assert bits(layer) == before
+    assert (bits(layer),) == after
     return found.value
 
 
@@ -292,11 +305,11 @@ UNLIKE_LAYERS = {
     ),
     "virtual_batch_size": ([{"virtual_batch_size": 2}, {"virtual_batch_size": 3}], "virtual batches .*: 6, rank 1: 4"),
     "activation": ([{"activation": "relu"}, {}], "activation"),
-    "initial state": ([{"moving_mean_initializer": "ones"}, {}], "moving statistics before the first call"),
+    "initial state": ([{"moving_mean_initializer": "ones"}, {}], "moving statistics before the call"),
 }
 UNLIKE_CALLS = {
-    "channels": ({}, [lambda x: x, lambda x: x[:, :4]], r"channels \(rank 0: 5, rank 1: 4"),
-    "dtype": ({}, [lambda x: x, lambda x: x.astype(np.float32)], r"dtype \(rank 0: float64, rank 1: float32"),
+    "channels": ({}, [lambda x: x, lambda x: x[:, :4]], r"channels \(rank 0: 5, rank 1: 4[^;]*$"),
+    "dtype": ({}, [lambda x: x, lambda x: x.astype(np.float32)], r"dtype \(rank 0: float64, rank 1: float32[^;]*$"),
     "ghost groups": (
         {"virtual_batch_size": 2},
         [lambda x: x, lambda x: x[:8]],
@@ -356,6 +369,47 @@ def accumulating(group):
     works(group, layer)
 
 
+def accumulating_unlike_micro_batches(group):
+    """What has had its call on one rank is new on the others."""
+    layer = make(group)
+    works(group, layer)
+    with contextlib.suppress(SyncError), nbbn.accumulate(layer) as batch:
+        batch.micro_batch(0)
+        layer(X[group.rank], training=True)
+        batch.micro_batch(each_rank(group, [0, 1]))
+        what = r"update_statistics \(rank 0: a micro-batch that has had its call, rank 1: after accumulate\(\)"
+        raise refused(layer, lambda: layer(X[group.rank], training=True), what)
+    works(group, layer)
+
+
+def accumulating_until_one_rank_fails(group):
+    """It alone has no update at the end, which the next call finds out, and setting the state mends."""
+    layer = make(group)
+    works(group, layer)
+    state = layer.get_state()
+    with contextlib.suppress(ZeroDivisionError), nbbn.accumulate(layer):
+        layer(X[group.rank], training=True)
+        1 / group.rank  # 0 on one of them
+    other_states(group, layer, state)
+
+
+def reset_on_one_rank(group):
+    layer = make(group)
+    works(group, layer)
+    state = layer.get_state()
+    if group.rank:
+        layer.reset_statistics()
+    other_states(group, layer, state)
+
+
+def other_states(group, layer, state):
+    """The ranks refuse to go on, until they have the same state."""
+    for _ in range(2):
+        refused(layer, lambda: layer(X[group.rank], training=True), "differ in the moving statistics before the call")
+    layer.set_state(state)
+    works(group, layer)
+
+
 def forward_meets_pullback(group):
     layer = make(group)
     _, pullback = layer.vjp(X[group.rank], True)
@@ -386,6 +440,8 @@ BAD_CALLS = {
     "dtype": (lambda layer, x: layer(x.astype(np.complex128), training=True), TypeError),
     "no array": (lambda layer, x: layer("x", training=True), TypeError),
     "mask": (lambda layer, x: layer(x, training=True, mask=np.ones(7, bool)), ValueError),
+    "mask and lengths": (lambda layer, x: layer(x, True, mask=np.ones(12), lengths=np.ones(12, int)), ValueError),
+    "training": (lambda layer, x: layer(x, training="yes"), TypeError),
     "negative weights": (lambda layer, x: layer(x, training=True, mask=-np.ones(12)), ValueError),
     "update_statistics": (lambda layer, x: layer(x, training=True, update_statistics="no"), TypeError),
     "residual": (lambda layer, x: layer(x, training=True, residual=x[:3]), ValueError),
@@ -417,6 +473,17 @@ def two_bad_calls(group):
     who = "rank 1" if group.size == 2 else f"the ranks {', '.join(map(str, range(1, group.size)))}"
     refused(layer, lambda: layer(x, training=True), f"{who} could not take part")
     works(group, layer)
+
+
+def two_messages(group):
+    """What does not go with the header is not sent where the headers do not agree."""
+    layer, x = make(group), np.tile(X[group.rank], FIRST // 20 + 1)
+    bad_calls = {"could not take part": lambda: layer(x, True, np.ones(7)), "channels": lambda: layer(x[:, :5], True)}
+    for message, bad in bad_calls.items():
+        refused(layer, bad if group.rank == 0 else lambda: layer(x, True), message)
+    y, pullback = layer.vjp(x, True)
+    assert pullback(y).inputs.shape == x.shape
+    check_same_bits(group, layer)
 
 
 def bad_adjustment(group):
@@ -458,15 +525,77 @@ def bad_gradient(group):
         works(group, layer)
 
 
+# What the last rank does in the exact form of accumulate(), after a first start() that is right.
+BAD_STARTS = {
+    "shape": (lambda batch, x: batch.start(x[:, :, None]), ValueError),
+    "mask and lengths": (lambda batch, x: batch.start(x, mask=np.ones(12), lengths=np.ones(12, int)), ValueError),
+    "micro-batch": (lambda batch, x: (batch.micro_batch(0), batch.start(x)), RuntimeError),  # once more
+}
+
+
+def bad_start(group, start, kind, later):
+    layer, bad = make(group), group.size - 1
+    if later:
+        works(group, layer)
+    with nbbn.accumulate(layer) as batch:
+        batch.micro_batch(0)
+        first = batch.start(X[group.rank][:4])
+        batch.micro_batch(1)
+        call = (lambda: start(batch, X[group.rank])) if group.rank == bad else first.finish
+        error = refused(layer, call, f"rank {bad} could not take part", bits(layer) if later else None)
+        assert (isinstance(error.__cause__, kind)) if group.rank == bad else error.__cause__ is None
+        with pytest.raises(RuntimeError, match=r"all micro-batches have to start\(\) again"):
+            first.finish()
+        again = batch.start(X[group.rank])
+        again.finish()
+        bad_pull(group, layer, again)
+    works(group, layer)
+
+
+def bad_pull(group, layer, step):
+    """The pull() of one rank, which can be made again."""
+    bad = group.size - 1
+    if group.rank == bad:
+        call = lambda: step.pull(DY[group.rank][:3])  # noqa: E731
+    else:
+        step.pull(DY[group.rank])
+        call = step.pulled
+    error = refused(layer, call, f"rank {bad} could not take part")
+    assert (isinstance(error.__cause__, ValueError)) if group.rank == bad else error.__cause__ is None
+    if group.rank == bad:
+        step.pull(DY[group.rank])
+    x, dy = (a[: group.size].reshape(-1, 5) for a in (X, DY))
+    whole = Reference(epsilon=layer.epsilon).build(x.shape)(x, True, update_statistics=False)
+    same(step.pulled().inputs, whole.gradients(dy).inputs[12 * group.rank : 12 * group.rank + 12])
+
+
+def unlike_starts(group):
+    """A new layer is not built for what the ranks could not do together."""
+    layer = make(group)
+    with contextlib.suppress(SyncError), nbbn.accumulate(layer) as batch:
+        step = batch.start(each_rank(group, [X[0], X[1][:, :4]]))
+        raise refused(layer, step.finish, "channels", None)
+    works(group, layer)
+
+
 FAILURES = {f"unlike {n}": (unlike_layers, *v) for n, v in UNLIKE_LAYERS.items()}
 FAILURES |= {f"unlike {n} in a call": (unlike_calls, *v) for n, v in UNLIKE_CALLS.items()}
 FAILURES |= {f"bad {n}": (bad_call, *v, False) for n, v in BAD_CALLS.items()}
 FAILURES |= {f"bad {n} later": (bad_call, *v, True) for n, v in (BAD_CALLS | LATER_BAD_CALLS).items()}
+FAILURES |= {f"bad {n} of a start": (bad_start, *v, False) for n, v in BAD_STARTS.items()}
+FAILURES |= {f"bad {n} of a start later": (bad_start, *v, True) for n, v in BAD_STARTS.items()}
 FAILURES |= {
     f.__name__.replace("_", " "): (f,)
     for f in (
-        *(other_axis, other_update, accumulating, forward_meets_pullback, pullbacks_in_another_order),
-        *(two_bad_calls, bad_adjustment, bad_virtual_batch, bad_gradient),
+        *(other_axis, other_update, accumulating, accumulating_unlike_micro_batches),
+        *(
+            accumulating_until_one_rank_fails,
+            reset_on_one_rank,
+            forward_meets_pullback,
+            pullbacks_in_another_order,
+            unlike_starts,
+        ),
+        *(two_messages, two_bad_calls, bad_adjustment, bad_virtual_batch, bad_gradient),
     )
 }
 

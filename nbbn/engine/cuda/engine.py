@@ -124,6 +124,28 @@ class CudaEngine(Engine):
             launch.run(like.library.stream(like.device), {}, memory)
         like.library.finish(like.device)
 
+    def merge_moments(self, parts: Array) -> Array:
+        """The moments (4, S) of several inputs together: (P, 4, S), merged in their order, and overwritten."""
+        return self._merged("merge_moments", parts, "moments")
+
+    def add_sums(self, parts: Array) -> Array:
+        """The sums (R, S) of the gradient, likewise."""
+        return self._merged("add_sums", parts, "sums")
+
+    def _merged(self, name: str, parts: Array, result: str) -> Array:
+        count, rows, statistics = parts.shape
+        found = wrap(parts.library.empty((rows, statistics), parts.dtype, parts.device), parts.library)
+        dtype, threads, adjusted = parts.dtype, self._thresholds.threads, rows > 2  # as sums have them then
+        variant = Variant(dtype, rows=True, width=1, sums=dtype, threads=threads, adjustment=adjusted)
+        if statistics == 0:  # a grid has a block at least
+            return found
+        launch = over_channels(name, variant, parts.device, statistics, statistics, self.options.epsilon, count)
+        memory = tuple(self._addresses(parts, {"partial": parts, result: found}).values())
+        with primary_context(parts.device):
+            launch.run(parts.library.stream(parts.device), {}, memory)
+        parts.library.finish(parts.device)
+        return found
+
     def _addresses(self, like: Array, numbers: dict[str, Any]) -> dict[str, int]:
         """Of the small arrays, by their names in steps.MEMORY; 0 for what is not there. hyper may be on the host."""
         addresses = dict.fromkeys(steps.MEMORY, 0)

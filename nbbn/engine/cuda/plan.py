@@ -132,9 +132,11 @@ def plan_of(
     )
 
 
-def over_channels(name: str, variant: Variant, device: int, channels: int, statistics: int, epsilon: float) -> Launch:
-    """A launch with one thread per channel."""
+def over_channels(
+    name: str, variant: Variant, device: int, channels: int, statistics: int, epsilon: float, parts: int = 1
+) -> Launch:
+    """A launch with one thread per channel. parts: inputs whose statistics are merged."""
     threads = variant.threads
     blocks = -(-channels // threads)
-    shape, grid = (1, 1, 1, statistics), grid_of((1, 1, threads), blocks, k1_pieces=blocks)
+    shape, grid = (1, 1, parts, statistics), grid_of((1, 1, threads), blocks, k1_pieces=blocks)
     return Launch(name, variant, device, blocks, (threads, 1), {}, shape, grid, channels, epsilon)

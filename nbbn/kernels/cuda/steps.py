@@ -390,6 +390,28 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         if c < channels:
             input_coefficients(c, array64(memory[SUMS], (gradient_sums, shape[3])), memory, channels)
 
+    # -- what several inputs have, together: one thread per statistic --------------------------------------------------
+
+    def merge_moments(shape, grid, memory, channels, epsilon):
+        """Of several inputs, (P, 4, C), which are overwritten: merged in their order. shape[2]: their number."""
+        s, parts = own_channel(grid), shape[2]
+        if s < channels:
+            partial = array64(memory[PARTIAL], (parts, channel.MOMENT_ROWS, channels))
+            moments = array64(memory[MOMENTS], (channel.MOMENT_ROWS, channels))
+            combine_chunks(s, partial, 0, parts, 1)
+            for row in range(channel.MOMENT_ROWS):
+                moments[row, s] = partial[0, row, s]
+
+    def add_sums(shape, grid, memory, channels, epsilon):
+        """The same for the sums of the gradient."""
+        s, parts = own_channel(grid), shape[2]
+        if s < channels:
+            partial = array64(memory[PARTIAL], (parts, gradient_sums, channels))
+            sums = array64(memory[SUMS], (gradient_sums, channels))
+            add_chunks(s, partial, 0, parts, 1)
+            for row in range(gradient_sums):
+                sums[row, s] = partial[0, row, s]
+
     # -- one launch: a block has a family for itself; a chunk is a whole statistic -------------------------------------
 
     def train(x, residual, weights, a, b, y, shape, grid, memory, channels, epsilon):
@@ -429,7 +451,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
             tile += grid.families
 
     found = (normalize, train, infer, input_gradient, backward, finish, freeze, spread_gradient)
-    return {f.__name__: f for f in found} | {
+    return {f.__name__: f for f in (*found, merge_moments, add_sums)} | {
         "reduce": reduction(finish_moments),
         "train_reduce": reduction(finish_training),
         "sum_gradient": gradient_reduction(finish_sums),
