@@ -163,7 +163,7 @@ class BatchNorm(Function):
         step, saved = ctx.step, ctx.saved
         if torch.is_grad_enabled():
             beside, kept = (None, None, None), torch.from_numpy(saved)
-            dx, *grads, dz = formulas.gradients(dy, x, weight, bias, residual, beside, kept, *step.options)
+            dx, *grads, dz, _, _ = formulas.gradients(dy, x, weight, bias, residual, beside, kept, *step.options)
             return dx, *grads, dy if ctx.residual and not step.has_dz else dz, None, None, None
         x, dy = step.laid(x), step.laid(dy)
         dx = torch.empty_like(x)

@@ -39,12 +39,12 @@ def _fresh_compiler():
 # -- the operators --------------------------------------------------------------------------------------------------
 
 
-def problem(dtype, residual=False, mask=False, adjustment=False, rows=2, **options):
+def problem(dtype, residual=False, mask=False, adjustment=False, grads=False, rows=2, **options):
     own = dtype if dtype.itemsize > 2 else torch.float32
     x = torch.randn(4, 3, 5, dtype=dtype, requires_grad=True)
     weight, bias = (torch.randn(3, dtype=own, requires_grad=True) for _ in "ab")
     beside = [torch.rand(4, 1, 5, dtype=own) if mask else None] + [
-        torch.randn(4, 1, 1, dtype=own) if adjustment else None for _ in "ab"
+        torch.randn(4, 1, 1, dtype=own, requires_grad=grads) if adjustment else None for _ in "ab"
     ]
     added = torch.randn(4, 3, 5, dtype=dtype, requires_grad=True) if residual else None
     state = [torch.rand(3, dtype=own) + 0.5 for _ in range(rows)]
@@ -57,6 +57,7 @@ PROBLEMS = {
     "residual": {"residual": True},
     "mask": {"mask": True},
     "adjustment": {"adjustment": True},
+    "adjustment with gradients": {"adjustment": True, "grads": True, "activation": "relu", "mask": True},
     "renorm": {"renorm": True, "rows": 5},
     "ghost": {"virtual_batch_size": 2},
     "debias": {"debias": True, "rows": 4},
@@ -72,7 +73,8 @@ def test_operators(name, dtype):
     opcheck(torch.ops.nbbn.batch_norm.default, args)
     x, *beside, _, _, _, options, eps, _ = args
     _, saved = torch.ops.nbbn.batch_norm(*args)
-    opcheck(torch.ops.nbbn.batch_norm_backward.default, (torch.randn_like(x), x, *beside, saved, options, eps))
+    wants = beside[-1] is not None and beside[-1].requires_grad
+    opcheck(torch.ops.nbbn.batch_norm_backward.default, (torch.randn_like(x), x, *beside, saved, options, eps, wants))
 
 
 # -- torch.compile --------------------------------------------------------------------------------------------------
@@ -109,6 +111,34 @@ def test_compile_has_one_graph(options):
     assert_close(other.state_dict(), plain.state_dict())
     plain.eval(), other.eval()
     assert_close(compiled(x), plain(x))
+
+
+@quiet
+@pytest.mark.parametrize("options", [{}, {"activation": "relu"}, {"renorm": True}], ids=str)
+@pytest.mark.parametrize("how", ["compiled", "exported"])
+def test_an_adjustment_has_gradients(how, options):
+    """Also one that broadcasts, and beside another one without a gradient."""
+
+    class Adjusted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nbbn.torch.BatchNorm1d(4, **options)
+
+        def forward(self, x, a, b):
+            self.norm.adjustment = lambda shape: (a, b)
+            return self.norm(x)
+
+    x, a, b = torch.randn(6, 4, requires_grad=True), torch.rand(6, 1, requires_grad=True), torch.rand(4)
+    for operands in ((x, a, b), (x, a, b.requires_grad_())):
+        plain = Adjusted()
+        other = copy.deepcopy(plain)
+        if how == "compiled":
+            traced = torch.compile(other, fullgraph=True, backend="aot_eager")
+        else:
+            traced = torch.export.export(other, operands, strict=False).module()
+        leaves = [t for t in operands if t.requires_grad]
+        found, expected = (torch.autograd.grad(call(*operands).pow(3).sum(), leaves) for call in (traced, plain))
+        assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @quiet
