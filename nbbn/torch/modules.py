@@ -1,7 +1,7 @@
 """torch.nn's modules with nbbn's options."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
             at each training call.
         axis: the dimension of the features. -1 takes inputs whose shape has them last.
         renorm: batch renormalization. Its statistics are the buffers running_stddev, renorm_mean and renorm_stddev;
-            where a state_dict has none, they are made of running_mean and running_var.
+            where a state_dict has none, they are made of running_mean and running_var, as are those of debias.
         renorm_clipping: dict with any of "rmax", "rmin", "dmax": numbers, or callables read at each training call.
         renorm_momentum: weight of the new value in the statistics that renorm normalizes with.
         virtual_batch_size, ragged, virtual_batch_order: ghost batches, as of nbbn.BatchNormalization.
@@ -160,20 +160,34 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
                 buffer.fill_(1.0 if name in ("running_stddev", "renorm_stddev") else 0.0)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Renorm goes on from the statistics of a module without it."""
-        has_plain = prefix + "running_var" in state_dict
-        if self.renorm and has_plain and not any(prefix + name in state_dict for name in RENORM):
+        """Renorm and debiased averages go on from the statistics of a module without them."""
+        if prefix + "running_mean" in state_dict and prefix + "running_var" in state_dict:
             mean, variance = state_dict[prefix + "running_mean"], state_dict[prefix + "running_var"]
-            stddev = (variance.double() + self.eps).sqrt().to(variance.dtype)
-            found = dict(zip(RENORM, (stddev, mean, stddev), strict=True))
-            state_dict = state_dict.copy() | {prefix + name: value.clone() for name, value in found.items()}
+            missing = self._missing(name.removeprefix(prefix) for name in state_dict if name.startswith(prefix))
+            found = {prefix + name: value for name, value in self._extra_from(mean, variance, missing).items()}
+            state_dict = state_dict.copy() | found
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def renorm_from_running(self) -> None:
-        """Let renorm go on from running_mean and running_var."""
-        stddev = (self.running_var.double() + self.eps).sqrt()
-        for name, value in zip(RENORM, (stddev, self.running_mean, stddev), strict=True):
+    def extra_from_running(self, known: Iterable[str]) -> None:
+        """Let the buffers of renorm and debias, unless they are among those known, go on from running_mean and
+        running_var."""
+        for name, value in self._extra_from(self.running_mean, self.running_var, self._missing(known)).items():
             getattr(self, name).copy_(value)
+
+    def _missing(self, known: Iterable[str]) -> list[str]:
+        """The buffers of options of which none is known: where some are, the others are an error."""
+        known = set(known)
+        return [name for group in (RENORM, DEBIAS) if not known.intersection(group) for name in group]
+
+    def _extra_from(self, mean: Any, variance: Any, names: list[str]) -> dict[str, Tensor]:
+        """What these of the module's buffers are in one that has had these statistics.
+
+        An average that is not at its initial value is all of batches, for debiased ones: its weight is 1.
+        """
+        stddev = (variance.double() + self.eps).sqrt().to(variance.dtype)
+        seen = ((mean != 0) | (variance != 1)).to(mean.dtype)
+        found = dict(zip(RENORM + DEBIAS, (stddev, mean, stddev, seen, seen), strict=True))
+        return {name: found[name].clone() for name in names if name in self._extra}
 
     def state_tensors(self) -> list[Tensor]:
         """The running statistics in the order of the state's rows; none if they are not tracked."""

@@ -24,9 +24,9 @@ def successor(old: Any, kind: Any, options: dict[str, Any]) -> Normalization:
     )
     new._parameters.update(old._parameters)
     new._buffers.update(old._buffers)
-    if new.renorm and "renorm_mean" not in old._buffers:
+    if new.running_mean is not None:
         with torch.no_grad():
-            new.renorm_from_running()
+            new.extra_from_running(old._buffers)
     for name in _HOOKS:
         new.__dict__[name] = old.__dict__[name]
     new.training = old.training

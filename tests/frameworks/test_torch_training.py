@@ -324,6 +324,34 @@ def test_convert_with_options():
         nbbn.torch.convert([before])
 
 
+@pytest.mark.parametrize("how", ["converted", "loaded"])
+@pytest.mark.parametrize("options", [{"debias": True}, {"debias": True, "renorm": True}], ids=str)
+def test_debiased_averages_go_on(how, options):
+    """From what a module of torch.nn has seen; a new one has seen nothing."""
+    trained, new = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    for _ in range(50):
+        trained(torch.randn(64, 4) + 5)
+    for module in (trained, new):
+        before = module.running_mean.clone()
+        if how == "converted":
+            ours = nbbn.torch.convert(module, **options)
+        else:
+            ours = nbbn.torch.BatchNorm1d(4, **options)
+            ours.load_state_dict(module.state_dict())
+        x = torch.randn(64, 4)
+        ours(x)
+        assert_close(ours.running_mean, x.mean(0) if module is new else 0.9 * before + 0.1 * x.mean(0))
+
+
+def test_a_state_dict_with_a_part_of_an_option_is_incomplete():
+    module = nbbn.torch.BatchNorm1d(4, renorm=True, debias=True)
+    for name in ("seen_mean", "renorm_mean"):
+        state = module.state_dict()
+        del state[name]
+        with pytest.raises(RuntimeError, match=rf"Missing key\(s\) in state_dict: \"{name}\""):
+            module.load_state_dict(state)
+
+
 # -- the benchmarks -------------------------------------------------------------------------------------------------
 
 
