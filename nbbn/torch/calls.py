@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _disable_current_modes
 
+from nbbn.kernels.channel import BATCH_MEAN
 from nbbn.torch import formulas, ops
+from nbbn.torch.past import Past
 from nbbn.torch.settings import parsed
 from nbbn.torch.tensors import DTYPES, MaybeTensor, statistic
 
@@ -27,13 +30,17 @@ def train(
     *,
     update: bool,
     equal: bool = False,
+    past: Past | None = None,
 ) -> tuple[Tensor, MaybeTensor]:
     """The output, and what the operator has saved, if it was called.
 
     count: of the batches in the statistics. update: whether this is one more, and the statistics change. equal: whether
-    all batches have equal weights. The other arguments are the operator's.
+    all batches have equal weights. past: of statistics that the output depends on, if the call is to be remembered, or
+    repeats one. The other arguments are the operator's.
     """
     mask, a, b = beside
+    if is_compiling() or formulas.is_needed() or not state:
+        past = None
 
     def run(
         x: Tensor, weight: Any, bias: Any, residual: Any, mask: Any, a: Any, b: Any, count: Any, *state: Tensor
@@ -44,15 +51,24 @@ def train(
             count.add_(1)
         return found
 
+    tensors = x, weight, bias, None, mask, None, None, count  # the statistics are those of the input alone
+    before = None
+    if past is not None and update:
+        before = ops.packed_state(x, state, 0, 0)
+    elif past is not None:
+        with torch.no_grad(), _disable_current_modes():  # a mode may record what a call computes
+            rows = past.find(run(*tensors, *state)[1])
+            state = state if rows is None else [*rows]
     if is_compiling() or not (formulas.is_needed() or any(t is not None and t.requires_grad for t in (a, b))):
         y, saved = run(x, weight, bias, residual, mask, a, b, count, *state)
-        return y, saved
-    saved = None
-    if update or parsed(options)["renorm"]:
-        # The statistics are those of the input alone.
-        tensors = x, weight, bias, None, mask, None, None, count, *state
-        saved = formulas.saved_of_transformed(lambda *plain: run(*plain)[1], tensors, len(state))
-    return formulas.output(x, weight, bias, residual, beside, saved, options, eps), saved
+    else:
+        saved = None
+        if update or parsed(options)["renorm"]:
+            saved = formulas.saved_of_transformed(lambda *plain: run(*plain)[1], (*tensors, *state), len(state))
+        y = formulas.output(x, weight, bias, residual, beside, saved, options, eps)
+    if past is not None and before is not None:
+        past.keep(saved[BATCH_MEAN].clone(), before)
+    return y, saved
 
 
 def infer(

@@ -12,6 +12,7 @@ from torch.fx import Proxy
 
 from nbbn.core.options import boolean
 from nbbn.torch import calls, quick
+from nbbn.torch.past import Past
 from nbbn.torch.settings import FIXED, Momentum, as_text, check_momentum, numbers
 from nbbn.torch.tensors import DTYPES, align
 
@@ -57,7 +58,7 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
     Raises: TypeError, ValueError for arguments that are not possible; the message names the argument and its value.
     """
 
-    _COPIED_WITHOUT: tuple[str, ...] = ("_collector", "_views", "_steps")
+    _COPIED_WITHOUT: tuple[str, ...] = ("_collector", "_views", "_steps", "_past")
 
     def __init__(
         self,
@@ -140,6 +141,7 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
         """Have nothing that belongs to this object alone: copies and files have none of it."""
         self._views: quick.Views | None = None
         self._steps: dict[Any, quick.Step | None] = {}
+        self._past = Past()
         self._collector: Callable[..., None] | None = None  # takes moments in the place of an update (accumulation.py)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -280,10 +282,11 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
                 return quick.infer(x, residual, step, views)
             return calls.infer(x, weight, bias, residual, mean, tensors[4], own["axis"], own["eps"], own["activation"])
         update = training and own["track_running_stats"] and mean is not None and _graph_task() == -1
+        past = own["_past"] if own["renorm"] and training and own["track_running_stats"] else None
         if is_grad_enabled():
-            y = quick.BatchNorm.apply(x, weight, bias, residual, step, views, update)
+            y = quick.BatchNorm.apply(x, weight, bias, residual, step, views, update, past)
         else:
-            y, _ = quick.train(x, residual, step, views, update)
+            y, _ = quick.train(x, residual, step, views, update, past)
         if update:
             views.count_one()
         return y
@@ -352,6 +355,7 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
             self.eps,
             update=update and self._collector is None,
             equal=self.momentum is None,
+            past=self._past if self.renorm and self.tracks() and self._collector is None else None,
         )
         if self._collector is not None and update:
             self._collector(saved, x, given)

@@ -188,6 +188,29 @@ def test_checkpointing_counts_once(name, options):
     assert_close(net.state_dict(), plain.state_dict())
 
 
+RENORM = {
+    "short way": {},
+    "momentum of a callable": {"momentum": lambda: 0.1},
+    "clipped and debiased": {"renorm_clipping": {"rmax": 3.0, "rmin": 1 / 3, "dmax": 5.0}, "debias": True},
+    "adjustment with gradients": {"adjustment": lambda shape: (torch.ones(4, requires_grad=True), 0.0)},
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("options", RENORM)
+def test_checkpointing_renorm(name, options):
+    """A repeated call sees the statistics that the first one saw, also if others came between."""
+    net = nn.Sequential(nbbn.torch.BatchNorm1d(4, renorm=True, **RENORM[options]), nn.Tanh(), nn.Linear(4, 1))
+    plain = copy.deepcopy(net)
+    for _ in range(2):
+        a, b = ([leaf(x) for x in parts] for parts in [torch.randn(3, 8, 4) * 10 + 20] * 2)
+        sum(checkpoint(net, x, **CHECKPOINTS[name]).pow(2).sum() for x in a).backward()
+        sum(plain(x).pow(2).sum() for x in b).backward()
+        assert_close([x.grad for x in a], [x.grad for x in b])
+        assert_close([p.grad for p in net.parameters()], [p.grad for p in plain.parameters()])
+    assert_close(net.state_dict(), plain.state_dict())
+
+
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"renorm": True}, {"debias": True}], ids=str)
 def test_accumulation(options):
     """Micro-batches that count as one; a call that is repeated does not count again."""
