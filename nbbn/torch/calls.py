@@ -110,6 +110,18 @@ def check_device(x: Tensor, tensors: Mapping[str, MaybeTensor]) -> None:
             raise ValueError(f"{name} must be on the input's device {x.device}; received {tensor.device}")
 
 
+def check_parameters(x: Tensor, tensors: Mapping[str, MaybeTensor]) -> None:
+    """Raises: ValueError unless all of them are where the input is; TypeError for dtypes that PyTorch refuses, too."""
+    check_device(x, tensors)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+    accepted = (x.dtype, torch.float32) if x.dtype.itemsize == 2 else (x.dtype,)
+    if len(set(dtypes.values())) > 1 or any(dtype not in accepted for dtype in dtypes.values()):
+        raise TypeError(
+            f"parameters and running statistics must all have the dtype {' or '.join(map(str, accepted))} for an "
+            f"input of {x.dtype}; received {', '.join(f'{name} of {dtype}' for name, dtype in dtypes.items())}"
+        )
+
+
 def check_like(residual: Any, x: Tensor) -> None:
     """Raises: TypeError, ValueError unless it is a tensor of the input's shape, where that is."""
     if not isinstance(residual, Tensor):
@@ -162,7 +174,7 @@ def check_channels(x: Tensor, axis: int, tensors: Mapping[str, MaybeTensor]) -> 
                 f"{name} must have shape ({x.shape[axis]},), as dimension {axis} of the input, whose shape is "
                 f"{tuple(x.shape)}; received {tuple(tensor.shape)}"
             )
-    check_device(x, tensors)
+    check_parameters(x, tensors)
 
 
 def state_of(mean: MaybeTensor, variance: MaybeTensor, renorm: Any, seen: Any) -> list[Tensor]:

@@ -334,7 +334,7 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
         weight, bias, mean, variance = self.weight, self.bias, self.running_mean, self.running_var
         if _traced() is None:  # whose sizes are tensors
             self.check_features(x)
-        calls.check_device(x, {"weight": weight, "bias": bias, "running_mean": mean, "running_var": variance})
+        calls.check_parameters(x, {"weight": weight, "bias": bias, "running_mean": mean, "running_var": variance})
         if not self.training and mean is not None and variance is not None:
             return calls.infer(x, weight, bias, residual, mean, variance, self.axis, self.eps, self.activation)
         calls.check_training(x, self.axis, self.eps)

@@ -141,6 +141,8 @@ class _Call:
         calls.check_input(x)
         module._check_input_dim(x)
         module.check_features(x)
+        tensors = {name: getattr(module, name) for name in ("weight", "bias", "running_mean", "running_var")}
+        calls.check_parameters(x, tensors)
         if residual is not None:
             calls.check_like(residual, x)
         weights = None if mask is None else align(mask, x, module.axis)

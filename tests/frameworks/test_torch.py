@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import re
 
@@ -400,6 +401,28 @@ def test_16_bit_inputs_with_float32_parameters(dtype):
         assert_close(module.running_var.double(), exact.running_var, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mixed_dtypes_are_pytorchs(dtype, training):
+    """What torch.nn takes for an input of this dtype is taken, and what it refuses is refused, in both modes."""
+    x, taken = torch.randn(6, 4, dtype=dtype), 0
+    for parameters, statistics in itertools.product(DTYPES, DTYPES):
+        ours, theirs = (kind(4, dtype=parameters).train(training) for kind in (nbbn.torch.BatchNorm1d, nn.BatchNorm1d))
+        for module in (ours, theirs):
+            for name in ("running_mean", "running_var"):
+                setattr(module, name, getattr(module, name).to(statistics))
+        try:
+            expected = theirs(x).dtype
+        except RuntimeError:
+            with pytest.raises(TypeError, match=f"for an input of {dtype}; received weight of {parameters}"):
+                ours(x)
+            assert not ours.num_batches_tracked
+        else:
+            assert ours(x).dtype == expected
+            taken += 1
+    assert taken == (2 if dtype.itemsize == 2 else 1)
+
+
 # -- the function ---------------------------------------------------------------------------------------------------
 
 
@@ -475,6 +498,12 @@ ERRORS = [
         r"weight must have shape \(4,\).*received \(3,\)",
         lambda m: nbbn.torch.functional.batch_norm(X, None, None, torch.ones(3), training=True),
     ),
+    (
+        TypeError,
+        r"dtype torch.float64 for an input of torch.float64; received .*running_var of torch.float32",
+        lambda m: nbbn.torch.functional.batch_norm(X.double(), m.running_mean, m.running_var, training=True),
+    ),
+    (TypeError, "received weight of torch.float32", lambda m: nbbn.torch.SyncBatchNorm(4)(X.double())),
 ]
 
 
