@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from nbbn.torch.replacing import KINDS, Replacements, put, successor
+from nbbn.torch.replacing import KINDS, Replacements, has_hooks, put, successor
 
 
 def convert(module: nn.Module, *, fuse_relu: bool = False, **options: Any) -> nn.Module:
@@ -17,7 +17,8 @@ def convert(module: nn.Module, *, fuse_relu: bool = False, **options: Any) -> nn
 
     Args:
         module: changed in its place, unless it is such a module itself. fuse_relu: also let a BatchNorm and a ReLU that
-            follows it in an nn.Sequential be one module; an Identity takes the ReLU's place.
+            follows it in an nn.Sequential be one module, unless one of them has hooks; an Identity takes the ReLU's
+            place. A slice of the Sequential that ends with the norm then has the ReLU, too.
         options: of nbbn.torch.BatchNorm2d behind torch.nn's arguments, for all of them.
     Returns: the network.
     Raises: TypeError, ValueError as nbbn.torch.BatchNorm2d; the network is then as it was.
@@ -48,7 +49,7 @@ def _fuse(
     gone, names = [], list(parent._modules)
     for first, second in pairwise(names):
         before, after = parent._modules[first], parent._modules[second]
-        if before in old and type(after) is nn.ReLU and not (before._forward_hooks or after._forward_hooks):
+        if before in old and type(after) is nn.ReLU and not (has_hooks(before) or has_hooks(after)):
             new[before] = successor(before, KINDS[type(before)], options | {"activation": "relu"})
             gone.append((parent, second))
     return gone

@@ -33,6 +33,10 @@ def successor(old: Any, kind: Any, options: dict[str, Any]) -> Normalization:
     return new
 
 
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in _HOOKS)
+
+
 def put(module: nn.Module, new: Replacements) -> nn.Module:
     """The network, changed in its place, or what replaces it."""
     for parent in list(module.modules()):

@@ -326,6 +326,28 @@ def test_convert(fuse_relu):
     assert_close(net.state_dict(), plain.state_dict())
 
 
+HOOKS = [
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+]
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_has_hooks_is_not_fused(kind, place):
+    """They see the tensors that they saw."""
+    net, calls = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()), []
+    getattr(net[place], kind)(lambda *args: calls.append(args[-1]))
+    x = torch.randn(5, 4)
+    for _ in range(2):
+        net(leaf(x)).pow(2).sum().backward()
+        nbbn.torch.convert(net, fuse_relu=True)
+    assert len(calls) == 2
+    assert_close(*calls)
+
+
 def test_convert_with_options():
     module = nn.BatchNorm1d(4)
     for _ in range(20):
