@@ -38,6 +38,8 @@ def train(
     all batches have equal weights. past: of statistics that the output depends on, if the call is to be remembered, or
     repeats one. The other arguments are the operator's.
     """
+    if _becomes_onnx():
+        raise RuntimeError("ONNX has no batch normalization that trains: call eval() on the network before the export")
     mask, a, b = beside
     if is_compiling() or formulas.is_needed() or not state:
         past = None
@@ -71,6 +73,12 @@ def train(
     return y, saved
 
 
+@torch.compiler.assume_constant_result
+def _becomes_onnx() -> bool:
+    """PyTorch's compiler answers the question itself, and says no."""
+    return torch.onnx.is_in_onnx_export()
+
+
 def infer(
     x: Tensor,
     weight: MaybeTensor,
@@ -83,7 +91,8 @@ def infer(
     activation: str | None,
 ) -> Tensor:
     """The output with given statistics, in PyTorch's own operations: exported programs hold aten.batch_norm."""
-    moved = x if axis in (1, 1 - x.dim()) else x.movedim(axis, 1)
+    axis %= x.dim()  # an ONNX file knows no negative one
+    moved = x if axis == 1 else x.movedim(axis, 1)
     y = F.batch_norm(moved, mean, variance, weight, bias, False, 0.0, eps)
     if moved is not x:
         y = y.movedim(1, axis)

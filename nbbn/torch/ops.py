@@ -30,7 +30,7 @@ _library.define(
 )
 _library.define(
     "batch_norm_backward(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, "
-    "Tensor? a, Tensor? b, Tensor saved, str options, float eps, bool adjustment) "
+    "Tensor? a, Tensor? b, Tensor saved, str options, float eps, bool adjustment=False) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 batch_norm = torch.ops.nbbn.batch_norm.default
@@ -118,7 +118,7 @@ def _backward(
     saved: Tensor,
     options: str,
     eps: float,
-    adjustment: bool,
+    adjustment: bool = False,
 ) -> tuple[Tensor, ...]:
     run = dispatcher(options, eps)
     has_dz = _has_dz(residual, options)
@@ -178,7 +178,7 @@ def _fake_backward(
     saved: Tensor,
     options: str,
     eps: float,
-    adjustment: bool,
+    adjustment: bool = False,
 ) -> tuple[Tensor, ...]:
     dgamma = x.new_empty(x.shape[parsed(options)["axis"]], dtype=statistic(x.dtype))
     pair = [x.new_empty(t.shape if adjustment and t is not None else 0, dtype=dgamma.dtype) for t in (a, b)]
@@ -237,12 +237,26 @@ def _train_with_autograd(*args: Any) -> Any:
     return _BatchNorm.apply(*args)
 
 
-def _backward_with_autograd(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    x, weight, bias, residual, mask, a, b, saved, options, eps, adjustment = args
+def _backward_with_autograd(
+    dy: Tensor,
+    x: Tensor,
+    weight: MaybeTensor,
+    bias: MaybeTensor,
+    residual: MaybeTensor,
+    mask: MaybeTensor,
+    a: MaybeTensor,
+    b: MaybeTensor,
+    saved: Tensor,
+    options: str,
+    eps: float,
+    adjustment: bool = False,
+) -> tuple[Tensor, ...]:
     differentiable = dy, x, weight, bias, residual, a, b
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)):
         with torch._C._AutoDispatchBelowAutograd():
-            found: tuple[Tensor, ...] = batch_norm_backward(dy, *args)
+            found: tuple[Tensor, ...] = batch_norm_backward(
+                dy, x, weight, bias, residual, mask, a, b, saved, options, eps, adjustment
+            )
             return found
     # The derivative of a gradient is that of a formula.
     dx, dgamma, dbeta, dz, *pair = formulas.gradients(dy, x, weight, bias, residual, (mask, a, b), saved, options, eps)

@@ -6,6 +6,7 @@ import io
 import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.library import opcheck
 from torch.testing import assert_close
@@ -193,6 +194,29 @@ def test_onnx(dynamo):
     torch.onnx.export(net, (torch.randn(2, 3, 4, 4),), file, dynamo=dynamo, verbose=False)
     nodes = [node.op_type for node in onnx.load_from_string(file.getvalue()).graph.node]
     assert [n for n in nodes if n != "Identity"] == ["Relu", "BatchNormalization", "Relu"]
+
+
+@quiet
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("axis", [-1, 3])
+def test_onnx_with_channels_last(axis, dynamo):
+    module, file = nbbn.torch.BatchNorm2d(3, axis=axis).eval(), io.BytesIO()
+    torch.onnx.export(module, (torch.randn(2, 4, 5, 3),), file, dynamo=dynamo, verbose=False)
+    model = onnx.load_from_string(file.getvalue())
+    onnx.checker.check_model(model, full_check=True)
+    x = torch.randn(2, 4, 5, 3)
+    (y,) = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})
+    assert_close(torch.from_numpy(y), module(x))
+
+
+@quiet
+def test_onnx_of_training_says_what_to_do():
+    net = nn.Sequential(nbbn.torch.BatchNorm2d(3))
+    with (
+        pytest.warns(UserWarning, match="in training mode"),
+        pytest.raises(Exception, match=r"call eval\(\) on the network"),  # the exporter's own kind
+    ):
+        torch.onnx.export(net, (torch.randn(2, 3, 4, 4),), io.BytesIO(), verbose=False)
 
 
 @quiet
