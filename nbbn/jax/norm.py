@@ -177,6 +177,8 @@ def _options(momenta: Mapping[str, Any], clipping: Any, **others: Any) -> tuple[
         if value.shape:
             raise ValueError(f"{name} must be a scalar; received an array of shape {value.shape}")
     checked = Options(**others, **fixed, renorm_clipping=bounds)
+    if bounds and not checked.renorm:
+        raise ValueError(f"renorm_clipping needs renorm=True; received {dict(clipping)!r}")
     numbers = checked.numbers()._asdict() | varying
     momentum = None if checked.momentum is None else 0.0
     return replace(checked, momentum=momentum, renorm_momentum=0.0, renorm_clipping=None), numbers

@@ -13,7 +13,7 @@ from torch.fx import Proxy
 from nbbn.core.options import boolean
 from nbbn.torch import calls, quick
 from nbbn.torch.past import Past
-from nbbn.torch.settings import FIXED, Momentum, as_text, check_momentum, numbers
+from nbbn.torch.settings import FIXED, Momentum, as_text, check_clipping, check_momentum, numbers
 from nbbn.torch.tensors import DTYPES, align
 
 _transformed = torch._C._are_functorch_transforms_active
@@ -105,8 +105,7 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
         track_running_stats = boolean("track_running_stats", track_running_stats)
         if not track_running_stats and (renorm or debias):
             raise ValueError("renorm and debias are about running statistics; received track_running_stats=False")
-        if renorm_clipping and not renorm:
-            raise ValueError(f"renorm_clipping needs renorm=True; received {dict(renorm_clipping)!r}")
+        check_clipping(renorm_clipping, boolean("renorm", renorm))
         affine, bias = boolean("affine", affine), boolean("bias", bias)
         more = {} if bias else {"bias": False}
         self._extra = (RENORM if renorm else ()) + (DEBIAS if debias else ())
@@ -127,12 +126,17 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
         self._forget()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raises: AttributeError for another value of an option that what the module keeps was made for."""
+        """Raises: AttributeError for another value of an option that what the module keeps was made for; TypeError,
+        ValueError for a value that __init__ refuses."""
         if name in FIXED and value != self.__dict__.get(name, value):
             own = type(self).__name__
             raise AttributeError(
                 f"{name} of a {own} is fixed, {self.__dict__[name]!r}: make another; received {value!r}"
             )
+        if name == "renorm_clipping":
+            check_clipping(value, self.renorm)
+        elif name == "renorm_momentum" or (name == "momentum" and value is not None):
+            check_momentum(name, value)
         super().__setattr__(name, value)
 
     # -- the state -----------------------------------------------------------------------------------------------------

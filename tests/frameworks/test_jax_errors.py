@@ -49,6 +49,7 @@ WRONG = {
     "training": ({"training": "yes"}, TypeError, "training must be True or False; received 'yes'"),
     "ffi": ({"ffi": None}, TypeError, "ffi must be True or False; received None"),
     "activation": ({"activation": "gelu"}, ValueError, "activation must be 'relu', 'linear' or None; received 'gelu'"),
+    "bounds": ({"renorm_clipping": {"rmax": 2.0}}, ValueError, "renorm_clipping needs renorm=True; received .*2.0"),
     "clip": ({"renorm_clipping": {"rmax": 2.0, "rmaxx": 1}}, ValueError, r"accepts the keys .* received \['rmaxx'\]"),
     "residual": (
         {"residual": np.ones((8, 3))},

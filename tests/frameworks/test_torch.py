@@ -532,6 +532,35 @@ def test_what_may_be_changed_later():
     assert_close(renorm(x), 2 * y)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("renorm_clipping", {"dmin": 1.0}, "accepts the keys .*dmin"),
+        ("renorm_clipping", "x", "must be a dict .* received 'x'"),
+        ("renorm_momentum", None, "renorm_momentum must be a finite number .* received None"),
+        ("momentum", "a", "momentum must be a finite number .* received 'a'"),
+    ],
+)
+def test_what_is_changed_later_is_checked(name, value, message):
+    module = nbbn.torch.BatchNorm1d(4, renorm=True)
+    before = getattr(module, name)
+    with pytest.raises((TypeError, ValueError), match=message):
+        setattr(module, name, value)
+    assert getattr(module, name) == before
+
+
+def test_bounds_without_renorm():
+    module = nbbn.torch.BatchNorm1d(4)
+    with pytest.raises(ValueError, match="renorm_clipping needs renorm=True"):
+        module.renorm_clipping = {"rmax": 2.0}
+    with pytest.raises(ValueError, match="renorm_clipping needs renorm=True"):
+        nbbn.torch.functional.batch_norm(X, None, None, training=True, renorm_clipping={"rmax": 2.0})
+    renorm = nbbn.torch.BatchNorm1d(4, renorm=True, renorm_clipping={})
+    renorm.renorm_clipping["dmin"] = 1.0
+    with pytest.raises(ValueError, match=r"accepts the keys .*dmin"):
+        renorm(X)
+
+
 def test_an_empty_batch_changes_nothing():
     module = nbbn.torch.BatchNorm1d(4)
     before = copy.deepcopy(module.state_dict())

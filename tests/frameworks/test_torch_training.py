@@ -397,6 +397,34 @@ def test_a_state_dict_with_a_part_of_an_option_is_incomplete():
             module.load_state_dict(state)
 
 
+def test_convert_again():
+    """A network that has been converted can have other options; what it has not been asked for stays."""
+    net = nbbn.torch.convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()), skip_nonfinite=True)
+    net(torch.randn(6, 3))
+    mean = net[1].running_mean
+    same = net[1]
+    nbbn.torch.convert(net)
+    assert net[1] is same
+    nbbn.torch.convert(net, renorm=True, fuse_relu=True)
+    assert (net[1].renorm, net[1].skip_nonfinite, net[1].activation) == (True, True, "relu")
+    assert type(net[2]) is nn.Identity
+    assert net[1].running_mean is mean
+    assert_close(net[1].renorm_mean, mean)
+    nbbn.torch.convert(net, renorm=False)
+    assert list(net[1].state_dict()) == list(nn.BatchNorm1d(4).state_dict())
+
+
+def test_what_convert_refuses():
+    with pytest.raises(TypeError, match=r"renorm_momentum.*received renrom"):
+        nbbn.torch.convert(nn.Sequential(nn.Linear(2, 2)), renrom=True)
+    with pytest.raises(ValueError, match="activation"):
+        nbbn.torch.convert(nn.Sequential(nn.Linear(2, 2)), activation="gelu")
+    synchronized = nn.Sequential(nbbn.torch.SyncBatchNorm(4, debias=True))
+    assert nbbn.torch.convert(synchronized, debias=True) is synchronized
+    with pytest.raises(ValueError, match=r"SyncBatchNorm keeps its options.*'renorm': True"):
+        nbbn.torch.convert(synchronized, renorm=True)
+
+
 # -- the benchmarks -------------------------------------------------------------------------------------------------
 
 
