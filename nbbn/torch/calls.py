@@ -41,7 +41,13 @@ def train(
     if _becomes_onnx():
         raise RuntimeError("ONNX has no batch normalization that trains: call eval() on the network before the export")
     mask, a, b = beside
-    if is_compiling() or formulas.is_needed() or not state:
+    transformed = _is_transformed() if is_compiling() else formulas.is_needed()
+    if is_compiling() and transformed and (update or parsed(options)["renorm"]):
+        raise RuntimeError(
+            "running statistics are not for torch.func inside of torch.compile: compile without the transformation, or "
+            "use track_running_stats=False"
+        )
+    if is_compiling() or transformed or not state:
         past = None
 
     def run(
@@ -61,7 +67,8 @@ def train(
         with torch.no_grad(), _disable_current_modes():  # a mode may record what a call computes
             rows = past.find(run(*tensors, *state)[1])
             state = state if rows is None else [*rows]
-    if is_compiling() or not (formulas.is_needed() or any(t is not None and t.requires_grad for t in (a, b))):
+    adjusted = any(t is not None and t.requires_grad for t in (a, b))
+    if not transformed and (is_compiling() or not adjusted):
         y, saved = run(x, weight, bias, residual, mask, a, b, count, *state)
     else:
         saved = None
@@ -71,6 +78,9 @@ def train(
     if past is not None and before is not None:
         past.keep(saved[BATCH_MEAN].clone(), before)
     return y, saved
+
+
+_is_transformed = torch.compiler.assume_constant_result(formulas.is_needed)
 
 
 @torch.compiler.assume_constant_result

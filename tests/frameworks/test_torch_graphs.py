@@ -8,6 +8,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
+from torch.func import grad, vmap
 from torch.library import opcheck
 from torch.testing import assert_close
 
@@ -165,6 +166,28 @@ def test_a_compiled_function_with_all_operands():
     expected = copy.deepcopy(args)
     assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(*args), step(*expected))
     assert_close(args, expected)
+
+
+TRANSFORMED = {
+    "vmap": lambda module: vmap(lambda x: module(x)),
+    "grad": lambda module: lambda x: grad(lambda x: (module(x) ** 3).sum())(x[0]),
+    "vmap of grad": lambda module: vmap(grad(lambda x: (module(x) ** 3).sum())),
+}
+
+
+@quiet
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_compile_with_transformations_inside(name, fullgraph):
+    for options in ({}, {"activation": "relu"}):
+        module = nbbn.torch.BatchNorm1d(4, track_running_stats=False, **options)
+        call, x = TRANSFORMED[name](module), torch.randn(3, 6, 4)
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=fullgraph)
+        assert_close(compiled(x), call(x), rtol=1e-4, atol=1e-5)
+    tracking = nbbn.torch.BatchNorm1d(4)
+    with pytest.raises(Exception, match="track_running_stats=False"):  # the compiler's own kind
+        torch.compile(TRANSFORMED[name](tracking), backend="aot_eager", fullgraph=True)(x)
+    assert tracking.num_batches_tracked == 0
 
 
 # -- exported programs ----------------------------------------------------------------------------------------------
