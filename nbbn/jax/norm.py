@@ -103,6 +103,8 @@ def batch_norm(
     added = operands.as_residual(residual, x)
     if not boolean("training", training):
         return _infer(x, params, rows, kept, given, added), dict(state)
+    if not all(isinstance(n, int) for n in x.shape):
+        raise ValueError(f"x must have a known shape in training; received {x.shape}")
     if lengths is not None:
         mask = _mask_of(lengths, mask, x, dispatcher)
     weights = None if mask is None else operands.as_weights(mask, x, kept, dtype)

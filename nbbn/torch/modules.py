@@ -236,6 +236,8 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
                 return found
         elif isinstance(input, Proxy):  # a leaf of torch.fx, as torch.nn's modules are
             tracer: Any = input.tracer
+            if tracer.root is self:
+                raise TypeError(f"torch.fx keeps a {type(self).__name__} as it is: trace a network that holds it")
             beside = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), beside)
         return self._general(input, residual, mask)

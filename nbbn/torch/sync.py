@@ -95,6 +95,8 @@ class SyncBatchNorm(Normalization):
                 group = _groups.get(own)
                 if group is None:
                     group = _groups[own] = group_of(own)
+            elif not hasattr(group, "rank"):  # torch.distributed has a number for a group of others
+                raise ValueError(f"process_group must be one that this process is in; received {group!r}")
             self._exchange = Exchange(group)
         return self._exchange
 

@@ -202,6 +202,14 @@ def test_programs_of_jaxs_cache(tmp_path):
     assert list(tmp_path.iterdir()) != []
 
 
+def test_a_shape_that_is_not_known():
+    """Inference takes it; kernels do not."""
+    (x,) = export.symbolic_args_specs([X], "batch, 4")
+    assert export.export(jax.jit(partial(call, training=False)))(x).in_avals[0].shape[1] == 4
+    with pytest.raises(ValueError, match=r"x must have a known shape in training; received \(batch, 4\)"):
+        export.export(jax.jit(call))(x)
+
+
 def test_inference_is_exported():
     """It has no call of a kernel, which JAX would not take."""
     run = jax.jit(lambda x: batch_norm(x, ONES, ONES, STATE, training=False)[0])

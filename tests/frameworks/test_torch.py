@@ -449,6 +449,13 @@ def test_the_function_is_the_module():
 # -- errors ---------------------------------------------------------------------------------------------------------
 
 X = torch.randn(6, 4)
+
+
+def alone_outside(x):
+    """A training call of a process that is not in the group."""
+    return nbbn.torch.SyncBatchNorm(4, process_group=torch.distributed.GroupMember.NON_GROUP_MEMBER)(x)
+
+
 ERRORS = [
     (ValueError, "Expected more than 1 value per channel", lambda m: m(torch.randn(1, 4))),
     (ValueError, r"num_features=4 in dimension 1; received shape \(3, 5\)", lambda m: m(torch.randn(3, 5))),
@@ -503,6 +510,7 @@ ERRORS = [
         r"dtype torch.float64 for an input of torch.float64; received .*running_var of torch.float32",
         lambda m: nbbn.torch.functional.batch_norm(X.double(), m.running_mean, m.running_var, training=True),
     ),
+    (ValueError, "process_group .* that this process is in; received -100", lambda m: alone_outside(X)),
     (TypeError, "received weight of torch.float32", lambda m: nbbn.torch.SyncBatchNorm(4)(X.double())),
 ]
 

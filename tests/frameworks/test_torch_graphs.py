@@ -261,6 +261,8 @@ def test_fx():
         def forward(self, x, mask):
             return self.norm(x, x, mask=mask)
 
+    with pytest.raises(TypeError, match="trace a network that holds it"):
+        torch.fx.symbolic_trace(nbbn.torch.BatchNorm1d(4))
     traced = torch.fx.symbolic_trace(WithResidual())
     mask = torch.tensor([1.0, 1, 1, 0, 1, 1])
     assert_close(traced(x, mask), WithResidual()(x, mask))
