@@ -105,15 +105,8 @@ class Options:
             raise ValueError(f"adjustment cannot be combined with virtual_batch_size; received {size}")
 
     def _check_clipping(self) -> None:
-        clipping = self.renorm_clipping
-        if clipping is None:
-            return
-        if not isinstance(clipping, Mapping):
-            raise TypeError(f"renorm_clipping must be a dict with keys among {CLIP_KEYS}; received {clipping!r}")
-        unknown = sorted(set(clipping) - set(CLIP_KEYS), key=str)
-        if unknown:
-            raise ValueError(f"renorm_clipping accepts the keys {CLIP_KEYS}; received {unknown} in {dict(clipping)!r}")
-        check_clip_values({k: v for k, v in clipping.items() if not callable(v)})
+        if self.renorm_clipping is not None:
+            check_clipping(self.renorm_clipping)
 
     @cached_property
     def is_constant(self) -> bool:
@@ -187,6 +180,16 @@ def _momentum_now(name: str, value: Momentum) -> float:
     found = value()
     check_number(name, found, 1.0, f"a callable that gives {MOMENTUM}")
     return float(found)
+
+
+def check_clipping(clipping: Any) -> None:
+    """Raises: TypeError, ValueError for what is no dict of bounds, or of callables that give them."""
+    if not isinstance(clipping, Mapping):
+        raise TypeError(f"renorm_clipping must be a dict with keys among {CLIP_KEYS}; received {clipping!r}")
+    unknown = sorted(set(clipping) - set(CLIP_KEYS), key=str)
+    if unknown:
+        raise ValueError(f"renorm_clipping accepts the keys {CLIP_KEYS}; received {unknown} in {dict(clipping)!r}")
+    check_clip_values({k: v for k, v in clipping.items() if not callable(v)})
 
 
 def check_clip_values(given: Mapping[str, Any]) -> dict[str, float]:

@@ -105,6 +105,8 @@ def batch_norm(
     added = operands.as_residual(residual, x)
     if not boolean("training", training):
         return _infer(x, params, rows, kept, given, added), dict(state)
+    if not all(isinstance(n, int) for n in x.shape):
+        raise ValueError(f"x must have a known shape in training; received {x.shape}")
     if lengths is not None:
         mask = _mask_of(lengths, mask, x, dispatcher)
     weights = None if mask is None else operands.as_weights(mask, x, kept, dtype)
@@ -183,6 +185,8 @@ def _options(momenta: Mapping[str, Any], clipping: Any, **others: Any) -> tuple[
         if value.shape:
             raise ValueError(f"{name} must be a scalar; received an array of shape {value.shape}")
     checked = Options(**others, **fixed, renorm_clipping=bounds)
+    if bounds and not checked.renorm:
+        raise ValueError(f"renorm_clipping needs renorm=True; received {dict(clipping)!r}")
     numbers = checked.numbers()._asdict() | varying
     momentum = None if checked.momentum is None else 0.0
     return replace(checked, momentum=momentum, renorm_momentum=0.0, renorm_clipping=None), numbers

@@ -89,6 +89,13 @@ def _weights(beside: Beside, x: Tensor, kept: Sizes) -> Tensor | None:
             f"lengths must be integers of shape {tuple(x.shape[:1])}, one for each sample; received "
             f"{lengths.dtype} of shape {tuple(lengths.shape)}"
         )
+    if not is_compiling() and lengths.numel():  # whose values a program does not look at
+        least, most = int(lengths.min()), int(lengths.max())
+        if not 0 <= least <= most <= x.shape[steps]:
+            raise ValueError(
+                f"lengths must be from 0 to {x.shape[steps]}, the size of dimension {steps} of the input; received "
+                f"values from {least} to {most}"
+            )
     found = torch.arange(x.shape[steps], device=x.device) < lengths[:, None]
     return found.reshape([n if i in (0, steps) else 1 for i, n in enumerate(x.shape)])
 

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from nbbn.core.options import Numbers
 from nbbn.keras.asked import Beside, checked_numbers, fixed
 from nbbn.torch import quick
+from nbbn.torch.past import Past
 from nbbn.torch.settings import as_text
 from nbbn.torch.tensors import DTYPES, MaybeTensor
 
@@ -27,6 +28,7 @@ class _Kept:
     def __init__(self) -> None:
         self.steps: dict[Any, quick.Step | None] = {}
         self.views: quick.Views | None = None
+        self.past = Past()
         self._missing: dict[float, Tensor] = {}
 
     def full(self, gamma: MaybeTensor, beta: MaybeTensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +73,9 @@ def train_at_once(layer: Any, x: Tensor, beside: Beside) -> Tensor | None:
     if views is None:
         return None
     update = torch._C._current_graph_task_id() == -1  # else it is computed again, for a gradient
-    y: Tensor = quick.BatchNorm.apply(x, gamma, beta, residual, step, views, update)
+    y: Tensor = quick.BatchNorm.apply(
+        x, gamma, beta, residual, step, views, update, known.past if layer.renorm else None
+    )
     if update:
         views.count_one()
     return y

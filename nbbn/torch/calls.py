@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _disable_current_modes
 
+from nbbn.kernels.channel import BATCH_MEAN
 from nbbn.torch import formulas, ops
+from nbbn.torch.past import Past
 from nbbn.torch.settings import parsed
 from nbbn.torch.tensors import DTYPES, MaybeTensor, statistic
 
@@ -27,13 +30,25 @@ def train(
     *,
     update: bool,
     equal: bool = False,
+    past: Past | None = None,
 ) -> tuple[Tensor, MaybeTensor]:
     """The output, and what the operator has saved, if it was called.
 
     count: of the batches in the statistics. update: whether this is one more, and the statistics change. equal: whether
-    all batches have equal weights. The other arguments are the operator's.
+    all batches have equal weights. past: of statistics that the output depends on, if the call is to be remembered, or
+    repeats one. The other arguments are the operator's.
     """
+    if _becomes_onnx():
+        raise RuntimeError("ONNX has no batch normalization that trains: call eval() on the network before the export")
     mask, a, b = beside
+    transformed = _is_transformed() if is_compiling() else formulas.is_needed()
+    if is_compiling() and transformed and (update or parsed(options)["renorm"]):
+        raise RuntimeError(
+            "running statistics are not for torch.func inside of torch.compile: compile without the transformation, or "
+            "use track_running_stats=False"
+        )
+    if is_compiling() or transformed or not state:
+        past = None
 
     def run(
         x: Tensor, weight: Any, bias: Any, residual: Any, mask: Any, a: Any, b: Any, count: Any, *state: Tensor
@@ -44,15 +59,34 @@ def train(
             count.add_(1)
         return found
 
-    if is_compiling() or not (formulas.is_needed() or any(t is not None and t.requires_grad for t in (a, b))):
+    tensors = x, weight, bias, None, mask, None, None, count  # the statistics are those of the input alone
+    before = None
+    if past is not None and update:
+        before = ops.packed_state(x, state, 0, 0)
+    elif past is not None:
+        with torch.no_grad(), _disable_current_modes():  # a mode may record what a call computes
+            rows = past.find(run(*tensors, *state)[1])
+            state = state if rows is None else [*rows]
+    adjusted = any(t is not None and t.requires_grad for t in (a, b))
+    if not transformed and (is_compiling() or not adjusted):
         y, saved = run(x, weight, bias, residual, mask, a, b, count, *state)
-        return y, saved
-    saved = None
-    if update or parsed(options)["renorm"]:
-        # The statistics are those of the input alone.
-        tensors = x, weight, bias, None, mask, None, None, count, *state
-        saved = formulas.saved_of_transformed(lambda *plain: run(*plain)[1], tensors, len(state))
-    return formulas.output(x, weight, bias, residual, beside, saved, options, eps), saved
+    else:
+        saved = None
+        if update or parsed(options)["renorm"]:
+            saved = formulas.saved_of_transformed(lambda *plain: run(*plain)[1], (*tensors, *state), len(state))
+        y = formulas.output(x, weight, bias, residual, beside, saved, options, eps)
+    if past is not None and before is not None:
+        past.keep(saved[BATCH_MEAN].clone(), before)
+    return y, saved
+
+
+_is_transformed = torch.compiler.assume_constant_result(formulas.is_needed)
+
+
+@torch.compiler.assume_constant_result
+def _becomes_onnx() -> bool:
+    """PyTorch's compiler answers the question itself, and says no."""
+    return torch.onnx.is_in_onnx_export()
 
 
 def infer(
@@ -67,7 +101,8 @@ def infer(
     activation: str | None,
 ) -> Tensor:
     """The output with given statistics, in PyTorch's own operations: exported programs hold aten.batch_norm."""
-    moved = x if axis in (1, 1 - x.dim()) else x.movedim(axis, 1)
+    axis %= x.dim()  # an ONNX file knows no negative one
+    moved = x if axis == 1 else x.movedim(axis, 1)
     y = F.batch_norm(moved, mean, variance, weight, bias, False, 0.0, eps)
     if moved is not x:
         y = y.movedim(1, axis)
@@ -92,6 +127,18 @@ def check_device(x: Tensor, tensors: Mapping[str, MaybeTensor]) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on the input's device {x.device}; received {tensor.device}")
+
+
+def check_parameters(x: Tensor, tensors: Mapping[str, MaybeTensor]) -> None:
+    """Raises: ValueError unless all of them are where the input is; TypeError for dtypes that PyTorch refuses, too."""
+    check_device(x, tensors)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+    accepted = (x.dtype, torch.float32) if x.dtype.itemsize == 2 else (x.dtype,)
+    if len(set(dtypes.values())) > 1 or any(dtype not in accepted for dtype in dtypes.values()):
+        raise TypeError(
+            f"parameters and running statistics must all have the dtype {' or '.join(map(str, accepted))} for an "
+            f"input of {x.dtype}; received {', '.join(f'{name} of {dtype}' for name, dtype in dtypes.items())}"
+        )
 
 
 def check_like(residual: Any, x: Tensor) -> None:
@@ -146,7 +193,7 @@ def check_channels(x: Tensor, axis: int, tensors: Mapping[str, MaybeTensor]) -> 
                 f"{name} must have shape ({x.shape[axis]},), as dimension {axis} of the input, whose shape is "
                 f"{tuple(x.shape)}; received {tuple(tensor.shape)}"
             )
-    check_device(x, tensors)
+    check_parameters(x, tensors)
 
 
 def state_of(mean: MaybeTensor, variance: MaybeTensor, renorm: Any, seen: Any) -> list[Tensor]:

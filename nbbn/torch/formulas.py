@@ -70,14 +70,15 @@ def gradients(
     options: str,
     eps: float,
 ) -> list[MaybeTensor]:
-    """Those of x, weight, bias and residual, with a graph of their own; None for what is not there."""
-    # Views: one of the four may have been computed from another, and that is not this function's to follow.
+    """Those of x, weight, bias, residual, a and b, with a graph of their own; None for what is not there."""
+    mask, *pair = beside
+    # Views: one of them may have been computed from another, and that is not this function's to follow.
     with torch.enable_grad():
-        four = [None if t is None else _to_follow(t) for t in (x, weight, bias, residual)]
-        x, weight, bias, residual = four
-        y = output(x, weight, bias, residual, beside, saved, options, eps)
-        found = iter(torch.autograd.grad(y, [t for t in four if t is not None], dy, create_graph=True))
-    return [None if t is None else next(found) for t in four]
+        own = [None if t is None else _to_follow(t) for t in (x, weight, bias, residual, *pair)]
+        x, weight, bias, residual, *pair = own
+        y = output(x, weight, bias, residual, (mask, *pair), saved, options, eps)
+        found = iter(torch.autograd.grad(y, [t for t in own if t is not None], dy, create_graph=True))
+    return [None if t is None else next(found) for t in own]
 
 
 def _to_follow(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from nbbn.torch import calls
-from nbbn.torch.settings import as_text, check_momentum, numbers
+from nbbn.torch.settings import as_text, check_clipping, check_momentum, numbers
 from nbbn.torch.tensors import align
 
 _text = lru_cache(maxsize=256)(as_text)
@@ -58,6 +58,7 @@ def batch_norm(
     """
     calls.check_input(input)
     check_momentum("momentum", momentum)
+    check_clipping(renorm_clipping, renorm_state is not None)
     if residual is not None:
         calls.check_like(residual, input)
     if input.numel() == 0 and input.dim() == 1:

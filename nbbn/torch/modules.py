@@ -1,7 +1,7 @@
 """torch.nn's modules with nbbn's options."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch.fx import Proxy
 
 from nbbn.core.options import boolean
 from nbbn.torch import calls, quick
-from nbbn.torch.settings import FIXED, Momentum, as_text, check_momentum, numbers
+from nbbn.torch.past import Past
+from nbbn.torch.settings import FIXED, Momentum, as_text, check_clipping, check_momentum, numbers
 from nbbn.torch.tensors import DTYPES, align
 
 _transformed = torch._C._are_functorch_transforms_active
@@ -39,7 +40,7 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
             at each training call.
         axis: the dimension of the features. -1 takes inputs whose shape has them last.
         renorm: batch renormalization. Its statistics are the buffers running_stddev, renorm_mean and renorm_stddev;
-            where a state_dict has none, they are made of running_mean and running_var.
+            where a state_dict has none, they are made of running_mean and running_var, as are those of debias.
         renorm_clipping: dict with any of "rmax", "rmin", "dmax": numbers, or callables read at each training call.
         renorm_momentum: weight of the new value in the statistics that renorm normalizes with.
         virtual_batch_size, ragged, virtual_batch_order: ghost batches, as of nbbn.BatchNormalization.
@@ -57,7 +58,7 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
     Raises: TypeError, ValueError for arguments that are not possible; the message names the argument and its value.
     """
 
-    _COPIED_WITHOUT: tuple[str, ...] = ("_collector", "_views", "_steps")
+    _COPIED_WITHOUT: tuple[str, ...] = ("_collector", "_views", "_steps", "_past")
 
     def __init__(
         self,
@@ -104,8 +105,7 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
         track_running_stats = boolean("track_running_stats", track_running_stats)
         if not track_running_stats and (renorm or debias):
             raise ValueError("renorm and debias are about running statistics; received track_running_stats=False")
-        if renorm_clipping and not renorm:
-            raise ValueError(f"renorm_clipping needs renorm=True; received {dict(renorm_clipping)!r}")
+        check_clipping(renorm_clipping, boolean("renorm", renorm))
         affine, bias = boolean("affine", affine), boolean("bias", bias)
         more = {} if bias else {"bias": False}
         self._extra = (RENORM if renorm else ()) + (DEBIAS if debias else ())
@@ -126,12 +126,17 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
         self._forget()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raises: AttributeError for another value of an option that what the module keeps was made for."""
+        """Raises: AttributeError for another value of an option that what the module keeps was made for; TypeError,
+        ValueError for a value that __init__ refuses."""
         if name in FIXED and value != self.__dict__.get(name, value):
             own = type(self).__name__
             raise AttributeError(
                 f"{name} of a {own} is fixed, {self.__dict__[name]!r}: make another; received {value!r}"
             )
+        if name == "renorm_clipping":
+            check_clipping(value, self.renorm)
+        elif name == "renorm_momentum" or (name == "momentum" and value is not None):
+            check_momentum(name, value)
         super().__setattr__(name, value)
 
     # -- the state -----------------------------------------------------------------------------------------------------
@@ -140,6 +145,7 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
         """Have nothing that belongs to this object alone: copies and files have none of it."""
         self._views: quick.Views | None = None
         self._steps: dict[Any, quick.Step | None] = {}
+        self._past = Past()
         self._collector: Callable[..., None] | None = None  # takes moments in the place of an update (accumulation.py)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,20 +166,34 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
                 buffer.fill_(1.0 if name in ("running_stddev", "renorm_stddev") else 0.0)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Renorm goes on from the statistics of a module without it."""
-        has_plain = prefix + "running_var" in state_dict
-        if self.renorm and has_plain and not any(prefix + name in state_dict for name in RENORM):
+        """Renorm and debiased averages go on from the statistics of a module without them."""
+        if prefix + "running_mean" in state_dict and prefix + "running_var" in state_dict:
             mean, variance = state_dict[prefix + "running_mean"], state_dict[prefix + "running_var"]
-            stddev = (variance.double() + self.eps).sqrt().to(variance.dtype)
-            found = dict(zip(RENORM, (stddev, mean, stddev), strict=True))
-            state_dict = state_dict.copy() | {prefix + name: value.clone() for name, value in found.items()}
+            missing = self._missing(name.removeprefix(prefix) for name in state_dict if name.startswith(prefix))
+            found = {prefix + name: value for name, value in self._extra_from(mean, variance, missing).items()}
+            state_dict = state_dict.copy() | found
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def renorm_from_running(self) -> None:
-        """Let renorm go on from running_mean and running_var."""
-        stddev = (self.running_var.double() + self.eps).sqrt()
-        for name, value in zip(RENORM, (stddev, self.running_mean, stddev), strict=True):
+    def extra_from_running(self, known: Iterable[str]) -> None:
+        """Let the buffers of renorm and debias, unless they are among those known, go on from running_mean and
+        running_var."""
+        for name, value in self._extra_from(self.running_mean, self.running_var, self._missing(known)).items():
             getattr(self, name).copy_(value)
+
+    def _missing(self, known: Iterable[str]) -> list[str]:
+        """The buffers of options of which none is known: where some are, the others are an error."""
+        known = set(known)
+        return [name for group in (RENORM, DEBIAS) if not known.intersection(group) for name in group]
+
+    def _extra_from(self, mean: Any, variance: Any, names: list[str]) -> dict[str, Tensor]:
+        """What these of the module's buffers are in one that has had these statistics.
+
+        An average that is not at its initial value is all of batches, for debiased ones: its weight is 1.
+        """
+        stddev = (variance.double() + self.eps).sqrt().to(variance.dtype)
+        seen = ((mean != 0) | (variance != 1)).to(mean.dtype)
+        found = dict(zip(RENORM + DEBIAS, (stddev, mean, stddev, seen, seen), strict=True))
+        return {name: found[name].clone() for name in names if name in self._extra}
 
     def state_tensors(self) -> list[Tensor]:
         """The running statistics in the order of the state's rows; none if they are not tracked."""
@@ -216,6 +236,8 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
                 return found
         elif isinstance(input, Proxy):  # a leaf of torch.fx, as torch.nn's modules are
             tracer: Any = input.tracer
+            if tracer.root is self:
+                raise TypeError(f"torch.fx keeps a {type(self).__name__} as it is: trace a network that holds it")
             beside = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), beside)
         return self._general(input, residual, mask)
@@ -266,10 +288,11 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
                 return quick.infer(x, residual, step, views)
             return calls.infer(x, weight, bias, residual, mean, tensors[4], own["axis"], own["eps"], own["activation"])
         update = training and own["track_running_stats"] and mean is not None and _graph_task() == -1
+        past = own["_past"] if own["renorm"] and training and own["track_running_stats"] else None
         if is_grad_enabled():
-            y = quick.BatchNorm.apply(x, weight, bias, residual, step, views, update)
+            y = quick.BatchNorm.apply(x, weight, bias, residual, step, views, update, past)
         else:
-            y, _ = quick.train(x, residual, step, views, update)
+            y, _ = quick.train(x, residual, step, views, update, past)
         if update:
             views.count_one()
         return y
@@ -317,7 +340,7 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
         weight, bias, mean, variance = self.weight, self.bias, self.running_mean, self.running_var
         if _traced() is None:  # whose sizes are tensors
             self.check_features(x)
-        calls.check_device(x, {"weight": weight, "bias": bias, "running_mean": mean, "running_var": variance})
+        calls.check_parameters(x, {"weight": weight, "bias": bias, "running_mean": mean, "running_var": variance})
         if not self.training and mean is not None and variance is not None:
             return calls.infer(x, weight, bias, residual, mean, variance, self.axis, self.eps, self.activation)
         calls.check_training(x, self.axis, self.eps)
@@ -338,6 +361,7 @@ class Normalization(nn.modules.batchnorm._BatchNorm):
             self.eps,
             update=update and self._collector is None,
             equal=self.momentum is None,
+            past=self._past if self.renorm and self.tracks() and self._collector is None else None,
         )
         if self._collector is not None and update:
             self._collector(saved, x, given)

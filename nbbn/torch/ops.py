@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from nbbn.arrays import place_of
+from nbbn.call.gradients import adjustment_gradients
 from nbbn.call.operands import as_weights
 from nbbn.engine.base import Operands
 from nbbn.kernels.channel import SAVED_ROWS
@@ -21,14 +22,16 @@ from nbbn.torch.tensors import MaybeTensor, array_of, check_saved, statistic, te
 _library = torch.library.Library("nbbn", "DEF")
 # beside: weights, a and b, each with as many dimensions as the input, in the dtype of its statistics, or none of them.
 # state: the running statistics, which are changed; none if nobody keeps them. count: of batches before this one, where
-# they have equal weights. numbers, options: settings.py.
+# they have equal weights. numbers, options: settings.py. adjustment: whether a and b have gradients, which are empty
+# where they have none, as that of the residual is.
 _library.define(
     "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, Tensor? a, Tensor? b, "
     "Tensor(a!)[] state, Tensor? count, float[] numbers, str options, float eps, bool update) -> (Tensor, Tensor)"
 )
 _library.define(
     "batch_norm_backward(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, "
-    "Tensor? a, Tensor? b, Tensor saved, str options, float eps) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? a, Tensor? b, Tensor saved, str options, float eps, bool adjustment=False) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 batch_norm = torch.ops.nbbn.batch_norm.default
 batch_norm_backward = torch.ops.nbbn.batch_norm_backward.default
@@ -115,9 +118,10 @@ def _backward(
     saved: Tensor,
     options: str,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    adjustment: bool = False,
+) -> tuple[Tensor, ...]:
     run = dispatcher(options, eps)
-    wants_dz = residual is not None and parsed(options)["activation"] is not None
+    has_dz = _has_dz(residual, options)
     beside, dx = operands(x, residual, mask, a, b), torch.empty_like(x)
     _, dparams, dz = run.backward(
         array_of(_like(dy, x), "grad"),
@@ -126,10 +130,19 @@ def _backward(
         beside,
         training=True,
         out=array_of(dx),
-        wants_dz=wants_dz,
+        wants_dz=has_dz or adjustment,
     )
     dgamma, dbeta = tensor_of(dparams).unbind(0)
-    return dx, dgamma.clone(), dbeta.clone(), tensor_like(dz, x) if wants_dz else x.new_empty(0)
+    da, db = (dgamma.new_empty(0) for _ in "ab")
+    if adjustment:
+        pair = adjustment_gradients(run, array_of(x), array_of(saved), beside, dz)
+        da, db = (torch.from_numpy(array).to(x.device) for array in pair)
+    return dx, dgamma.clone(), dbeta.clone(), tensor_like(dz, x) if has_dz else x.new_empty(0), da, db
+
+
+def _has_dz(residual: MaybeTensor, options: str) -> bool:
+    """Whether the residual's gradient is another one than the output's: otherwise it was only added."""
+    return residual is not None and parsed(options)["activation"] is not None
 
 
 def tensor_like(dz: Any, x: Tensor) -> Tensor:
@@ -153,11 +166,24 @@ def _fake_train(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), saved
 
 
-def _fake_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    residual, options = args[2], args[-2]
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: MaybeTensor,
+    bias: MaybeTensor,
+    residual: MaybeTensor,
+    mask: MaybeTensor,
+    a: MaybeTensor,
+    b: MaybeTensor,
+    saved: Tensor,
+    options: str,
+    eps: float,
+    adjustment: bool = False,
+) -> tuple[Tensor, ...]:
     dgamma = x.new_empty(x.shape[parsed(options)["axis"]], dtype=statistic(x.dtype))
-    has_dz = residual is not None and parsed(options)["activation"] is not None
-    return torch.empty_like(x), dgamma, torch.empty_like(dgamma), torch.empty_like(x) if has_dz else x.new_empty(0)
+    pair = [x.new_empty(t.shape if adjustment and t is not None else 0, dtype=dgamma.dtype) for t in (a, b)]
+    dz = torch.empty_like(x) if _has_dz(residual, options) else x.new_empty(0)
+    return torch.empty_like(x), dgamma, torch.empty_like(dgamma), dz, *pair
 
 
 class _BatchNorm(Function):
@@ -188,12 +214,12 @@ class _BatchNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: MaybeTensor, _: Any) -> tuple[Any, ...]:
-        nothing = (None,) * 9
         if dy is None:
-            return (None,) * 4 + nothing
+            return (None,) * 13
         saved = ctx.saved_tensors  # to be asked for once, for activation checkpointing
         _, weight, bias = saved[:3]
-        dx, dgamma, dbeta, dz = batch_norm_backward(dy, *saved, *ctx.rest)
+        adjusted = ctx.needs_input_grad[5:7]
+        dx, dgamma, dbeta, dz, *pair = batch_norm_backward(dy, *saved, *ctx.rest, any(adjusted))
         if not ctx.activated:  # the residual was only added
             dz = dy
         return (
@@ -201,7 +227,9 @@ class _BatchNorm(Function):
             None if weight is None else dgamma.to(weight.dtype),
             None if bias is None else dbeta.to(bias.dtype),
             dz if ctx.residual else None,
-            *nothing,
+            None,  # the mask
+            *(gradient if wanted else None for gradient, wanted in zip(pair, adjusted, strict=True)),
+            *(None,) * 6,
         )
 
 
@@ -209,25 +237,39 @@ def _train_with_autograd(*args: Any) -> Any:
     return _BatchNorm.apply(*args)
 
 
-def _backward_with_autograd(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, weight, bias, residual, mask, a, b, saved, options, eps = args
-    if not (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (dy, x, weight, bias, residual))
-    ):
+def _backward_with_autograd(
+    dy: Tensor,
+    x: Tensor,
+    weight: MaybeTensor,
+    bias: MaybeTensor,
+    residual: MaybeTensor,
+    mask: MaybeTensor,
+    a: MaybeTensor,
+    b: MaybeTensor,
+    saved: Tensor,
+    options: str,
+    eps: float,
+    adjustment: bool = False,
+) -> tuple[Tensor, ...]:
+    differentiable = dy, x, weight, bias, residual, a, b
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)):
         with torch._C._AutoDispatchBelowAutograd():
-            found: tuple[Tensor, Tensor, Tensor, Tensor] = batch_norm_backward(dy, *args)
+            found: tuple[Tensor, ...] = batch_norm_backward(
+                dy, x, weight, bias, residual, mask, a, b, saved, options, eps, adjustment
+            )
             return found
     # The derivative of a gradient is that of a formula.
-    dx, dgamma, dbeta, dz = formulas.gradients(dy, x, weight, bias, residual, (mask, a, b), saved, options, eps)
+    dx, dgamma, dbeta, dz, *pair = formulas.gradients(dy, x, weight, bias, residual, (mask, a, b), saved, options, eps)
     channels = x.shape[parsed(options)["axis"]]
     zero = x.new_zeros(channels, dtype=statistic(x.dtype))
     assert dx is not None
-    own_dz = dz is not None and parsed(options)["activation"] is not None
+    own_dz = _has_dz(residual, options) and dz is not None
     return (
         dx,
         zero if dgamma is None else dgamma,
         torch.zeros_like(zero) if dbeta is None else dbeta,
         dz if own_dz and dz is not None else x.new_empty(0),
+        *(gradient if adjustment and gradient is not None else zero.new_empty(0) for gradient in pair),
     )
 
 

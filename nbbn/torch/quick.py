@@ -13,8 +13,9 @@ from torch.autograd import Function
 
 from nbbn.core import dtypes
 from nbbn.core.options import Numbers
-from nbbn.kernels.channel import SAVED_ROWS
+from nbbn.kernels.channel import BATCH_MEAN, SAVED_ROWS
 from nbbn.torch import formulas
+from nbbn.torch.past import Past
 from nbbn.torch.settings import dispatcher
 from nbbn.torch.tensors import MaybeTensor, check_saved, numpy_of, rows_of
 
@@ -105,22 +106,25 @@ def where(tensors: Sequence[MaybeTensor]) -> Any:
     return [None if t is None else (t.data_ptr(), t.numel(), t.dtype, t.is_contiguous()) for t in tensors]
 
 
-def train(x: Tensor, residual: MaybeTensor, step: Step, views: Views, update: bool) -> tuple[Tensor, np.ndarray]:
+def train(
+    x: Tensor, residual: MaybeTensor, step: Step, views: Views, update: bool, past: Past | None = None
+) -> tuple[Tensor, np.ndarray]:
+    """The output, and what the gradient needs. past: of statistics that the output depends on."""
     y, saved, state = torch.empty_like(x), np.empty(step.saved_shape), views.state
     for row, value in enumerate(views.rows):
         state[row] = value
-    step.run(
-        residual if residual is None else residual.data_ptr(),
-        x.data_ptr(),
-        y.data_ptr(),
-        views.params,
-        state,
-        state if update else views.scratch,
-        saved,
-    )
+    before = state.copy() if past is not None and update else None
+    address = residual if residual is None else residual.data_ptr()
+    step.run(address, x.data_ptr(), y.data_ptr(), views.params, state, state if update else views.scratch, saved)
     if update:
         for row, value in enumerate(views.rows):
             value[:] = state[row]
+    if past is None:
+        return y, saved
+    if before is not None:
+        past.keep(saved[BATCH_MEAN].copy(), before)
+    elif (rows := past.find(saved)) is not None:
+        step.run(address, x.data_ptr(), y.data_ptr(), views.params, rows.numpy(), views.scratch, saved)
     return y, saved
 
 
@@ -146,10 +150,11 @@ class BatchNorm(Function):
         step: Step,
         views: Views,
         update: bool,
+        past: Past | None = None,
     ) -> Tensor:
         if any(ctx.needs_input_grad):
             check_saved(x, weight, bias, residual)
-        y, ctx.saved = train(x, residual, step, views, update)
+        y, ctx.saved = train(x, residual, step, views, update, past)
         ctx.step, ctx.residual = step, residual is not None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, residual if step.has_dz else None)
@@ -158,13 +163,13 @@ class BatchNorm(Function):
     @staticmethod
     def backward(ctx: Any, dy: MaybeTensor) -> tuple[Any, ...]:
         if dy is None:
-            return (None,) * 7
+            return (None,) * 8
         x, weight, bias, residual = ctx.saved_tensors
         step, saved = ctx.step, ctx.saved
         if torch.is_grad_enabled():
             beside, kept = (None, None, None), torch.from_numpy(saved)
-            dx, *grads, dz = formulas.gradients(dy, x, weight, bias, residual, beside, kept, *step.options)
-            return dx, *grads, dy if ctx.residual and not step.has_dz else dz, None, None, None
+            dx, *grads, dz, _, _ = formulas.gradients(dy, x, weight, bias, residual, beside, kept, *step.options)
+            return dx, *grads, dy if ctx.residual and not step.has_dz else dz, *(None,) * 4
         x, dy = step.laid(x), step.laid(dy)
         dx = torch.empty_like(x)
         dgamma, dbeta = dparams = np.empty((2, step.channels), step.statistic)
@@ -180,7 +185,5 @@ class BatchNorm(Function):
             None if weight is None else torch.from_numpy(dgamma),
             None if bias is None else torch.from_numpy(dbeta),
             dz,
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, Normalization
+from nbbn.torch.modules import DEBIAS, RENORM, BatchNorm1d, BatchNorm2d, BatchNorm3d, Normalization
 
 KINDS = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
 # Where a module keeps its hooks, which go over as they are.
@@ -23,14 +23,19 @@ def successor(old: Any, kind: Any, options: dict[str, Any]) -> Normalization:
         old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats, bias=has_bias, **place, **options
     )
     new._parameters.update(old._parameters)
-    new._buffers.update(old._buffers)
-    if new.renorm and "renorm_mean" not in old._buffers:
+    foreign = {*RENORM, *DEBIAS}.difference(new._buffers)  # of an option that the new one has not
+    new._buffers.update({name: buffer for name, buffer in old._buffers.items() if name not in foreign})
+    if new.running_mean is not None:
         with torch.no_grad():
-            new.renorm_from_running()
+            new.extra_from_running(old._buffers)
     for name in _HOOKS:
         new.__dict__[name] = old.__dict__[name]
     new.training = old.training
     return new
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in _HOOKS)
 
 
 def put(module: nn.Module, new: Replacements) -> nn.Module:

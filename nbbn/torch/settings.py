@@ -10,7 +10,9 @@ from functools import lru_cache
 from numbers import Real
 from typing import Any
 
-from nbbn.core.options import Numbers, Options, check_clip_values
+import torch
+
+from nbbn.core import options as core
 from nbbn.engine.dispatcher import Dispatcher
 
 Momentum = float | Callable[[], float] | None
@@ -24,7 +26,7 @@ UNBOUNDED = {"rmin": 0.0, "rmax": math.inf, "dmax": math.inf}
 
 def as_text(axis: int, **options: Any) -> str:
     """The options of a call that are the same in all calls of a module. Raises: TypeError, ValueError as Options."""
-    checked = Options(axis=axis, fused=False, **options)
+    checked = core.Options(axis=axis, fused=False, **options)
     kept = {name: getattr(checked, name) for name in FIXED}
     if kept["bessel_correction"] is None:
         kept["bessel_correction"] = not checked.renorm  # PyTorch's moving variance is the unbiased one
@@ -34,20 +36,33 @@ def as_text(axis: int, **options: Any) -> str:
 @lru_cache(maxsize=256)
 def dispatcher(options: str, eps: float) -> Dispatcher:
     """What runs the steps of these options."""
-    return Dispatcher(Options(epsilon=eps, fused=False, **json.loads(options)))
+    return Dispatcher(core.Options(epsilon=eps, fused=False, **json.loads(options)))
 
 
 @lru_cache(maxsize=256)
-def parsed(options: str) -> dict[str, Any]:
-    """The options that as_text() was given."""
+def _parsed(options: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(options)
     return found
+
+
+@torch.compiler.assume_constant_result
+def parsed(options: str) -> dict[str, Any]:
+    """The options that as_text() was given."""
+    return _parsed(options)
 
 
 def check_momentum(name: str, value: Any) -> None:
     """Raises: TypeError, ValueError for what is no weight of a new value, nor a callable. PyTorch's have no bounds."""
     if not callable(value):
         _check_finite(name, value, f"{NEW_VALUE}, or a callable that gives one")
+
+
+def check_clipping(clipping: Any, renorm: bool) -> None:
+    """Raises: TypeError, ValueError for what are no bounds of renorm, or if there is no renorm."""
+    if clipping is not None:
+        core.check_clipping(clipping)
+    if clipping and not renorm:
+        raise ValueError(f"renorm_clipping needs renorm=True; received {dict(clipping)!r}")
 
 
 def numbers(momentum: Momentum, renorm_momentum: Momentum, clipping: Mapping[str, Any] | None) -> list[float]:
@@ -58,14 +73,15 @@ def numbers(momentum: Momentum, renorm_momentum: Momentum, clipping: Mapping[str
     """
     bounds = UNBOUNDED
     if clipping:
-        bounds = UNBOUNDED | check_clip_values({k: v() if callable(v) else v for k, v in clipping.items()})
+        core.check_clipping(clipping)
+        bounds = UNBOUNDED | core.check_clip_values({k: v() if callable(v) else v for k, v in clipping.items()})
     new = 0.0 if momentum is None else _now("momentum", momentum)
     return [1.0 - new, 1.0 - _now("renorm_momentum", renorm_momentum), bounds["rmin"], bounds["rmax"], bounds["dmax"]]
 
 
-def as_numbers(given: list[float], count: int | None) -> Numbers:
+def as_numbers(given: list[float], count: int | None) -> core.Numbers:
     """What a step reads. count: of the batches before, where they have equal weights."""
-    return Numbers(given[0] if count is None else count / (count + 1), *given[1:])
+    return core.Numbers(given[0] if count is None else count / (count + 1), *given[1:])
 
 
 def _now(name: str, value: Any) -> float:

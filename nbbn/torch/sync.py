@@ -94,6 +94,8 @@ class SyncBatchNorm(Normalization):
                 group = _groups.get(own)
                 if group is None:
                     group = _groups[own] = group_of(own)
+            elif not hasattr(group, "rank"):  # torch.distributed has a number for a group of others
+                raise ValueError(f"process_group must be one that this process is in; received {group!r}")
             self._exchange = Exchange(group)
         return self._exchange
 
@@ -140,6 +142,8 @@ class _Call:
         calls.check_input(x)
         module._check_input_dim(x)
         module.check_features(x)
+        tensors = {name: getattr(module, name) for name in ("weight", "bias", "running_mean", "running_var")}
+        calls.check_parameters(x, tensors)
         if residual is not None:
             calls.check_like(residual, x)
         weights = None if mask is None else align(mask, x, module.axis)

@@ -11,6 +11,7 @@ MARKS = [
     pytest.mark.frameworks,
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of Keras's variables
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # of PyTorch's compiler
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # of the same
 ]
 
 BACKEND = keras.backend.backend()
@@ -47,8 +48,10 @@ def step(layer, x, dy, compiled=False, **operands):
 
     inputs = [x, *residual]
     if BACKEND == "torch":
+        import torch
+
         inputs = [t.clone().requires_grad_() for t in inputs]
-        y = call(*inputs)
+        y = (torch.compile(call, backend="aot_eager") if compiled else call)(*inputs)
         weights = [v.value for v in layer.trainable_variables]
         for w in weights:
             w.grad = None

@@ -54,6 +54,15 @@ def test_a_feature_axis_of_unknown_size():
         BatchNormalization()(keras.Input((4, None)))
 
 
+@only("torch", "tensorflow", "numpy")  # JAX's values are not looked at
+@pytest.mark.parametrize("length", [6, -1])
+def test_lengths_that_no_sample_has(length):
+    layer = BatchNormalization()
+    with pytest.raises(Exception, match=f"lengths must be from 0 to 5, .* from .*{length}"):  # TensorFlow has its own
+        layer(normal(2, 5, 3), training=True, lengths=np.array([3, length]))
+    assert not array(layer.moving_mean).any()
+
+
 CALLS = {
     "mask": ({}, {"mask": np.ones(3, bool)}, "mask must"),
     "mask of a wrong rank": ({}, {"mask": np.ones((8, 4, 1, 1), bool)}, "mask must"),

@@ -67,7 +67,8 @@ def test_agrees_with_the_layer(case, compiled):
 
 
 @TRAINABLE
-def test_gradients_of_an_adjustment():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_an_adjustment(compiled):
     """a and b may be weights of the model."""
     a, b = (keras.Variable(value, name=name) for value, name in zip(PAIR, "ab", strict=True))
     shape, options = (8, 5), {"renorm": True, "activation": "relu"}
@@ -76,7 +77,7 @@ def test_gradients_of_an_adjustment():
     ours.a, ours.b = a, b  # variables of the layer
     ours.adjustment = lambda shape: (ours.a.value, ours.b.value)
     reference = twin(shape, options | {"adjustment": lambda shape: PAIR})
-    _, gradients = step(ours, x, dy)
+    _, gradients = step(ours, x, dy, compiled)
     found = reference.vjp(x, training=True)[1](dy)
     named = dict(zip(["x", *(v.name for v in ours.trainable_variables)], gradients, strict=True))
     for one, other in zip((named["a"], named["b"]), found.adjustment, strict=True):

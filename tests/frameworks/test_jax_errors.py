@@ -49,6 +49,7 @@ WRONG = {
     "training": ({"training": "yes"}, TypeError, "training must be True or False; received 'yes'"),
     "ffi": ({"ffi": None}, TypeError, "ffi must be True or False; received None"),
     "activation": ({"activation": "gelu"}, ValueError, "activation must be 'relu', 'linear' or None; received 'gelu'"),
+    "bounds": ({"renorm_clipping": {"rmax": 2.0}}, ValueError, "renorm_clipping needs renorm=True; received .*2.0"),
     "clip": ({"renorm_clipping": {"rmax": 2.0, "rmaxx": 1}}, ValueError, r"accepts the keys .* received \['rmaxx'\]"),
     "residual": (
         {"residual": np.ones((8, 3))},
@@ -199,6 +200,14 @@ def test_programs_of_jaxs_cache(tmp_path):
     ]
     assert runs[0].stdout == runs[1].stdout != ""
     assert list(tmp_path.iterdir()) != []
+
+
+def test_a_shape_that_is_not_known():
+    """Inference takes it; kernels do not."""
+    (x,) = export.symbolic_args_specs([X], "batch, 4")
+    assert export.export(jax.jit(partial(call, training=False)))(x).in_avals[0].shape[1] == 4
+    with pytest.raises(ValueError, match=r"x must have a known shape in training; received \(batch, 4\)"):
+        export.export(jax.jit(call))(x)
 
 
 def test_inference_is_exported():

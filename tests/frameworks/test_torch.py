@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import re
 
@@ -400,6 +401,28 @@ def test_16_bit_inputs_with_float32_parameters(dtype):
         assert_close(module.running_var.double(), exact.running_var, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mixed_dtypes_are_pytorchs(dtype, training):
+    """What torch.nn takes for an input of this dtype is taken, and what it refuses is refused, in both modes."""
+    x, taken = torch.randn(6, 4, dtype=dtype), 0
+    for parameters, statistics in itertools.product(DTYPES, DTYPES):
+        ours, theirs = (kind(4, dtype=parameters).train(training) for kind in (nbbn.torch.BatchNorm1d, nn.BatchNorm1d))
+        for module in (ours, theirs):
+            for name in ("running_mean", "running_var"):
+                setattr(module, name, getattr(module, name).to(statistics))
+        try:
+            expected = theirs(x).dtype
+        except RuntimeError:
+            with pytest.raises(TypeError, match=f"for an input of {dtype}; received weight of {parameters}"):
+                ours(x)
+            assert not ours.num_batches_tracked
+        else:
+            assert ours(x).dtype == expected
+            taken += 1
+    assert taken == (2 if dtype.itemsize == 2 else 1)
+
+
 # -- the function ---------------------------------------------------------------------------------------------------
 
 
@@ -426,6 +449,13 @@ def test_the_function_is_the_module():
 # -- errors ---------------------------------------------------------------------------------------------------------
 
 X = torch.randn(6, 4)
+
+
+def alone_outside(x):
+    """A training call of a process that is not in the group."""
+    return nbbn.torch.SyncBatchNorm(4, process_group=torch.distributed.GroupMember.NON_GROUP_MEMBER)(x)
+
+
 ERRORS = [
     (ValueError, "Expected more than 1 value per channel", lambda m: m(torch.randn(1, 4))),
     (ValueError, r"num_features=4 in dimension 1; received shape \(3, 5\)", lambda m: m(torch.randn(3, 5))),
@@ -475,6 +505,13 @@ ERRORS = [
         r"weight must have shape \(4,\).*received \(3,\)",
         lambda m: nbbn.torch.functional.batch_norm(X, None, None, torch.ones(3), training=True),
     ),
+    (
+        TypeError,
+        r"dtype torch.float64 for an input of torch.float64; received .*running_var of torch.float32",
+        lambda m: nbbn.torch.functional.batch_norm(X.double(), m.running_mean, m.running_var, training=True),
+    ),
+    (ValueError, "process_group .* that this process is in; received -100", lambda m: alone_outside(X)),
+    (TypeError, "received weight of torch.float32", lambda m: nbbn.torch.SyncBatchNorm(4)(X.double())),
 ]
 
 
@@ -501,6 +538,35 @@ def test_what_may_be_changed_later():
     assert_close(renorm(x), y)
     renorm.renorm_clipping = {"rmax": 2.0, "rmin": 2.0, "dmax": 0.0}
     assert_close(renorm(x), 2 * y)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("renorm_clipping", {"dmin": 1.0}, "accepts the keys .*dmin"),
+        ("renorm_clipping", "x", "must be a dict .* received 'x'"),
+        ("renorm_momentum", None, "renorm_momentum must be a finite number .* received None"),
+        ("momentum", "a", "momentum must be a finite number .* received 'a'"),
+    ],
+)
+def test_what_is_changed_later_is_checked(name, value, message):
+    module = nbbn.torch.BatchNorm1d(4, renorm=True)
+    before = getattr(module, name)
+    with pytest.raises((TypeError, ValueError), match=message):
+        setattr(module, name, value)
+    assert getattr(module, name) == before
+
+
+def test_bounds_without_renorm():
+    module = nbbn.torch.BatchNorm1d(4)
+    with pytest.raises(ValueError, match="renorm_clipping needs renorm=True"):
+        module.renorm_clipping = {"rmax": 2.0}
+    with pytest.raises(ValueError, match="renorm_clipping needs renorm=True"):
+        nbbn.torch.functional.batch_norm(X, None, None, training=True, renorm_clipping={"rmax": 2.0})
+    renorm = nbbn.torch.BatchNorm1d(4, renorm=True, renorm_clipping={})
+    renorm.renorm_clipping["dmin"] = 1.0
+    with pytest.raises(ValueError, match=r"accepts the keys .*dmin"):
+        renorm(X)
 
 
 def test_an_empty_batch_changes_nothing():

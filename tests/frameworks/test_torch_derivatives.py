@@ -68,6 +68,21 @@ def test_the_operators_second_derivative():
     assert gradgradcheck(call, args)
 
 
+def test_the_operators_second_derivative_of_an_adjustment():
+    from nbbn.torch.settings import as_text, numbers
+
+    text, given = as_text(1, activation="relu"), numbers(0.0, 0.0, None)
+    mask = torch.tensor([1.0, 2, 0, 1, 1], dtype=torch.float64)[:, None]
+
+    def call(x, weight, bias, a, b):
+        return torch.ops.nbbn.batch_norm(x, weight, bias, None, mask, a, b, [], None, given, text, 1e-5, True)[0]
+
+    torch.manual_seed(4)
+    args = double(5, 2), double(2), double(2), double(5, 1), double(1, 2)
+    assert gradcheck(call, args)
+    assert gradgradcheck(call, args)
+
+
 def test_a_residual_that_was_computed_from_the_input():
     """A formula for the one must not follow the other."""
     ours = nbbn.torch.BatchNorm1d(3, activation="relu")

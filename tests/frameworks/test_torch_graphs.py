@@ -6,7 +6,9 @@ import io
 import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
+from torch.func import grad, vmap
 from torch.library import opcheck
 from torch.testing import assert_close
 
@@ -39,12 +41,12 @@ def _fresh_compiler():
 # -- the operators --------------------------------------------------------------------------------------------------
 
 
-def problem(dtype, residual=False, mask=False, adjustment=False, rows=2, **options):
+def problem(dtype, residual=False, mask=False, adjustment=False, grads=False, rows=2, **options):
     own = dtype if dtype.itemsize > 2 else torch.float32
     x = torch.randn(4, 3, 5, dtype=dtype, requires_grad=True)
     weight, bias = (torch.randn(3, dtype=own, requires_grad=True) for _ in "ab")
     beside = [torch.rand(4, 1, 5, dtype=own) if mask else None] + [
-        torch.randn(4, 1, 1, dtype=own) if adjustment else None for _ in "ab"
+        torch.randn(4, 1, 1, dtype=own, requires_grad=grads) if adjustment else None for _ in "ab"
     ]
     added = torch.randn(4, 3, 5, dtype=dtype, requires_grad=True) if residual else None
     state = [torch.rand(3, dtype=own) + 0.5 for _ in range(rows)]
@@ -57,6 +59,7 @@ PROBLEMS = {
     "residual": {"residual": True},
     "mask": {"mask": True},
     "adjustment": {"adjustment": True},
+    "adjustment with gradients": {"adjustment": True, "grads": True, "activation": "relu", "mask": True},
     "renorm": {"renorm": True, "rows": 5},
     "ghost": {"virtual_batch_size": 2},
     "debias": {"debias": True, "rows": 4},
@@ -72,7 +75,8 @@ def test_operators(name, dtype):
     opcheck(torch.ops.nbbn.batch_norm.default, args)
     x, *beside, _, _, _, options, eps, _ = args
     _, saved = torch.ops.nbbn.batch_norm(*args)
-    opcheck(torch.ops.nbbn.batch_norm_backward.default, (torch.randn_like(x), x, *beside, saved, options, eps))
+    wants = beside[-1] is not None and beside[-1].requires_grad
+    opcheck(torch.ops.nbbn.batch_norm_backward.default, (torch.randn_like(x), x, *beside, saved, options, eps, wants))
 
 
 # -- torch.compile --------------------------------------------------------------------------------------------------
@@ -112,6 +116,34 @@ def test_compile_has_one_graph(options):
 
 
 @quiet
+@pytest.mark.parametrize("options", [{}, {"activation": "relu"}, {"renorm": True}], ids=str)
+@pytest.mark.parametrize("how", ["compiled", "exported"])
+def test_an_adjustment_has_gradients(how, options):
+    """Also one that broadcasts, and beside another one without a gradient."""
+
+    class Adjusted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nbbn.torch.BatchNorm1d(4, **options)
+
+        def forward(self, x, a, b):
+            self.norm.adjustment = lambda shape: (a, b)
+            return self.norm(x)
+
+    x, a, b = torch.randn(6, 4, requires_grad=True), torch.rand(6, 1, requires_grad=True), torch.rand(4)
+    for operands in ((x, a, b), (x, a, b.requires_grad_())):
+        plain = Adjusted()
+        other = copy.deepcopy(plain)
+        if how == "compiled":
+            traced = torch.compile(other, fullgraph=True, backend="aot_eager")
+        else:
+            traced = torch.export.export(other, operands, strict=False).module()
+        leaves = [t for t in operands if t.requires_grad]
+        found, expected = (torch.autograd.grad(call(*operands).pow(3).sum(), leaves) for call in (traced, plain))
+        assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@quiet
 def test_inductor():
     plain = network(activation="relu")
     other = copy.deepcopy(plain)
@@ -134,6 +166,28 @@ def test_a_compiled_function_with_all_operands():
     expected = copy.deepcopy(args)
     assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(*args), step(*expected))
     assert_close(args, expected)
+
+
+TRANSFORMED = {
+    "vmap": lambda module: vmap(lambda x: module(x)),
+    "grad": lambda module: lambda x: grad(lambda x: (module(x) ** 3).sum())(x[0]),
+    "vmap of grad": lambda module: vmap(grad(lambda x: (module(x) ** 3).sum())),
+}
+
+
+@quiet
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_compile_with_transformations_inside(name, fullgraph):
+    for options in ({}, {"activation": "relu"}):
+        module = nbbn.torch.BatchNorm1d(4, track_running_stats=False, **options)
+        call, x = TRANSFORMED[name](module), torch.randn(3, 6, 4)
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=fullgraph)
+        assert_close(compiled(x), call(x), rtol=1e-4, atol=1e-5)
+    tracking = nbbn.torch.BatchNorm1d(4)
+    with pytest.raises(Exception, match="track_running_stats=False"):  # the compiler's own kind
+        torch.compile(TRANSFORMED[name](tracking), backend="aot_eager", fullgraph=True)(x)
+    assert tracking.num_batches_tracked == 0
 
 
 # -- exported programs ----------------------------------------------------------------------------------------------
@@ -166,6 +220,29 @@ def test_onnx(dynamo):
 
 
 @quiet
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("axis", [-1, 3])
+def test_onnx_with_channels_last(axis, dynamo):
+    module, file = nbbn.torch.BatchNorm2d(3, axis=axis).eval(), io.BytesIO()
+    torch.onnx.export(module, (torch.randn(2, 4, 5, 3),), file, dynamo=dynamo, verbose=False)
+    model = onnx.load_from_string(file.getvalue())
+    onnx.checker.check_model(model, full_check=True)
+    x = torch.randn(2, 4, 5, 3)
+    (y,) = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})
+    assert_close(torch.from_numpy(y), module(x))
+
+
+@quiet
+def test_onnx_of_training_says_what_to_do():
+    net = nn.Sequential(nbbn.torch.BatchNorm2d(3))
+    with (
+        pytest.warns(UserWarning, match="in training mode"),
+        pytest.raises(Exception, match=r"call eval\(\) on the network"),  # the exporter's own kind
+    ):
+        torch.onnx.export(net, (torch.randn(2, 3, 4, 4),), io.BytesIO(), verbose=False)
+
+
+@quiet
 def test_fx():
     """A module is a leaf, as torch.nn's are."""
     net = nn.Sequential(nn.Linear(4, 4), nbbn.torch.BatchNorm1d(4), nn.ReLU())
@@ -184,6 +261,8 @@ def test_fx():
         def forward(self, x, mask):
             return self.norm(x, x, mask=mask)
 
+    with pytest.raises(TypeError, match="trace a network that holds it"):
+        torch.fx.symbolic_trace(nbbn.torch.BatchNorm1d(4))
     traced = torch.fx.symbolic_trace(WithResidual())
     mask = torch.tensor([1.0, 1, 1, 0, 1, 1])
     assert_close(traced(x, mask), WithResidual()(x, mask))

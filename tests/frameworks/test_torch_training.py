@@ -207,6 +207,29 @@ def test_checkpointing_counts_once(name, options):
     assert_close(net.state_dict(), plain.state_dict())
 
 
+RENORM = {
+    "short way": {},
+    "momentum of a callable": {"momentum": lambda: 0.1},
+    "clipped and debiased": {"renorm_clipping": {"rmax": 3.0, "rmin": 1 / 3, "dmax": 5.0}, "debias": True},
+    "adjustment with gradients": {"adjustment": lambda shape: (torch.ones(4, requires_grad=True), 0.0)},
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("options", RENORM)
+def test_checkpointing_renorm(name, options):
+    """A repeated call sees the statistics that the first one saw, also if others came between."""
+    net = nn.Sequential(nbbn.torch.BatchNorm1d(4, renorm=True, **RENORM[options]), nn.Tanh(), nn.Linear(4, 1))
+    plain = copy.deepcopy(net)
+    for _ in range(2):
+        a, b = ([leaf(x) for x in parts] for parts in [torch.randn(3, 8, 4) * 10 + 20] * 2)
+        sum(checkpoint(net, x, **CHECKPOINTS[name]).pow(2).sum() for x in a).backward()
+        sum(plain(x).pow(2).sum() for x in b).backward()
+        assert_close([x.grad for x in a], [x.grad for x in b])
+        assert_close([p.grad for p in net.parameters()], [p.grad for p in plain.parameters()])
+    assert_close(net.state_dict(), plain.state_dict())
+
+
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"renorm": True}, {"debias": True}], ids=str)
 def test_accumulation(options):
     """Micro-batches that count as one; a call that is repeated does not count again."""
@@ -322,6 +345,28 @@ def test_convert(fuse_relu):
     assert_close(net.state_dict(), plain.state_dict())
 
 
+HOOKS = [
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+]
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_has_hooks_is_not_fused(kind, place):
+    """They see the tensors that they saw."""
+    net, calls = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()), []
+    getattr(net[place], kind)(lambda *args: calls.append(args[-1]))
+    x = torch.randn(5, 4)
+    for _ in range(2):
+        net(leaf(x)).pow(2).sum().backward()
+        nbbn.torch.convert(net, fuse_relu=True)
+    assert len(calls) == 2
+    assert_close(*calls)
+
+
 def test_convert_with_options():
     module = nn.BatchNorm1d(4)
     for _ in range(20):
@@ -341,6 +386,62 @@ def test_convert_with_options():
     assert type(before[0]) is nn.BatchNorm1d
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         nbbn.torch.convert([before])
+
+
+@pytest.mark.parametrize("how", ["converted", "loaded"])
+@pytest.mark.parametrize("options", [{"debias": True}, {"debias": True, "renorm": True}], ids=str)
+def test_debiased_averages_go_on(how, options):
+    """From what a module of torch.nn has seen; a new one has seen nothing."""
+    trained, new = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    for _ in range(50):
+        trained(torch.randn(64, 4) + 5)
+    for module in (trained, new):
+        before = module.running_mean.clone()
+        if how == "converted":
+            ours = nbbn.torch.convert(module, **options)
+        else:
+            ours = nbbn.torch.BatchNorm1d(4, **options)
+            ours.load_state_dict(module.state_dict())
+        x = torch.randn(64, 4)
+        ours(x)
+        assert_close(ours.running_mean, x.mean(0) if module is new else 0.9 * before + 0.1 * x.mean(0))
+
+
+def test_a_state_dict_with_a_part_of_an_option_is_incomplete():
+    module = nbbn.torch.BatchNorm1d(4, renorm=True, debias=True)
+    for name in ("seen_mean", "renorm_mean"):
+        state = module.state_dict()
+        del state[name]
+        with pytest.raises(RuntimeError, match=rf"Missing key\(s\) in state_dict: \"{name}\""):
+            module.load_state_dict(state)
+
+
+def test_convert_again():
+    """A network that has been converted can have other options; what it has not been asked for stays."""
+    net = nbbn.torch.convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()), skip_nonfinite=True)
+    net(torch.randn(6, 3))
+    mean = net[1].running_mean
+    same = net[1]
+    nbbn.torch.convert(net)
+    assert net[1] is same
+    nbbn.torch.convert(net, renorm=True, fuse_relu=True)
+    assert (net[1].renorm, net[1].skip_nonfinite, net[1].activation) == (True, True, "relu")
+    assert type(net[2]) is nn.Identity
+    assert net[1].running_mean is mean
+    assert_close(net[1].renorm_mean, mean)
+    nbbn.torch.convert(net, renorm=False)
+    assert list(net[1].state_dict()) == list(nn.BatchNorm1d(4).state_dict())
+
+
+def test_what_convert_refuses():
+    with pytest.raises(TypeError, match=r"renorm_momentum.*received renrom"):
+        nbbn.torch.convert(nn.Sequential(nn.Linear(2, 2)), renrom=True)
+    with pytest.raises(ValueError, match="activation"):
+        nbbn.torch.convert(nn.Sequential(nn.Linear(2, 2)), activation="gelu")
+    synchronized = nn.Sequential(nbbn.torch.SyncBatchNorm(4, debias=True))
+    assert nbbn.torch.convert(synchronized, debias=True) is synchronized
+    with pytest.raises(ValueError, match=r"SyncBatchNorm keeps its options.*'renorm': True"):
+        nbbn.torch.convert(synchronized, renorm=True)
 
 
 # -- the benchmarks -------------------------------------------------------------------------------------------------
