@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from nbbn.arrays import place_of
-from nbbn.call.gradients import adjustment_gradients
 from nbbn.call.operands import as_weights
 from nbbn.engine.base import Operands
 from nbbn.kernels.channel import SAVED_ROWS
@@ -135,8 +134,7 @@ def _backward(
     dgamma, dbeta = tensor_of(dparams).unbind(0)
     da, db = (dgamma.new_empty(0) for _ in "ab")
     if adjustment:
-        pair = adjustment_gradients(run, array_of(x), array_of(saved), beside, dz)
-        da, db = (torch.from_numpy(array).to(x.device) for array in pair)
+        da, db = map(tensor_of, run.adjustment_gradients(array_of(x), array_of(saved), beside, dz))
     return dx, dgamma.clone(), dbeta.clone(), tensor_like(dz, x) if has_dz else x.new_empty(0), da, db
 
 
