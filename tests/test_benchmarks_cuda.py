@@ -510,9 +510,9 @@ def test_the_host_s_table(without_gpu, capsys):
     del without_gpu
     assert main(["cuda", "--host", "--quick"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| (32, 64), float32, us of the host | one launch | two launches |"
+    assert lines[0] == "| (32, 64), float32, us of the host | one launch | two launches | general way |"
     assert [line.split("|")[1].strip() for line in lines[2:]] == [f"`{name}`" for name in host.calls(None)]
-    assert all(float(cell) > 0 for line in lines[2:] for cell in line.split("|")[2:4])
+    assert all(float(cell) > 0 for line in lines[2:] for cell in line.split("|")[2:5])
 
 
 def test_the_host_needs_numba_cuda(monkeypatch, capsys):

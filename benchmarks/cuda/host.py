@@ -10,9 +10,10 @@ from unittest.mock import patch
 import nbbn
 from benchmarks.timing import Effort, Sample, measure
 from nbbn.arrays import availability
+from nbbn.engine.dispatcher import Dispatcher
 
 SHAPE = 32, 64
-# As a step runs: in one launch, as this shape does by itself, or in two, as large inputs do.
+# As a bound step runs: in one launch, as this shape does by itself, or in two, as large inputs do.
 FORMS: dict[str, bool | None] = {"one launch": None, "two launches": False}
 
 
@@ -98,10 +99,12 @@ def calls(one_pass: bool | None) -> dict[str, Callable[[], Any]]:
 
 
 def run(quick: bool) -> dict[str, dict[str, Sample]]:
-    """Seconds per call, by the form of a step and the call."""
+    """Seconds per call, by the form of a step and the call; in the end those of steps that are not bound."""
     effort = Effort(rounds=9 if quick else 25, seconds=0.0, lead_in=0.002)
     with without_gpu():
-        return {form: measure(calls(choice), effort) for form, choice in FORMS.items()}
+        found = {form: measure(calls(choice), effort) for form, choice in FORMS.items()}
+        with patch.object(Dispatcher, "bind", lambda *given: None):
+            return found | {"general way": measure(calls(None), effort)}
 
 
 def table(found: Mapping[str, Mapping[str, Sample]]) -> str:

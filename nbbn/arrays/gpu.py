@@ -15,6 +15,14 @@ from nbbn.core import dtypes
 from nbbn.core.layout import Sizes, contiguous_strides, is_contiguous
 
 
+@lru_cache(maxsize=1)
+def _moving() -> Any:
+    """It needs numba.cuda, which this module must not load to tell that an array is none of a GPU."""
+    from nbbn.arrays import moving
+
+    return moving
+
+
 @dataclass(frozen=True)
 class DevicePlace:
     """One GPU, and the library whose arrays are made there. Its methods are those of Host, where they are described."""
@@ -109,20 +117,14 @@ class DevicePlace:
         return replace(array, address=address, shape=(last - first, *shape))
 
     def put(self, array: Array, value: Array) -> None:
-        from nbbn.arrays import moving
-
-        moving.copy(self.broadcast(value, array.shape), array)
+        _moving().copy(self.broadcast(value, array.shape), array)
 
     def add(self, array: Array, value: Array) -> None:
-        from nbbn.arrays import moving
-
-        moving.add(value, array)
+        _moving().add(value, array)
 
     def first_steps(self, lengths: Array, steps: int, dtype: np.dtype) -> Array:
-        from nbbn.arrays import moving
-
         weights = self.empty((lengths.shape[0], steps), dtype)
-        moving.first_steps(lengths, weights)
+        _moving().first_steps(lengths, weights)
         return weights
 
     def overlap(self, a: Array, b: Array) -> bool:
@@ -138,10 +140,8 @@ class DevicePlace:
     def copy(self, array: Array, sizes: Sizes, order: Sizes) -> Array:
         if array.shape == tuple(getattr(array.owner, "shape", ())):
             return wrap(array.library.copy(array, sizes, order), array.library)
-        from nbbn.arrays import moving  # of a view the library knows nothing
-
-        found = self.empty(tuple(sizes[i] for i in order), array.dtype)
-        moving.copy(moving.transposed(array, sizes, order), found)
+        found = self.empty(tuple(sizes[i] for i in order), array.dtype)  # of a view the library knows nothing
+        _moving().copy(_moving().transposed(array, sizes, order), found)
         return found
 
     def write(self, array: Array, value: Array, sizes: Sizes, order: Sizes) -> None:

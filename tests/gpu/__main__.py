@@ -14,15 +14,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # nbbn of this clone
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-rs"]
-CONTRACT = ["tests/test_kernels.py", "tests/test_kernels_cuda.py", "tests/test_stages.py", "-k", "not cpu"]
+KERNELS = ["tests/test_kernels_cuda.py", "tests/test_kernels_cuda_elements.py"]
+CONTRACT = ["tests/test_kernels.py", *KERNELS, "tests/test_stages.py", "-k", "not cpu"]
 # Several processes share the GPU, of which JAX would take three quarters for each.
 ENVIRONMENT = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 # What the sanitizer looks for, and in what: every kernel in small, as it is slow.
 SANITIZED = {
-    "memcheck": ["tests/test_kernels_cuda.py"],
-    "initcheck": ["tests/test_kernels_cuda.py"],
-    "racecheck": ["tests/test_kernels_cuda.py"],
-    "synccheck": ["tests/test_kernels_cuda.py"],
+    "memcheck": KERNELS,
+    "initcheck": KERNELS,
+    "racecheck": KERNELS,
+    "synccheck": KERNELS,
 }
 
 
@@ -30,7 +31,7 @@ def steps(benchmarks: bool) -> dict[str, list[str] | None]:
     """Name and command; None for what is not installed."""
     found: dict[str, list[str] | None] = {
         "contract": [*PYTEST, *CONTRACT],
-        "machine code": [*PYTEST, "tests/test_ptx.py"],
+        "machine code": [*PYTEST, "tests/test_ptx.py", "tests/test_ptx_elements.py", "tests/test_cubins.py"],
         "adapters": [*PYTEST, "tests/test_adapters.py"],
         "libraries, JAX's programs, streams, graphs, devices, sizes, parity": [*PYTEST, "tests/gpu"],
     }

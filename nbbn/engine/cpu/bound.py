@@ -34,9 +34,7 @@ def _overlap(a: Array, a_owns: bool, b: Array, b_owns: bool) -> bool:
 class BoundStep:
     """A step on C-contiguous arrays of one shape and dtype, beside which there is nothing but a residual and weights.
 
-    owner: the variables that it is for. mask_shape: of what the weights are made of; None without. Every method that
-    runs it takes None for a residual, or for an output, that is not there; whether there is a residual is fixed.
-    gradient: of a training step, the step for its gradient, once there is one.
+    owner: the variables that it is for. All else is as in nbbn.engine.base.BoundStep.
     """
 
     __slots__ = (
@@ -58,8 +56,6 @@ class BoundStep:
         self.gradient: BoundStep | None = None
 
     def fits(self, owner: Any, x: Array, out: Any, residual: Any, dy: Any = None) -> bool:
-        """Whether the step can be run for `owner` on `x`, which has its shape and dtype, and the others that are not
-        None, and write its result to `out`. If not, somebody else has to find out why."""
         flags = x.flags
         if owner is not self._owner or not (flags.c_contiguous and flags.aligned):
             return False
@@ -98,7 +94,6 @@ class BoundStep:
         return partial(self._run, self._view(weights), None, None)
 
     def infer(self, x: Array, residual: Array | None, out: Array | None, params: Array, state: Array) -> Array:
-        """The output."""
         y = self._empty(self._shape, self._dtype) if out is None else out
         self._run(residual, x, y, params, state)
         return y
@@ -113,7 +108,6 @@ class BoundStep:
         weights: Array | None,
         new_state: Array | None,
     ) -> tuple[Array, Array, Array]:
-        """The output, the new state and saved."""
         y = self._empty(self._shape, self._dtype) if out is None else out
         saved = np.empty(self._saved_shape)
         if new_state is None:
@@ -125,7 +119,6 @@ class BoundStep:
     def backward(
         self, dy: Array, x: Array, residual: Array | None, out: Array | None, saved: Array, weights: Array | None
     ) -> tuple[Array, Array, Array | None]:
-        """The gradients of x, of gamma and beta as one (2, C) array, and of the residual."""
         dx = self._empty(self._shape, self._dtype) if out is None else out
         # np.empty_like() goes through NumPy's dispatch of functions.
         dparams = np.empty(self._params_shape, self._params_dtype)

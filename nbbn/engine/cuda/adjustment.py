@@ -11,7 +11,7 @@ from nbbn.arrays import moving
 from nbbn.arrays.device import DeviceArray, wrap
 from nbbn.core.layout import Sizes, contiguous_strides, merged
 from nbbn.engine.base import Batch
-from nbbn.engine.cuda.schedule import Thresholds
+from nbbn.engine.cuda.schedule import Thresholds, power_of_two
 from nbbn.kernels.cuda.broadcast import Cut, sums
 
 _FLOAT64 = np.dtype(np.float64)
@@ -93,13 +93,9 @@ def _launch(
 def _cut(terms: _Terms, thresholds: Thresholds) -> Cut:
     """As many threads for a sum as it has values for, and as many blocks as there are to be."""
     t, outputs, values = thresholds, math.prod(terms.kept[0]), math.prod(terms.reduced[0])
-    beside = min(t.columns, _power_of_two(outputs)) if terms.rows else 1
-    lanes = min(t.threads // beside, _power_of_two(-(-values // t.vectors)))
+    beside = min(t.columns, power_of_two(outputs)) if terms.rows else 1
+    lanes = min(t.threads // beside, power_of_two(-(-values // t.vectors)))
     tiles = -(-outputs * lanes // t.threads)
     chunks = max(1, min(t.blocks // tiles, t.max_chunks, values // (lanes * t.vectors)))
     chunk = -(-values // chunks)
     return Cut(outputs, values, chunk, -(-values // chunk), t.threads // lanes, lanes, tiles)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()

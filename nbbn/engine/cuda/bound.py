@@ -23,7 +23,7 @@ class BoundStep:
     elements lie side by side, so results lie as the input does, whichever library makes them.
 
     owner: the variables that it is for. hyper: the numbers that the middle stage reads; None for a gradient, which has
-    none. gradient: of a training step, the step for its gradient, once there is one.
+    none. All else is as in nbbn.engine.base.BoundStep.
     """
 
     __slots__ = (
@@ -49,8 +49,6 @@ class BoundStep:
         self.gradient: Any = None
 
     def fits(self, owner: Any, x: Array, out: Any, residual: Any, dy: Any = None) -> bool:
-        """Whether the step can be run for `owner` on `x`, which has its geometry and library, beside the others that
-        are not None, with `out` for its result. If not, somebody else has to find out why."""
         if owner is not self._owner or x.address % ALIGNMENT:
             return False
         if dy is not None and not self._is_like_input(dy):
@@ -71,7 +69,6 @@ class BoundStep:
         return same and (array.dtype is self._dtype or array.dtype == self._dtype)
 
     def infer(self, x: Array, residual: Array | None, out: Array | None, params: Array, state: Array) -> Any:
-        """The output, an array of the library."""
         y, address = self._result(x, out)
         memory = (0, 0, params.address, state.address, self._hyper.address, 0, 0, 0, 0, 0, 0)
         self._queue(_views(residual, x=x.address, y=address), memory)
@@ -87,8 +84,6 @@ class BoundStep:
         weights: Array | None,
         new_state: Array | None,
     ) -> tuple[Any, Array, Array]:
-        """The output, an array of the library, the new state and saved. new_state: where to write it; None for a new
-        array."""
         y, address = self._result(x, out)
         saved = self._new(self._saved)
         target = self._new(self._state) if new_state is None else new_state
@@ -100,7 +95,6 @@ class BoundStep:
     def backward(
         self, dy: Array, x: Array, residual: Array | None, out: Array | None, saved: Array, weights: Array | None
     ) -> tuple[Array, Array, Array | None]:
-        """The gradients of x, of gamma and beta as one (2, C) array, and of the residual."""
         dx = self._like(x) if out is None else out
         dparams, dz = self._new(self._params), None
         views = _views(residual, x=x.address, dy=dy.address, dx=dx.address)

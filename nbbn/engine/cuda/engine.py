@@ -104,8 +104,6 @@ class CudaEngine(Engine):
     def _run_middle(self, name: str, numbers: dict[str, Any], adjusted: bool) -> None:
         like, statistics = numbers["params"], numbers["saved"].shape[1]
         channels = like.shape[1]
-        if channels == 0:  # a grid has a block at least
-            return
         variant = Variant(
             dtype=like.dtype,
             rows=True,
@@ -118,18 +116,12 @@ class CudaEngine(Engine):
             debias=self.debias is not None,
             skip=self.options.skip_nonfinite,
         )
-        memory = tuple(self._addresses(like, numbers).values())
-        launch = over_channels(name, variant, like.device, channels, statistics, self.options.epsilon)
-        with primary_context(like.device):
-            launch.run(like.library.stream(like.device), {}, memory)
-        like.library.finish(like.device)
+        self._run_over_channels(name, variant, like, numbers, channels, statistics)
 
     def merge_moments(self, parts: Array) -> Array:
-        """The moments (4, S) of several inputs together: (P, 4, S), merged in their order, and overwritten."""
         return self._merged("merge_moments", parts, "moments")
 
     def add_sums(self, parts: Array) -> Array:
-        """The sums (R, S) of the gradient, likewise."""
         return self._merged("add_sums", parts, "sums")
 
     def _merged(self, name: str, parts: Array, result: str) -> Array:
@@ -137,14 +129,27 @@ class CudaEngine(Engine):
         found = wrap(parts.library.empty((rows, statistics), parts.dtype, parts.device), parts.library)
         dtype, threads, adjusted = parts.dtype, self._thresholds.threads, rows > 2  # as sums have them then
         variant = Variant(dtype, rows=True, width=1, sums=dtype, threads=threads, adjustment=adjusted)
-        if statistics == 0:  # a grid has a block at least
-            return found
-        launch = over_channels(name, variant, parts.device, statistics, statistics, self.options.epsilon, count)
-        memory = tuple(self._addresses(parts, {"partial": parts, result: found}).values())
-        with primary_context(parts.device):
-            launch.run(parts.library.stream(parts.device), {}, memory)
-        parts.library.finish(parts.device)
+        numbers = {"partial": parts, result: found}
+        self._run_over_channels(name, variant, parts, numbers, statistics, statistics, count)
         return found
+
+    def _run_over_channels(
+        self,
+        name: str,
+        variant: Variant,
+        like: Array,
+        numbers: dict[str, Any],
+        channels: int,
+        statistics: int,
+        parts: int = 1,
+    ) -> None:
+        if channels == 0:  # a grid has a block at least
+            return
+        launch = over_channels(name, variant, like.device, channels, statistics, self.options.epsilon, parts)
+        memory = tuple(self._addresses(like, numbers).values())
+        with primary_context(like.device):
+            launch.run(like.library.stream(like.device), {}, memory)
+        like.library.finish(like.device)
 
     def _addresses(self, like: Array, numbers: dict[str, Any]) -> dict[str, int]:
         """Of the small arrays, by their names in steps.MEMORY; 0 for what is not there. hyper may be on the host."""

@@ -16,6 +16,7 @@ from nbbn.kernels.cuda.target import SIMULATED
 from nbbn.kernels.cuda.tasks import Grid
 
 _SIZE = 8  # bytes of an argument's place; of one of 32 bits the driver reads the first half, which is the lower one
+_EPSILON = {4: "=f4x", 8: "=d"}  # by the size of a statistic
 _MEMORY = struct.Struct(f"={len(MEMORY)}q")
 
 
@@ -58,7 +59,7 @@ class Launch:
         own = [n for name in views for n in (0, *strides.get(name, nothing))]
         self._arguments = array("q", [*own, *shape, *grid, *(0 for _ in MEMORY), channels])
         self._memory = _SIZE * (len(self._arguments) - 1 - len(MEMORY))
-        self._arguments.frombytes(struct.pack("=d" if variant.statistic.itemsize == 8 else "=f4x", epsilon))
+        self._arguments.frombytes(struct.pack(_EPSILON[variant.statistic.itemsize], epsilon))
         self._function: Any = None
         self._idle: list[tuple[Any, Any, int]] = []  # arguments, their places, where these are
 
@@ -101,7 +102,7 @@ def _simulate(kernel: tuple[str, Variant, int], blocks: int, block: tuple[int, i
 
     views = [take(VIEW_SIZE) for _ in VIEWS[step]]
     shape, grid, memory, (channels, last) = take(4), Grid(*take(len(Grid._fields))), take(len(MEMORY)), take(2)
-    (epsilon,) = struct.unpack("=d" if variant.statistic.itemsize == 8 else "=f4x", struct.pack("=q", last))
+    (epsilon,) = struct.unpack(_EPSILON[variant.statistic.itemsize], struct.pack("=q", last))
     _simulated(step, variant)[(blocks,), block](*views, shape, grid, memory, channels, epsilon)
 
 

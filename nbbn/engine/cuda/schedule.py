@@ -91,7 +91,7 @@ def choose(
     rows = k1 > 1
     width = _width(view, itemsize, places)
     across = min(t.columns, COLUMNS, t.threads) if rows else t.threads
-    x = min(across, _power_of_two(-(-(k1 if rows else r1) // width)))
+    x = min(across, power_of_two(-(-(k1 if rows else r1) // width)))
     block = (x, t.threads // x)
     columns = min(k1, x * width) if rows else 1
     tiles = max(1, k0 * -(-k1 // columns))  # explain() may ask about an empty input
@@ -149,5 +149,5 @@ def _cut(r0: int, r1: int, chunks: int, unit: int, whole: bool) -> tuple[int, in
     return 1, -(-r1 // (pieces * unit)) * unit
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
