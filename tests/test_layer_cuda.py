@@ -13,7 +13,12 @@ from numba import cuda
 if not cuda.is_available():
     pytest.skip("needs a GPU, or NUMBA_ENABLE_CUDASIM=1", allow_module_level=True)
 
+from nbbn.arrays import numba_cuda
+from nbbn.arrays.device import DeviceArray
+from nbbn.core.layout import contiguous_strides
+from nbbn.core.options import Options
 from nbbn.engine.cuda.launching import Launch
+from nbbn.engine.dispatcher import Dispatcher
 from tests.helpers.on_gpu import Pair, agree, device, few_threads, gradients_agree, host, new_layer
 
 CASES = {
@@ -233,6 +238,25 @@ def test_explain():
         "reduction     by the block that applies",
     ]
     assert not layer.built
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "wide"),
+    [
+        ((1 << 20, 64), {}, False),
+        ((1 << 30, 2), {}, True),
+        ((4, 2, 1 << 30), {"axis": 1}, True),
+        # the rows of one slice are few, but they are counted through all slices
+        (((1 << 31) + (1 << 17), 2, 2), {"virtual_batch_size": 1 << 16, "virtual_batch_order": "contiguous"}, True),
+    ],
+    ids=["small", "many rows", "long planes", "slices"],
+)
+def test_indices_have_64_bits_where_32_are_too_few(shape, options, wide):
+    """Nothing is computed: there is no such memory, and the simulator's indices have no limit."""
+    dtype = np.dtype(np.float16)
+    x = DeviceArray(None, numba_cuda, 1 << 20, shape, contiguous_strides(shape, dtype.itemsize), dtype, 0)
+    dispatcher = Dispatcher(Options(**{"axis": 1, **options}))
+    assert dispatcher.explain(x, "train").variant.wide is wide
 
 
 # --- Force -------------------------------------------------------------------------------------

@@ -144,6 +144,14 @@ def test_masks_lengths_and_adjustments():
             check(one, other)
 
 
+@pytest.mark.parametrize("scalar", [2.0, np.float32(2), torch.tensor(2.0)], ids=["Python", "NumPy", "tensor"])
+@pytest.mark.parametrize("x", [random(4, 3), random(0, 3)], ids=["some", "none"])
+def test_gradients_of_an_adjustment_by_numbers(x, scalar):
+    """Tensors without dimensions."""
+    _, pullback = nbbn.BatchNormalization(adjustment=lambda _: (scalar, scalar)).vjp(x, training=True)
+    assert [(type(g), g.shape) for g in pullback(x).adjustment] == [(torch.Tensor, ())] * 2
+
+
 def test_integers_in_a_layer_with_a_dtype():
     x = torch.arange(24).reshape(8, 3)
     for dtype in ("float32", "bfloat16"):

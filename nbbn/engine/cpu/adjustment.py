@@ -28,8 +28,8 @@ def gradients(batch: Batch, dz: np.ndarray, saved: np.ndarray) -> tuple[np.ndarr
 
 
 def _sum_to(array: np.ndarray, shape: Sizes, dtype: np.dtype) -> np.ndarray:
-    """The gradient of broadcasting: `array` summed to `shape`."""
+    """The gradient of broadcasting: `array` summed to `shape`; an array, also where that is ()."""
     extra = array.ndim - len(shape)
     axes = tuple(range(extra)) + tuple(i + extra for i, s in enumerate(shape) if s == 1)
-    total: np.ndarray = array.sum(axis=axes, dtype=np.float64)
-    return total.reshape(shape).astype(dtype)
+    total = np.asarray(array.sum(axis=axes, dtype=np.float64), dtype)
+    return total.reshape(shape)

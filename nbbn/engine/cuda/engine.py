@@ -73,7 +73,7 @@ class CudaEngine(Engine):
             skip=self.options.skip_nonfinite,
             dz="dz" in there,
             frozen=step.name == "frozen_backward",
-            wide=any(abs(n) >= _NARROW for sizes in (view, *strides.values()) for n in sizes),
+            wide=any(abs(n) >= _NARROW for sizes in ((r0, *view), *strides.values()) for n in sizes),
         )
         return plan_of(step.name, step.lay, x.device, view, strides, copied, schedule, variant, self.options.epsilon)
 
