@@ -269,7 +269,7 @@ def answers(values, results):
 
 def test_the_rules_of_one_number_are_those_of_sixteen():
     assert max(len(cases) for cases in CASES) <= LANES
-    values, results = np.zeros((len(RULES), 9, LANES)), np.zeros((len(RULES), 2, LANES))
+    values, results = np.zeros((len(RULES), 9, LANES)), np.zeros((len(RULES), 4, LANES))
     for k, cases in enumerate(CASES):
         for place in range(LANES):
             arguments, _ = cases[place % len(cases)]
