@@ -1,7 +1,7 @@
 """Stateless batch normalization, with the names and signatures of tf.nn.
 
 Arrays are those that a layer takes, on the host and on a GPU. Results are of the library of the first argument, where
-that is; what stands beside it may be on the host, too.
+that is; what stands beside it may be on the host, too. To a type checker they are NumPy's arrays.
 """
 
 import math
@@ -115,7 +115,7 @@ def moments(
     name: str | None = None,
     keepdims: bool | None = None,
     keep_dims: bool | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean and biased variance of `x` over `axes`, in its dtype.
 
     Args:
@@ -136,7 +136,7 @@ def weighted_moments(
     name: str | None = None,
     keepdims: bool | None = None,
     keep_dims: bool | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean and biased variance of `x` over `axes`, each value counted `frequency_weights` times.
 
     Args: as of moments(); frequency_weights: real, >= 0, broadcasts against x.
@@ -155,7 +155,7 @@ def weighted_moments(
 @_as_given
 def batch_normalization(
     x: Any, mean: Any, variance: Any, offset: Any, scale: Any, variance_epsilon: float, name: str | None = None
-) -> Any:
+) -> np.ndarray:
     """(x - mean) / sqrt(variance + variance_epsilon) * scale + offset, in the dtype of x.
 
     Args:
@@ -181,7 +181,8 @@ def batch_normalization(
     seen, axis = _with_channels(place.broadcast(x, shape), kept)
     params, state = place.cut(numbers, slice(2)), place.cut(numbers, slice(2, 4))
     _dispatcher(axis, float(variance_epsilon)).infer(seen, params, state, out=_with_channels(y, kept)[0])
-    return place.give(y)
+    found: np.ndarray = place.give(y)
+    return found
 
 
 def _fused_dispatcher(x: Array, data_format: str, epsilon: float, momentum: float = 0.0) -> Dispatcher:
@@ -215,7 +216,7 @@ def fused_batch_norm(
     is_training: bool = True,
     name: str | None = None,
     exponential_avg_factor: float = 1.0,
-) -> tuple[Any, Any, Any]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """TensorFlow's fused batch normalization.
 
     Args:
@@ -260,7 +261,7 @@ def fused_batch_norm_grad(
     epsilon: float = 0.001,
     data_format: str = "NHWC",
     is_training: bool = True,
-) -> tuple[Any, Any, Any]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The gradients of fused_batch_norm with respect to x, scale and offset.
 
     Args:

@@ -62,7 +62,7 @@ CASES = {
     },
     **{
         f"{step} {np.dtype(dtype).name} {loops} sm_{cc[0]}{cc[1]}": (step, variant(dtype, loops), cc)
-        for cc in ((7, 5), (8, 0))
+        for cc in ((7, 5), (8, 0), (10, 0))
         for step, dtype, loops in (
             ("train_reduce", np.float16, "rows"),
             ("infer", np.float16, "planes"),

@@ -73,7 +73,8 @@ def _flow(ptx: str) -> tuple[list[list[str]], list[list[int]]]:
     ends: set[int] = set()  # blocks that do not go on with the next one
     for line in ptx.partition("\n{")[2].splitlines():
         if label := _LABEL.match(line.strip()):
-            blocks.append([])
+            if blocks[-1]:  # else the block begins here that comes after a jump
+                blocks.append([])
             labels[label[1]] = len(blocks) - 1
         elif found := _INSTRUCTION.match(line.strip()):
             predicate, name, operands = found.groups()
