@@ -17,7 +17,7 @@ from numba.cuda import types
 
 from nbbn.engine.cuda.schedule import Thresholds
 from nbbn.kernels.cuda.blocks import Variant
-from nbbn.kernels.cuda.channel import AHEAD
+from nbbn.kernels.cuda.channel import AHEAD, MOMENTS_AHEAD
 from nbbn.kernels.cuda.steps import VIEWS
 from tests.helpers.ptx import (
     ACCESS,
@@ -221,9 +221,9 @@ def test_nothing_depends_on_the_order_of_threads(case):
 @pytest.mark.parametrize("case", ADDING.values(), ids=ADDING)
 def test_sums_of_chunks_are_on_their_way_together(case):
     """The last block adds them up one after the other: it must not wait for each load by itself."""
-    rows = 4 if case[0] in ("reduce", "train_reduce") else 1
+    together = 4 * MOMENTS_AHEAD if case[0] in ("reduce", "train_reduce") else AHEAD
     loads = [loop.count(r"ld\.global(\.\w+)*\.[bf]64") for loop in innermost(loops(compiled(*case)))]
-    assert any(n >= AHEAD * rows for n in loads)
+    assert any(n >= together for n in loads)
 
 
 def test_inference_and_its_gradient_have_the_same_scale():

@@ -15,8 +15,9 @@ add_parameter_gradients, statistic_gradient = _stage.add_parameter_gradients, _s
 
 
 # Chunks whose sums are on their way before the first of them is added: a load takes some hundreds of clock cycles, and
-# the whole step waits for the last block. Chunks are added in their order.
-AHEAD = 4
+# the whole step waits for the last block. Chunks are added in their order. Moments have four rows: with more of them on
+# their way some GPUs' multiprocessors would not have registers for two blocks.
+AHEAD, MOMENTS_AHEAD = 4, 2
 
 
 @device
@@ -41,17 +42,18 @@ def add_chunks(s, partial, first, last, step):
 @device
 def combine_chunks(s, partial, first, last, step):
     """The same for moments."""
-    loaded, total = cuda.local.array((MOMENT_ROWS, AHEAD), np.float64), cuda.local.array((MOMENT_ROWS, 1), np.float64)
+    loaded = cuda.local.array((MOMENT_ROWS, MOMENTS_AHEAD), np.float64)
+    total = cuda.local.array((MOMENT_ROWS, 1), np.float64)
     for row in range(MOMENT_ROWS):
         total[row, 0] = partial[first, row, s]
     chunk = first + step
-    while chunk + (AHEAD - 1) * step < last:
+    while chunk + (MOMENTS_AHEAD - 1) * step < last:
         for row in range(MOMENT_ROWS):
-            for i in range(AHEAD):
+            for i in range(MOMENTS_AHEAD):
                 loaded[row, i] = partial[chunk + i * step, row, s]
-        for i in range(AHEAD):
+        for i in range(MOMENTS_AHEAD):
             combine_moments(total, 0, loaded, i)
-        chunk += AHEAD * step
+        chunk += MOMENTS_AHEAD * step
     while chunk < last:
         combine_moments(total, 0, partial[chunk], s)
         chunk += step
