@@ -278,15 +278,6 @@ class Engine(ABC):
         dz: the gradient of the output before its activation.
         """
 
-    @abstractmethod
-    def merge_moments(self, parts: Array) -> Array:
-        """The moments (4, S) of several inputs together, (P, 4, S) float64, merged in their order. A GPU overwrites the
-        parts."""
-
-    @abstractmethod
-    def add_sums(self, parts: Array) -> Array:
-        """The sums (R, S) of the gradient of several inputs, (P, R, S) float64, likewise."""
-
     def _empty_dparams(self, batch: Batch) -> Array:
         return batch.place.empty((2, batch.lay.channels), dtypes.statistic(batch.x.dtype))
 

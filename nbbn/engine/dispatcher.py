@@ -19,6 +19,7 @@ from nbbn.core.layout import Layout, Sizes, layout, resolve_axis, steps_dimensio
 from nbbn.core.options import Momentum, Numbers, Options
 from nbbn.engine.base import NOTHING, Batch, BoundStep, Engine, Force, Operands, PartPlans, Step
 from nbbn.engine.cpu.engine import CpuEngine
+from nbbn.engine.cpu.moments import add_sums, merge_moments
 from nbbn.kernels import channel
 
 # Elements of a group of a virtual batch, at least, for a reduction of its own, where there are lengths: that costs
@@ -258,12 +259,21 @@ class Dispatcher:
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def merge_moments(self, parts: Array) -> Array:
-        """The moments (4, S) of several inputs together, (P, 4, S) float64: merged where they are, in their order."""
-        return self.engine(parts).merge_moments(parts)
+        """The moments (4, S) of several inputs together, (P, 4, S) float64: merged where they are, in their order.
+        What a device's engine merges is overwritten; on the host it may be of inputs of a device, too."""
+        if isinstance(parts, np.ndarray):
+            return merge_moments(parts)
+        engine: Any = self.engine(parts)
+        merged: Array = engine.merge_moments(parts)
+        return merged
 
     def add_sums(self, parts: Array) -> Array:
         """The sums (R, S) of the gradient of several inputs, (P, R, S) float64, likewise."""
-        return self.engine(parts).add_sums(parts)
+        if isinstance(parts, np.ndarray):
+            return add_sums(parts)
+        engine: Any = self.engine(parts)
+        added: Array = engine.add_sums(parts)
+        return added
 
     def finish(
         self,

@@ -10,7 +10,6 @@ from nbbn.core.options import Options
 from nbbn.engine.base import Batch, Canonical, Engine, Force, Step, canonical_view
 from nbbn.engine.cpu import adjustment
 from nbbn.engine.cpu.bound import LAST_ARGUMENTS, BoundStep, StridedStep
-from nbbn.engine.cpu.moments import add_sums, merge_moments
 from nbbn.engine.cpu.plan import OPERANDS, Plan, check_arrays
 from nbbn.engine.cpu.schedule import Thresholds, choose, of_whole_samples
 from nbbn.kernels.channel import MOMENT_ROWS
@@ -59,12 +58,6 @@ class CpuEngine(Engine):
 
     def adjustment_gradients(self, batch: Batch, dz: np.ndarray, saved: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return adjustment.gradients(batch, dz, saved)
-
-    def merge_moments(self, parts: np.ndarray) -> np.ndarray:
-        return merge_moments(parts)
-
-    def add_sums(self, parts: np.ndarray) -> np.ndarray:
-        return add_sums(parts)
 
     def _key(self, step: Step) -> tuple[Any, ...]:
         return step.x.dtype, step.state_dtype, *[None if a is None else a.strides for a in step.views.values()]

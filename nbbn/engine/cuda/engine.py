@@ -119,9 +119,11 @@ class CudaEngine(Engine):
         self._run_over_channels(name, variant, like, numbers, channels, statistics)
 
     def merge_moments(self, parts: Array) -> Array:
+        """The moments (4, S) of several inputs together: (P, 4, S), merged in their order, and overwritten."""
         return self._merged("merge_moments", parts, "moments")
 
     def add_sums(self, parts: Array) -> Array:
+        """The sums (R, S) of the gradient, likewise."""
         return self._merged("add_sums", parts, "sums")
 
     def _merged(self, name: str, parts: Array, result: str) -> Array:
