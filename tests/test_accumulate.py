@@ -10,7 +10,8 @@ import pytest
 import nbbn
 from nbbn.compat import v1
 from nbbn.sync import SyncError
-from tests.helpers.ranks import CASES, DY, LENGTHS, Batch, Plain, X, bits, check_same_bits, make, on_ranks, same
+from tests.helpers.rank_cases import CASES, LENGTHS, Batch
+from tests.helpers.ranks import DY, Plain, X, bits, check_same_bits, make, on_ranks, same
 from tests.oracle.reference import Reference
 
 WHOLE, WHOLE_DY = X.reshape(-1, 5), DY.reshape(-1, 5)  # four parts of 12

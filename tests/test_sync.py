@@ -1,6 +1,6 @@
 """SyncBatchNormalization on threads: one layer on the whole batch, whatever the options and however it is divided.
 
-What is checked is in tests/helpers/ranks.py: test_sync_processes.py does the same over MPI and torch.distributed.
+What is checked is in tests/helpers/rank_cases.py: test_sync_processes.py does the same over MPI and torch.distributed.
 """
 
 import dataclasses
@@ -15,20 +15,14 @@ from ml_dtypes import bfloat16
 import nbbn
 from nbbn.core import dtypes
 from nbbn.sync import SyncError
+from tests.helpers.rank_cases import CASES, GHOSTS, LENGTHS, Batch, Case, check_case, everyone_is_empty
 from tests.helpers.ranks import (
-    CASES,
     DY,
-    GHOSTS,
-    LENGTHS,
-    Batch,
-    Case,
     Plain,
     Silent,
     X,
     bits,
-    check_case,
     check_same_bits,
-    everyone_is_empty,
     gathered,
     make,
     on_ranks,

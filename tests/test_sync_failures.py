@@ -16,13 +16,12 @@ from nbbn.sync import SyncError, exchange
 from nbbn.sync.header import VERSION, Header
 from nbbn.sync.header import check as compare
 from tests.helpers.processes import check
+from tests.helpers.rank_failures import FAILURES, a_rank_that_does_not_come
 from tests.helpers.ranks import (
     DY,
-    FAILURES,
     PATIENCE,
     Plain,
     X,
-    a_rank_that_does_not_come,
     bits,
     check_same_bits,
     make,

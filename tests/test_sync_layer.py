@@ -10,18 +10,7 @@ import nbbn
 from nbbn.deploy.needed import kernels
 from nbbn.engine.cpu.moments import MERGE
 from tests.helpers.concurrency import in_threads
-from tests.helpers.ranks import (
-    Silent,
-    X,
-    bits,
-    each_rank,
-    make,
-    on_ranks,
-    refused,
-    same,
-    threads,
-    works,
-)
+from tests.helpers.ranks import Silent, X, bits, each_rank, make, on_ranks, refused, same, threads, works
 
 
 def test_momentum_may_change():

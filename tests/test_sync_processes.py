@@ -1,4 +1,4 @@
-"""SyncBatchNormalization in processes, over MPI and torch.distributed: all that tests/helpers/ranks.py has.
+"""SyncBatchNormalization in processes, over MPI and torch.distributed: all cases and failures of tests/helpers.
 
 Processes start slowly, so each runs a whole program, tests/helpers/rank_program.py.
 """
@@ -19,7 +19,8 @@ import pytest
 import nbbn
 from tests.helpers.benchmarks import run_benchmarks
 from tests.helpers.processes import TESTS
-from tests.helpers.ranks import check_every_case, on_ranks
+from tests.helpers.rank_cases import check_every_case
+from tests.helpers.ranks import on_ranks
 
 pytestmark = pytest.mark.distributed
 

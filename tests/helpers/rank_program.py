@@ -11,15 +11,9 @@ import numpy as np
 
 import nbbn
 from nbbn.sync import SyncError
-from tests.helpers.ranks import (
-    X,
-    a_rank_that_does_not_come,
-    check_every_case,
-    check_every_failure,
-    make,
-    refused,
-    works,
-)
+from tests.helpers.rank_cases import check_every_case
+from tests.helpers.rank_failures import a_rank_that_does_not_come, check_every_failure
+from tests.helpers.ranks import X, make, refused, works
 
 LIMIT = 60  # seconds that ranks wait for each other in calls that are to succeed
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from nbbn.core import rules
 from nbbn.kernels import channel, epilogue
-from nbbn.kernels.cuda.blocks import Variant, block_functions, input_functions, output_of
+from nbbn.kernels.cuda.blocks import Variant, at, block_functions, input_functions, output_of
 from nbbn.kernels.cuda.memory import vector
 from nbbn.kernels.cuda.target import cuda, device, index_type
 
@@ -15,9 +15,9 @@ def apply_functions(v: Variant) -> SimpleNamespace:
     """The results of a task, from the coefficients of the thread's statistics: (5, own) arrays."""
     rows, width, unroll, weighted, frozen, wants_dz = v.rows, v.width, v.unroll_beside, v.weights, v.frozen, v.dz
     ahead, real, relu, index = unroll * width, v.statistic.type, v.relu or None, index_type(v.wide)
-    elements, block = vector(v.dtype, width), block_functions(rows, v.short, v.threads, v.wide)
+    elements, walk = vector(v.dtype, width), block_functions(rows, v.short, v.threads, v.wide).walk
     words, word, fetch, decode, write = elements.words, elements.word, elements.fetch, elements.decode, elements.write
-    fetch_operand, at, walk = vector(v.statistic, width).fetch, block.at, block.walk
+    fetch_operand = vector(v.statistic, width).fetch
     inputs, ends = input_functions(v, v.relu or not v.frozen), epilogue.functions(device)
     output, gradient, fetch_inputs, decode_inputs = ends.output, ends.gradient, inputs.fetch, inputs.decode
     of_residual, of_adjustment, of_weights = inputs.of_residual, inputs.of_adjustment, inputs.of_weights

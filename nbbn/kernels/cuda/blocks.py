@@ -68,6 +68,12 @@ class Variant:
 
 
 @device
+def at(array, r0, k0, r1, k1):
+    """The address of an element."""
+    return array[ADDRESS] + r0 * array[S_R0] + k0 * array[S_K0] + r1 * array[S_R1] + k1 * array[S_K1]
+
+
+@device
 def output_of(forward, s):
     """Mean, scale, shift, gamma and beta of the output of a thread's statistic; the last two only mean something where
     there is an adjustment."""
@@ -102,11 +108,6 @@ def combine_moments(a, i, b, j):
 def block_functions(rows: bool, short: bool, threads: int, wide: bool) -> SimpleNamespace:
     """How the threads of a block share its work."""
     index = index_type(wide)
-
-    @device
-    def at(array, r0, k0, r1, k1):
-        """The address of an element."""
-        return array[ADDRESS] + r0 * array[S_R0] + k0 * array[S_K0] + r1 * array[S_R1] + k1 * array[S_K1]
 
     @device
     def walk(bounds, width):
@@ -159,9 +160,7 @@ def block_functions(rows: bool, short: bool, threads: int, wide: bool) -> Simple
     def add_moments(shared, thread, other, count):
         combine_moments(shared, thread, shared, other)
 
-    return SimpleNamespace(
-        at=at, walk=walk, is_writer=is_writer, block_sum=tree(add_sums), block_moments=tree(add_moments)
-    )
+    return SimpleNamespace(walk=walk, is_writer=is_writer, block_sum=tree(add_sums), block_moments=tree(add_moments))
 
 
 @lru_cache(maxsize=256)
@@ -170,7 +169,7 @@ def input_functions(v: Variant, needs_x: bool) -> SimpleNamespace:
     there is no such operand."""
     elements, width, fused, adjusted = vector(v.dtype, v.width), v.width, v.residual, v.adjustment
     words, fetch, decode = elements.words, elements.fetch, elements.decode
-    fetch_operand, at = vector(v.statistic, width).fetch, block_functions(v.rows, v.short, v.threads, v.wide).at
+    fetch_operand = vector(v.statistic, width).fetch
 
     @device
     def fetch_inputs(x, residual, a, b, r0, k0, r1, k1, raw, raw_residual, av, bv, u):

@@ -7,7 +7,7 @@ import numpy as np
 
 from nbbn.core import rules
 from nbbn.kernels import channel, epilogue, sums
-from nbbn.kernels.cuda.blocks import Variant, block_functions, input_functions, output_of
+from nbbn.kernels.cuda.blocks import Variant, at, block_functions, input_functions, output_of
 from nbbn.kernels.cuda.memory import vector
 from nbbn.kernels.cuda.target import cuda, device, index_type
 
@@ -22,8 +22,7 @@ def reduce_functions(v: Variant) -> SimpleNamespace:
     words, word, fetch, decode = elements.words, elements.word, elements.fetch, elements.decode
     raw_size, raw_beside = unroll * words, unroll_beside * words
     block = block_functions(rows, v.short, v.threads, v.wide)
-    at, walk, is_writer = block.at, block.walk, block.is_writer
-    block_sum, block_moments = block.block_sum, block.block_moments
+    walk, is_writer, block_sum, block_moments = block.walk, block.is_writer, block.block_sum, block.block_moments
     gradient, inputs = epilogue.functions(device).gradient, input_functions(v, True)
     fetch_inputs, decode_inputs = inputs.fetch, inputs.decode
     of_residual, of_adjustment = inputs.of_residual, inputs.of_adjustment
