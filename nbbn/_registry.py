@@ -41,14 +41,14 @@ def integers(name: str, value: object) -> list[int]:
     raise ValueError(f"{name} must be None or integers, received {value!r}.")
 
 
-def floating(name: str, value: npt.ArrayLike) -> npt.NDArray[Any]:
-    """value as an array, which must be a floating one (ml_dtypes' types, of kind "V", included).
+def floating(w: npt.ArrayLike) -> npt.NDArray[Any]:
+    """w as an array, which must be a floating one (ml_dtypes' types, of kind "V", included).
 
     Raises: TypeError if its dtype is not floating.
     """
-    array = np.asarray(value)
+    array = np.asarray(w)
     if array.dtype.kind not in "fV":
-        raise TypeError(f"{name} must be an array of a floating dtype, received dtype {array.dtype}.")
+        raise TypeError(f"w must be an array of a floating dtype, received dtype {array.dtype}.")
     return array
 
 

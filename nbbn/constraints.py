@@ -27,7 +27,7 @@ class NonNeg(Constraint):
     """max(w, 0); NaN stays NaN."""
 
     def __call__(self, w: npt.ArrayLike) -> Array:
-        w = floating("w", w)
+        w = floating(w)
         return np.asarray(np.maximum(w, np.zeros((), w.dtype)))
 
 
@@ -41,7 +41,7 @@ class _NormConstraint(Constraint):
         """What the norm is to become."""
 
     def __call__(self, w: npt.ArrayLike) -> Array:
-        w = floating("w", w)
+        w = floating(w)
         wide = w.astype(np.float64)
         axis = tuple(self.axis) if isinstance(self.axis, list) else self.axis
         norm = np.sqrt(np.square(wide).sum(axis=axis, keepdims=True))
@@ -122,7 +122,7 @@ def project(constraint: Callable[..., Any], w: npt.ArrayLike, argument: str = "c
     Returns: an array, shape and dtype of w.
     Raises: ValueError if the constraint returns another shape.
     """
-    w = floating("w", w)
+    w = floating(w)
     projected = np.asarray(constraint(w))
     if projected.shape != w.shape:
         raise ValueError(

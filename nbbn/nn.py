@@ -78,12 +78,6 @@ def _keepdims(keepdims: bool | None, keep_dims: bool | None) -> bool:
     return given is not None and boolean(name, given)
 
 
-def _broadcasts(shape: Sizes, target: Sizes) -> bool:
-    """Whether an array of one shape can stand beside one of another that stays as it is."""
-    last = target[len(target) - len(shape) :]
-    return len(shape) <= len(target) and all(n in (1, size) for n, size in zip(shape, last, strict=True))
-
-
 def _with_channels(x: Array, kept: Sizes) -> tuple[Array, Sizes]:
     """x with a kept axis: one of size 1 in front where there is none."""
     return (x, kept) if kept else (place_of(x).reshape(x, (1, *x.shape)), (0,))
@@ -145,11 +139,12 @@ def weighted_moments(
     x = _input(x)
     place = place_of(x)
     weights = taken_weights(frequency_weights, place, dtypes.statistic(x.dtype), "frequency_weights")
-    if not _broadcasts(weights.shape, x.shape):
-        raise ValueError(
-            f"frequency_weights must broadcast against the shape {x.shape} of x; received shape {weights.shape}"
-        )
-    return _moments(x, place.broadcast(weights, x.shape), _axes(axes, x.ndim), _keepdims(keepdims, keep_dims))
+    try:
+        weights = place.broadcast(weights, x.shape)
+    except ValueError:
+        received = f"received shape {weights.shape}"
+        raise ValueError(f"frequency_weights must broadcast against the shape {x.shape} of x; {received}") from None
+    return _moments(x, weights, _axes(axes, x.ndim), _keepdims(keepdims, keep_dims))
 
 
 @_as_given

@@ -38,14 +38,14 @@ class L1L2(Regularizer):
         self.l2 = number("l2", l2)
 
     def __call__(self, w: npt.ArrayLike) -> float:
-        w = floating("w", w).astype(np.float64)
+        w = floating(w).astype(np.float64)
         # A factor of 0 leaves its term out: 0 * inf would be NaN.
         absolute = self.l1 * np.abs(w).sum() if self.l1 else 0.0
         squares = self.l2 * np.square(w).sum() if self.l2 else 0.0
         return float(absolute + squares)
 
     def gradient(self, w: npt.ArrayLike) -> Array:
-        w = floating("w", w)
+        w = floating(w)
         wide = w.astype(np.float64)
         slope = self.l1 * np.sign(wide) + (2 * self.l2 * wide if self.l2 else 0.0)
         return np.asarray(slope).astype(w.dtype)
@@ -106,7 +106,7 @@ def gradient(regularizer: Callable[..., Any], w: npt.ArrayLike, argument: str = 
     Returns: an array, shape and dtype of w.
     Raises: TypeError if there is no way to know the gradient; ValueError if it does not have the shape of w.
     """
-    native, w = _native(regularizer), floating("w", w)
+    native, w = _native(regularizer), floating(w)
     method = getattr(native, "gradient", None)
     if not callable(method):
         raise TypeError(

@@ -249,3 +249,6 @@ def test_assigning_a_variable_reaches_the_layer():
     np.testing.assert_array_equal(np.asarray(mean), [1, 2, 3])
     with pytest.raises(ValueError, match=r"bn/moving_mean.*\(3,\).*\(2,\)"):
         mean.assign([1, 2])
+    mean.assign(np.array([1e300, -1e300, np.inf]))  # as where a layer's own attribute is assigned
+    largest = np.finfo(np.float32).max
+    np.testing.assert_array_equal(layer.moving_mean, np.float32([largest, -largest, np.inf]))

@@ -64,6 +64,13 @@ def test_virtual_batch_splits_training_only():
     assert plan_of(x, "infer", virtual_batch_size=4).view == (1, 1, 8, 3)
 
 
+@pytest.mark.parametrize("axis", [0, -2, (0, 1)])
+@pytest.mark.parametrize("step", ["train", "infer"])
+def test_a_virtual_batch_needs_its_dimension(step, axis):
+    with pytest.raises(ValueError, match=r"axis must not include the batch dimension 0 .* received axis="):
+        plan_of(zeros((8, 3)), step, virtual_batch_size=4, axis=axis)
+
+
 def test_gaps_are_read_in_place():
     plan = plan_of(zeros((16, 5, 4, 3))[::2], axis=-1)
     assert (plan.view, plan.contiguous, plan.copied) == ((8, 1, 20, 3), False, None)

@@ -58,13 +58,6 @@ def test_training(name, axis, beside):
     np.testing.assert_allclose(variance.reshape(-1), saved[M2] / np.maximum(saved[COUNT], 1), rtol=1e-12)
 
 
-def test_inference():
-    run, x, params, state, _ = problem((1, 2), False, activation="relu")
-    residual = np.linspace(-1, 1, x.size).reshape(x.shape)
-    y = formula.infer(np, x, *params, *state, (1, 2), 1e-3, residual=residual, relu=True)
-    np.testing.assert_allclose(y, run.infer(x, params, state, residual=residual), rtol=1e-12, atol=1e-12)
-
-
 def test_excluded_nan_has_no_part():
     _, x, params, _, _ = problem((2,), False)
     weights = np.ones(SHAPE)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nbbn import runtime
-from nbbn.kernels.cpu import steps
+from nbbn.kernels.cpu import compiling, steps
 from nbbn.runtime import PLAIN, cache, passes, threadpool, threads
 from tests.helpers.processes import check, run
 
@@ -37,8 +37,8 @@ def test_numba_asks_for_the_passes_that_kernels_do_without(monkeypatch):
 def test_nothing_of_numbas_own_is_compiled_for_a_kernel(step, monkeypatch):
     """To assign one row of an array to another makes it compile the text of an error, in four seconds."""
     monkeypatch.setattr(cache, "cache_folder", lambda: None)  # what is loaded does not say what it was made from
-    absent = frozenset(name for name in steps.names_of(step) if steps.ARGUMENTS[name] in ("flag", "S"))
-    kernel = steps.compiled.__wrapped__(step, "planes", False, *[np.dtype(np.float64)] * 3, True, absent)
+    absent = frozenset(name for name in compiling.names_of(step) if compiling.ARGUMENTS[name] in ("flag", "S"))
+    kernel = compiling.compiled.__wrapped__(step, "planes", False, *[np.dtype(np.float64)] * 3, True, absent)
     (overload,) = kernel.overloads.values()
     assert {library.name for library in overload.library._linking_libraries} <= {"nrt", "combine"}
 

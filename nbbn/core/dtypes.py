@@ -12,7 +12,7 @@ from numpy import ma  # Numba's first call would import it, in reach of a fork b
 NAMES = ("float16", "bfloat16", "float32", "float64")
 
 
-def resolve(dtype: Any, argument: str = "dtype") -> np.dtype:
+def resolve(dtype: Any) -> np.dtype:
     """The native NumPy dtype for a name or dtype; bfloat16 is that of ml_dtypes, imported only when named.
 
     Raises: TypeError if it is none of float16, bfloat16, float32, float64; ModuleNotFoundError for bfloat16 without
@@ -22,13 +22,13 @@ def resolve(dtype: Any, argument: str = "dtype") -> np.dtype:
         try:
             dtype = importlib.import_module("ml_dtypes").bfloat16
         except ModuleNotFoundError as error:
-            message = f"{argument}='bfloat16' needs the package ml_dtypes: pip install ml_dtypes"
+            message = "dtype='bfloat16' needs the package ml_dtypes: pip install ml_dtypes"
             raise ModuleNotFoundError(message, name=error.name) from None
     found: np.dtype | None = None
     with contextlib.suppress(TypeError, ValueError, SyntaxError):
         found = np.dtype(dtype)
     if found is None or found.name not in NAMES:
-        raise TypeError(f"{argument} must be one of {', '.join(NAMES)}; received {dtype!r}")
+        raise TypeError(f"dtype must be one of {', '.join(NAMES)}; received {dtype!r}")
     return found.newbyteorder("=")
 
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nbbn.core.layout import Sizes, resolve_axis
+
 CLIP_KEYS = ("rmax", "rmin", "dmax")
 EPSILON = "a finite number of at least 0"  # what is accepted
 MOMENTUM = "a number from 0 to 1 (the weight of the old value)"
@@ -78,7 +80,8 @@ class Options:
             check_number("renorm_momentum", self.renorm_momentum, 1.0, f"{MOMENTUM}, or a callable that gives one")
         check_number("epsilon", self.epsilon, math.inf, EPSILON)
         self._check_virtual_batch()
-        self._check_clipping()
+        if self.renorm_clipping is not None:
+            check_clipping(self.renorm_clipping)
         if self.activation is not None and not (isinstance(self.activation, str) and self.activation == "relu"):
             raise ValueError(f"activation must be 'relu', 'linear' or None; received {self.activation!r}")
         if self.adjustment is not None and not callable(self.adjustment):
@@ -104,10 +107,6 @@ class Options:
         if self.adjustment is not None:
             raise ValueError(f"adjustment cannot be combined with virtual_batch_size; received {size}")
 
-    def _check_clipping(self) -> None:
-        if self.renorm_clipping is not None:
-            check_clipping(self.renorm_clipping)
-
     @cached_property
     def is_constant(self) -> bool:
         """Whether every call finds the same values: no option is a callable, nor holds one."""
@@ -128,6 +127,19 @@ class Options:
 
     def resolved_axis(self) -> tuple[int, ...]:
         return (self.axis,) if isinstance(self.axis, int) else self.axis
+
+    def kept_axes(self, rank: int) -> Sizes:
+        """The kept axes of an input of this rank, ascending and not negative.
+
+        Raises: ValueError if one is out of range or occurs twice, or is the batch that is cut into virtual ones.
+        """
+        kept = resolve_axis(self.resolved_axis(), rank)
+        if self.virtual_batch_size is not None and 0 in kept:
+            given = self.axis if isinstance(self.axis, int) else list(self.axis)
+            raise ValueError(
+                f"axis must not include the batch dimension 0 with virtual_batch_size; received axis={given}"
+            )
+        return kept
 
     def fused_obstacle(self, rank: int | None = None, dtype: np.dtype | None = None) -> str | None:
         """Why TensorFlow's fused path could not run, or None. What is not known yet (rank, dtype) is no obstacle."""

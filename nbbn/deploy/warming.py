@@ -8,7 +8,7 @@ from typing import Any
 
 from nbbn.core.layout import Sizes
 from nbbn.deploy.needed import Kernel, Kernels, kernels
-from nbbn.kernels.cpu.steps import compiled
+from nbbn.kernels.cpu.compiling import compiled
 from nbbn.layer.layer import BatchNormalization, as_layers
 from nbbn.runtime import LOGGER, cache_folder, find_cache
 

@@ -15,7 +15,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from nbbn.arrays import Array, Place, place_of
 from nbbn.core import dtypes
-from nbbn.core.layout import Layout, Sizes, layout, resolve_axis, steps_dimension, strides_of_results
+from nbbn.core.layout import Layout, Sizes, layout, steps_dimension, strides_of_results
 from nbbn.core.options import Momentum, Numbers, Options
 from nbbn.engine.base import NOTHING, Batch, BoundStep, Engine, Force, Operands, PartPlans, Step
 from nbbn.engine.cpu.engine import CpuEngine
@@ -65,7 +65,7 @@ class Dispatcher:
     def axis(self, rank: int) -> Sizes:
         """The kept axes of an input of this rank, ascending and not negative."""
         if rank not in self._axis:
-            self._axis[rank] = resolve_axis(self.options.resolved_axis(), rank)
+            self._axis[rank] = self.options.kept_axes(rank)
         return self._axis[rank]
 
     def layout(self, shape: Sizes, training: bool) -> Layout:

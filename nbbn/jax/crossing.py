@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nbbn.jax.work import Arrays, Shape
-from nbbn.kernels.cpu.steps import ARGUMENTS
+from nbbn.kernels.cpu.compiling import ARGUMENTS
 
 FLOAT64 = np.dtype(np.float64)
 

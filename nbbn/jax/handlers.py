@@ -19,14 +19,13 @@ from numba.np.arrayobj import populate_array
 
 from nbbn.jax.frame import INT64, Buffer, Frame
 from nbbn.jax.policy import FAILED, emit_choice, prepare
-from nbbn.kernels.cpu.steps import ARGUMENTS, WRITES, compiled, names_of
-from nbbn.kernels.cpu.tasks import Grid
+from nbbn.kernels.cpu.compiling import ARGUMENTS, WRITES, compiled, names_of
+from nbbn.kernels.cpu.tasks import SIZES, Grid
 from nbbn.kernels.cpu.views import Data
 from nbbn.runtime import StateLock, code_hash, compile_kernel
 
 NO_MEMORY = FAILED + "there is no memory for its sums"
 STRIDED = ("weights", "a", "b")  # views that may repeat their values; the attribute "strides" says how
-_SIZES = [Grid._fields.index(name) for name in ("r0", "k0", "r1", "k1")]
 _GRID, _STRIDES = range(2)  # the attributes in the order of their names
 _registering = StateLock()
 _kept: list[Any] = []  # what compiled code refers to: as long as the process lives, a program may be run
@@ -129,7 +128,7 @@ def _compile(
 def _elements(builder: Any, frame: Frame) -> Any:
     """How many elements the grid counts."""
     grid, elements = frame.attribute(_GRID, len(Grid._fields)), INT64(1)
-    for i in _SIZES:
+    for i in SIZES:
         elements = builder.mul(elements, grid[i])
     return elements
 
@@ -166,7 +165,7 @@ def _values(
         if isinstance(kind, Data):
             return buffers[name][0].data
         if name in STRIDED:
-            first, sizes = 4 * STRIDED.index(name), [grid[i] for i in _SIZES][: kind.ndim]
+            first, sizes = 4 * STRIDED.index(name), [grid[i] for i in SIZES][: kind.ndim]
             return _array(context, builder, kind, buffers[name][0], sizes, strides[first : first + kind.ndim])
         return _small_array(context, builder, kind, buffers[name])
 

@@ -96,7 +96,6 @@ def batch_norm(
     dispatcher, dtype = steps.dispatcher, dtypes.statistic(np.dtype(x.dtype))
     kept = dispatcher.axis(x.ndim)
     features = tuple(x.shape[i] for i in kept)
-    _check_virtual_batch(given, kept)
     params = (
         operands.as_parameter(scale, "scale", features, dtype, 1.0),
         operands.as_parameter(bias, "bias", features, dtype, 0.0),
@@ -195,13 +194,6 @@ def _options(momenta: Mapping[str, Any], clipping: Any, **others: Any) -> tuple[
 @lru_cache(maxsize=1024)
 def _steps(options: Options, ffi: bool) -> Steps:
     return Steps(Dispatcher(options), ffi)
-
-
-def _check_virtual_batch(options: Options, kept: Sizes) -> None:
-    if options.virtual_batch_size is not None and 0 in kept:
-        raise ValueError(
-            f"axis must not include the batch dimension 0 with virtual_batch_size; received axis={options.axis}"
-        )
 
 
 def _names(axis_name: Any) -> Any:

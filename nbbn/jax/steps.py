@@ -19,15 +19,15 @@ from nbbn.jax.crossing import FLOAT64, call_back
 from nbbn.jax.primitive import call
 from nbbn.jax.work import Arrays, Shape, Work, is_view, views_without_memory
 from nbbn.kernels.channel import GRADIENT_ROWS, MOMENT_ROWS, OUTPUT_ROWS, SAVED_ROWS
-from nbbn.kernels.cpu.steps import WRITES, names_of
+from nbbn.kernels.cpu.compiling import WRITES, names_of
 from nbbn.runtime import PLAIN
 
 
 class Steps:
     """The steps of one set of options. ffi: through the foreign function interface, where that can be.
 
-    Every step takes its arrays by the names of the kernels' arguments (kernels/cpu/steps.py), and returns those that it
-    writes. What is None is not there.
+    Every step takes its arrays by the names of the kernels' arguments (kernels/cpu/compiling.py), and returns those
+    that it writes. What is None is not there.
     """
 
     def __init__(self, dispatcher: Dispatcher, ffi: bool) -> None:

@@ -11,7 +11,7 @@ from numpy.lib.stride_tricks import as_strided
 from nbbn.core.layout import Layout, Sizes, contiguous_strides
 from nbbn.engine.base import Step
 from nbbn.engine.dispatcher import Dispatcher
-from nbbn.kernels.cpu.steps import ARGUMENTS, names_of
+from nbbn.kernels.cpu.compiling import ARGUMENTS, names_of
 
 Arrays = Mapping[str, Any]  # by the names of a kernel's arguments; a tuple stands for rows
 Shape = jax.ShapeDtypeStruct

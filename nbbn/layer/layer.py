@@ -175,7 +175,7 @@ class BatchNormalization(Saved):
 
     def compute_output_shape(self, input_shape: Iterable[int | None]) -> tuple[int | None, ...]:
         """The shape of the output, which is that of the input. Raises: TypeError, ValueError for what is no shape."""
-        return as_shape(input_shape, "input_shape")
+        return as_shape(input_shape)
 
 
 def as_layers(layers: Any) -> list[BatchNormalization]:

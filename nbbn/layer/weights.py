@@ -50,7 +50,7 @@ class Weighted(Configured):
         Raises: TypeError, ValueError for what is no shape; ValueError if an axis is out of range, occurs twice, or its
             dimension is unknown.
         """
-        shape = as_shape(input_shape, "input_shape")
+        shape = as_shape(input_shape)
         if self._variables is None:
             dtype = self.options.dtype or dtypes.resolve("float32" if dtype is None else dtype)
             shapes = derive_shapes(self.options, shape, dtype)

@@ -9,15 +9,14 @@ from numba.extending import intrinsic
 from numba.np import numpy_support
 from numba.np.arrayobj import populate_array
 
-from nbbn.kernels.cpu.steps import ARGUMENTS, names_of
-from nbbn.kernels.cpu.tasks import Grid
+from nbbn.kernels.cpu.compiling import ARGUMENTS, names_of
+from nbbn.kernels.cpu.tasks import SIZES
 from nbbn.kernels.cpu.views import Data
 from nbbn.numba.kernels import call, step_key, step_signature
 from nbbn.numba.planning import PLAN, PLANNERS, ROW_OF
 
 _INT = ir.IntType(64)
 _ALONE = _INT(0)  # the pool of a caller's own thread
-_SIZES = [Grid._fields.index(name) for name in ("r0", "k0", "r1", "k1")]
 
 
 def planner(name: str) -> Any:
@@ -73,11 +72,11 @@ def step(name: str, one_pass: bool) -> Any:
                     context.make_array(target)(context, builder),
                     context.get_abi_sizeof(given.data.type.pointee),
                 )
-                row = [ir.Constant(_INT, ROW_OF[n] * len(_SIZES) + i) for i in range(target.ndim)]
+                row = [ir.Constant(_INT, ROW_OF[n] * len(SIZES) + i) for i in range(target.ndim)]
                 populate_array(
                     found,
                     data=given.data,
-                    shape=[facts[i] for i in _SIZES[: target.ndim]],
+                    shape=[facts[i] for i in SIZES[: target.ndim]],
                     strides=[builder.load(builder.gep(strides.data, [i])) for i in row],
                     itemsize=ir.Constant(_INT, size),
                     meminfo=None,

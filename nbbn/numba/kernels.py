@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 
 from nbbn.core import dtypes
-from nbbn.kernels.cpu.steps import compiled, signature
+from nbbn.kernels.cpu.compiling import compiled, signature
 from nbbn.numba.planning import PLANNERS
 from nbbn.runtime import code_hash, compile_kernel
 

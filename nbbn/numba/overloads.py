@@ -90,16 +90,7 @@ def train(
         params = params_of(gamma, beta, channels, x)
         state = state_of(moving_mean, moving_variance, renorm, channels, x)
         plan, placed, x1, _, residual1, y1, _, weights1 = arrange(
-            False,
-            kept,
-            virtual_batch_size,
-            groups,
-            x,
-            None,
-            residual,
-            first,
-            None,
-            weights,
+            False, kept, virtual_batch_size, groups, x, None, residual, first, None, weights
         )
         numbers = (hyper, weights1, None, None, residual1, x1, y1, params, state, state, saved)
         run(plan, placed, (relu, renormed, None, None, *numbers))
@@ -176,16 +167,7 @@ def backward(dy, x, saved, axis=-1, out=None, residual=None, weights=None, activ
             dparams[:] = 0
             return results(deliver(out, first), dparams, dz, dy)
         plan, placed, x1, dy1, residual1, dx1, dz1, weights1 = arrange(
-            False,
-            kept,
-            virtual_batch_size,
-            groups,
-            x,
-            dy,
-            residual,
-            first,
-            dz,
-            weights,
+            False, kept, virtual_batch_size, groups, x, dy, residual, first, dz, weights
         )
         given = (relu, weights1, None, None, dz1, residual1, x1, dy1, dx1, copied(saved), dparams)
         run(plan, placed, given)

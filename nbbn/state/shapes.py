@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nbbn.core import dtypes
-from nbbn.core.layout import Sizes, resolve_axis
+from nbbn.core.layout import Sizes
 from nbbn.core.options import Options
 
 
@@ -22,17 +22,17 @@ class Shapes:
     dtype: np.dtype
 
 
-def as_shape(value: Any, argument: str) -> tuple[int | None, ...]:
+def as_shape(input_shape: Any) -> tuple[int | None, ...]:
     """A shape that a user has passed; None stands for an unknown dimension.
 
     Raises: TypeError for what is no sequence of integers and None, ValueError for a negative one.
     """
     try:
-        shape = tuple(None if n is None else operator.index(n) for n in value)
+        shape = tuple(None if n is None else operator.index(n) for n in input_shape)
     except TypeError:
-        raise TypeError(f"{argument} must be a shape, as (None, 8); received {value!r}") from None
+        raise TypeError(f"input_shape must be a shape, as (None, 8); received {input_shape!r}") from None
     if any(n is not None and n < 0 for n in shape):
-        raise ValueError(f"{argument} must have no negative dimension (None is an unknown one); received {shape}")
+        raise ValueError(f"input_shape must have no negative dimension (None is an unknown one); received {shape}")
     return shape
 
 
@@ -43,16 +43,13 @@ def derive_shapes(options: Options, shape: tuple[int | None, ...], dtype: np.dty
     """
     if not shape:
         raise ValueError(f"inputs must have at least one dimension; received shape {shape}")
-    axis = resolve_axis(options.resolved_axis(), len(shape))
+    axis = options.kept_axes(len(shape))
     unknown = [a for a in axis if shape[a] is None]
     if unknown:
         raise ValueError(f"the dimension of axis {unknown[0]} must be known to build the layer; received shape {shape}")
-    virtual = options.virtual_batch_size is not None
-    if virtual and 0 in axis:
-        given = options.axis if isinstance(options.axis, int) else list(options.axis)
-        raise ValueError(f"axis must not include the batch dimension 0 with virtual_batch_size; received axis={given}")
     options.check_fused(len(shape), dtype)
     features = {a: int(shape[a]) for a in axis}  # type: ignore[arg-type]
+    virtual = options.virtual_batch_size is not None
     if len(axis) == 1 and not virtual:
         params: Sizes = (features[axis[0]],)
     else:

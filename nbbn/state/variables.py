@@ -99,11 +99,15 @@ class Variables:
         copy = self.moved(HOST)
         return {name: copy[name].copy() for name in self.names}
 
-    def check(self, name: str, value: Any) -> np.ndarray:
-        """A copy of `value` in the variables' dtype, on the host. Raises: ValueError, TypeError if it does not fit."""
-        array = as_numpy(value, name)
+    def check(self, name: str, value: Any, argument: str | None = None) -> np.ndarray:
+        """A copy of `value` in the variables' dtype, on the host. argument: what a message calls it, if not `name`.
+
+        Raises: ValueError, TypeError if it does not fit.
+        """
+        argument = argument or name
+        array = as_numpy(value, argument)
         if array.shape != self.shapes.params:
-            raise ValueError(f"{name} must have shape {self.shapes.params}; received {array.shape}")
+            raise ValueError(f"{argument} must have shape {self.shapes.params}; received {array.shape}")
         if name in STATISTICS:  # as kernels store them, rules.saturate()
             most = np.finfo(self.dtype).max
             array = np.where(np.isfinite(array), np.clip(array, -most, most), array)

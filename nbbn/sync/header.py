@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nbbn.arrays import Array, place_of
 from nbbn.core import dtypes
+from nbbn.core.options import Numbers
+from nbbn.engine.dispatcher import Dispatcher
 from nbbn.sync.group import SyncError
 
 VERSION = 1
@@ -67,6 +70,29 @@ _SHAPING = {"channels", "dtype"}
 _STATUS, _GROUPS = Header._fields.index("status"), Header._fields.index("groups")
 # As Dispatcher.hyper() begins.
 NUMBERS = Header._fields[Header._fields.index("epsilon") : Header._fields.index("dmax") + 1]
+
+
+def input_header(dispatcher: Dispatcher, x: Array) -> Header:
+    """Of any call with an input."""
+    lay = dispatcher.layout(x.shape, training=True)
+    return Header(dtype=dtype_number(x.dtype), groups=lay.groups, channels=lay.channels)
+
+
+def training_header(
+    dispatcher: Dispatcher, x: Array, numbers: Numbers | None, adjusted: bool, state: Array, update: int
+) -> Header:
+    """Of a training call; the arguments are those of the Dispatcher. update: NEVER, NOW, LATER or AGAIN."""
+    o, hyper = dispatcher.options, dispatcher.hyper(x.ndim, x.dtype, numbers)[: len(NUMBERS)]
+    return input_header(dispatcher, x)._replace(
+        update=update,
+        **dict(zip(NUMBERS, hyper, strict=True)),
+        options=checksum(
+            *(o.axis, x.ndim, o.renorm, o.activation, adjusted),
+            *(o.virtual_batch_size, o.ragged, o.virtual_batch_order),
+            *(o.momentum is None, o.debias, o.skip_nonfinite),
+        ),
+        state=checksum_of(place_of(state).to_host(state)),
+    )
 
 
 @lru_cache(maxsize=8)

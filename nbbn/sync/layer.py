@@ -11,7 +11,7 @@ from nbbn.engine.dispatcher import Dispatcher
 from nbbn.layer.layer import BatchNormalization
 from nbbn.sync.exchange import Exchange, Lost
 from nbbn.sync.group import Group, check_group
-from nbbn.sync.header import AGAIN, BACKWARD, LATER, NEVER, NOW, NUMBERS, Header, checksum, checksum_of, dtype_number
+from nbbn.sync.header import AGAIN, BACKWARD, LATER, NEVER, NOW, Header, input_header, training_header
 
 Half = TypeVar("Half")
 
@@ -145,7 +145,7 @@ class SyncBatchNormalization(BatchNormalization):
         assert record.shared is not None
         exchange, call = record.shared
         with exchange.lock:
-            header = self._header_of(record.x)._replace(stage=BACKWARD, call=call)
+            header = input_header(self._dispatcher, record.x)._replace(stage=BACKWARD, call=call)
             return self._dispatcher.add_sums(exchange.gather(header, own, cause))
 
     def _update_of(self, step: TrainingStep) -> int:
@@ -156,23 +156,10 @@ class SyncBatchNormalization(BatchNormalization):
             return NOW
         return LATER if self._collector.wants(self) else AGAIN
 
-    def _header_of(self, x: Any) -> Header:
-        lay = self._dispatcher.layout(x.shape, training=True)
-        return Header(dtype=dtype_number(x.dtype), groups=lay.groups, channels=lay.channels)
-
     def _header(self, step: TrainingStep) -> Header:
-        o, (x, _, operands, _, numbers, variables) = self.options, step.prepared
-        hyper = self._dispatcher.hyper(x.ndim, x.dtype, numbers)[: len(NUMBERS)]
-        return self._header_of(x)._replace(
-            update=self._update_of(step),
-            **dict(zip(NUMBERS, hyper, strict=True)),
-            options=checksum(
-                *(o.axis, x.ndim, o.renorm, o.activation, operands.adjusted),
-                *(o.virtual_batch_size, o.ragged, o.virtual_batch_order),
-                *(o.momentum is None, o.debias, o.skip_nonfinite),
-            ),
-            state=checksum_of(variables.place.to_host(variables.state)),
-        )
+        x, _, operands, _, numbers, variables = step.prepared
+        update = self._update_of(step)
+        return training_header(self._dispatcher, x, numbers, operands.adjusted, variables.state, update)
 
 
 def _first_half(start: Callable[[], Half]) -> tuple[Half | None, Exception | None]:

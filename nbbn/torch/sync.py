@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from nbbn.arrays import beside, place_of
+from nbbn.arrays import beside
 from nbbn.engine.base import Operands
 from nbbn.engine.dispatcher import Dispatcher
 from nbbn.sync.exchange import Exchange, Lost
 from nbbn.sync.group import Group
-from nbbn.sync.header import BACKWARD, LATER, NEVER, NOW, NUMBERS, Header, checksum, checksum_of, dtype_number
+from nbbn.sync.header import BACKWARD, LATER, NEVER, NOW, Header, input_header, training_header
 from nbbn.sync.torch_group import torch as group_of
 from nbbn.torch import calls, ops
 from nbbn.torch.modules import Normalization
@@ -164,23 +164,10 @@ class _Call:
         self.saved: Any = None
         self.new_state: Any = None
 
-    def _plain_header(self) -> Header:
-        x = self.own.x
-        lay = self.run.layout(x.shape, training=True)
-        return Header(dtype=dtype_number(x.dtype), groups=lay.groups, channels=lay.channels, call=self.number)
-
     def header(self) -> Header:
-        o, x = self.run.options, self.own.x
-        hyper = self.run.hyper(x.ndim, x.dtype, self.numbers)[: len(NUMBERS)]
-        return self._plain_header()._replace(
-            update=self.update,
-            **dict(zip(NUMBERS, hyper, strict=True)),
-            options=checksum(
-                *(o.axis, x.ndim, o.renorm, o.activation, self.own.operands.adjusted),
-                *(o.virtual_batch_size, o.ragged, o.virtual_batch_order, o.debias, o.skip_nonfinite),
-            ),
-            state=checksum_of(place_of(self.state).to_host(self.state)),
-        )
+        x, operands, _ = self.own
+        header = training_header(self.run, x, self.numbers, operands.adjusted, self.state, self.update)
+        return header._replace(call=self.number)
 
     def finish(self, y: Tensor) -> Any:
         """Write the output. Returns: saved."""
@@ -202,7 +189,7 @@ class _Call:
     def gradients(self, dy: Any, x: Any, saved: Any, operands: Operands, dx: Tensor, wants_dz: bool) -> Any:
         """Write dx. Returns: dparams and dz."""
         sums, dparams = self.run.reduce_gradient(dy, x, saved, operands)
-        header = self._plain_header()._replace(stage=BACKWARD)
+        header = input_header(self.run, x)._replace(stage=BACKWARD, call=self.number)
         with self.exchange.lock:
             parts = self.exchange.gather(header, sums)
         found = beside(self.run.add_sums(parts), x)

@@ -9,7 +9,7 @@ import numpy as np
 from nbbn import Dispatcher
 from nbbn.engine.cpu.engine import CpuEngine
 from nbbn.engine.cpu.plan import Plan
-from nbbn.kernels.cpu.steps import WRITES, names_of
+from nbbn.kernels.cpu.compiling import WRITES, names_of
 
 
 class Forgetful(Dispatcher):

@@ -59,7 +59,7 @@ class Variable:
 
     def assign(self, value: Any) -> None:
         """Set the value. Raises: ValueError if its shape is not the variable's."""
-        self.owner.assign({self._key: self.owner.check(self.name, value)})
+        self.owner.assign({self._key: self.owner.check(self._key, value, self.name)})
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.numpy(), dtype)

@@ -13,7 +13,7 @@ from nbbn.engine.cpu.bound import LAST_ARGUMENTS, BoundStep, StridedStep
 from nbbn.engine.cpu.plan import OPERANDS, Plan, check_arrays
 from nbbn.engine.cpu.schedule import Thresholds, choose, of_whole_samples
 from nbbn.kernels.channel import MOMENT_ROWS
-from nbbn.kernels.cpu.steps import compiled, names_of
+from nbbn.kernels.cpu.compiling import compiled, names_of
 from nbbn.runtime import PLAIN, entry_point
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from nbbn.kernels.channel import MOMENT_ROWS
-from nbbn.kernels.cpu.steps import compiled
+from nbbn.kernels.cpu.compiling import compiled
 from nbbn.runtime import entry_point
 
 Array = np.ndarray

@@ -13,7 +13,8 @@ from nbbn.core import dtypes
 from nbbn.core.layout import Sizes
 from nbbn.engine.base import Copied
 from nbbn.engine.cpu.schedule import Schedule
-from nbbn.kernels.cpu.steps import ARGUMENTS, Step, compiled, names_of
+from nbbn.kernels.cpu.compiling import ARGUMENTS, compiled, names_of
+from nbbn.kernels.cpu.steps import Step
 from nbbn.runtime import PLAIN, entry_point, region, thread_limit
 
 Array = np.ndarray

@@ -1,6 +1,6 @@
 """How a step runs on a canonical view: the one place where sizes decide.
 
-Every number here is measured (docs/performance.md). What decides how a sum is made, which is the view, the loops and
+Every number here is measured (docs/architecture.md). What decides how a sum is made, which is the view, the loops and
 the chunks, depends on shape and strides alone; what only decides who computes it when depends on the machine, too.
 """
 

@@ -24,6 +24,7 @@ Grid = namedtuple(
     "r0_step r1_step k1_step group shares r0_apart k0_apart depth repeats written span inner period streamed "
     "chunks tiles families r0 k0 r1 k1",
 )
+SIZES = tuple(Grid._fields.index(name) for name in ("r0", "k0", "r1", "k1"))
 # What one task covers. ahead: by how many k0 its statistics are farther than its elements.
 Bounds = namedtuple("Bounds", "chunk r0 r0_end k0 k0_end r1 r1_end k1 k1_end ahead")
 

@@ -15,10 +15,9 @@ from numba.extending import NativeValue, models, register_model, unbox
 from numba.np.arrayobj import populate_array
 
 from nbbn.kernels.cpu.lanes import LINE
-from nbbn.kernels.cpu.tasks import Grid
+from nbbn.kernels.cpu.tasks import SIZES
 from nbbn.runtime import intrinsic
 
-_SIZES = tuple(Grid._fields.index(name) for name in ("r0", "k0", "r1", "k1"))
 _POINTER = ir.IntType(8).as_pointer()
 # Where NumPy's C interface has the address of an array's first element, and the addresses of its sizes and strides:
 # behind what every object begins with, and the number of dimensions.
@@ -106,7 +105,7 @@ def as_view(rank: int) -> Any:
     no Data is one already."""
 
     def plain(array, grid):
-        shape = tuple(grid[i] for i in _SIZES[:rank])
+        shape = tuple(grid[i] for i in SIZES[:rank])
         return array if array is None or array.shape == shape else array.reshape(shape)
 
     @intrinsic(plain=plain)
@@ -117,7 +116,7 @@ def as_view(rank: int) -> Any:
 
         def emit(context, builder, signature, args):
             sizes = cgutils.unpack_tuple(builder, args[1])
-            return _dense(context, builder, result, args[0], [sizes[i] for i in _SIZES[:rank]])
+            return _dense(context, builder, result, args[0], [sizes[i] for i in SIZES[:rank]])
 
         return result(array, grid), emit
 
