@@ -226,6 +226,17 @@ def test_group_table():
     ]
 
 
+def test_peer_table():
+    """Each peer's fastest form; jax: 4, 8 and 0.5."""
+    assert list(report.peer_table(_report()))[2:] == [
+        "| torch | inference | 3 | 100% | 3.30 | 2.00 |",
+        "| torch | inference + read | 1 | 0% | 0.90 | 0.90 |",
+        "| torch | training | 1 | 100% | 3.00 | 3.00 |",
+        "| jax | inference | 3 | 67% | 2.52 | 0.50 |",
+    ]
+    assert not list(report.peer_table(_report([])))
+
+
 def test_worst_table():
     """Without options, which no peer has."""
     lines = list(report.worst_table(_report()))[2:]

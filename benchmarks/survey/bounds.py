@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from benchmarks.cases import MODES
@@ -35,8 +36,12 @@ def ratio(result: Result) -> float | None:
     return _over_own(result, rival(result))
 
 
-def _over_torch(result: Result) -> float | None:
-    return _over_own(result, seconds(result, "torch"))
+def ratio_of(library: str, result: Result) -> float | None:
+    """The same of one library's fastest form."""
+    return _over_own(result, seconds(result, library))
+
+
+_over_torch = partial(ratio_of, "torch")
 
 
 def _over_own(result: Result, other: tuple[float, str] | None) -> float | None:

@@ -1,14 +1,16 @@
 """A survey as tables in Markdown and as a picture."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import is_disturbed
+from benchmarks.peers import PEERS
 from benchmarks.report import COLORS, Report, left_out_table, machine_lines
-from benchmarks.survey.bounds import known, own, ratio, rival, share_ahead
-from benchmarks.survey.points import GROUPS, OPTIONS, SURVEY_MODES
+from benchmarks.survey.bounds import Ratios, known, own, ratio, ratio_of, rival, share_ahead
+from benchmarks.survey.points import FLOAT32, GROUPS, OPTIONS, SURVEY_MODES
 
 WORST = 20
 MODE_COLORS = dict(zip(SURVEY_MODES, COLORS.values(), strict=False))
@@ -16,7 +18,8 @@ MODE_COLORS = dict(zip(SURVEY_MODES, COLORS.values(), strict=False))
 
 def tables(report: Report) -> str:
     """The machine, the classes, the worst points, who is left out, and the bounds, in Markdown."""
-    parts = (_head(report), group_table(report), worst_table(report), left_out_table(report), bounds_table(report))
+    tables = (group_table, peer_table, worst_table, left_out_table, bounds_table)
+    parts = (_head(report), *(table(report) for table in tables))
     return "\n\n".join("\n".join(lines) for part in parts if (lines := list(part))) + "\n"
 
 
@@ -34,10 +37,29 @@ def group_table(report: Report) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for group in GROUPS:
         for mode in SURVEY_MODES:
-            ratios = known(ratio(r) for r in report["results"] if (r["group"], r["mode"]) == (group, mode))
-            if ratios:
-                values = f"{share_ahead(ratios):.0%} | {statistics.geometric_mean(ratios):.2f} | {min(ratios):.2f}"
-                yield f"| {group} | {mode} | {len(ratios)} | {values} |"
+            if ratios := _ratios(report, group, mode, ratio):
+                yield f"| {group} | {mode} | {_summary(ratios)} |"
+
+
+def peer_table(report: Report) -> Iterator[str]:
+    """One row per peer and mode, of float32."""
+    found = [(p, mode, _ratios(report, FLOAT32, mode, partial(ratio_of, p))) for p in PEERS for mode in SURVEY_MODES]
+    if not any(ratios for _, _, ratios in found):
+        return
+    yield "| float32, against | mode | measurements | ahead | geometric mean | worst |"
+    yield "|---|---|---|---|---|---|"
+    for peer, mode, ratios in found:
+        if ratios:
+            yield f"| {peer} | {mode} | {_summary(ratios)} |"
+
+
+def _ratios(report: Report, group: str, mode: str, of: Callable[[dict[str, Any]], float | None]) -> Ratios:
+    return known(of(r) for r in report["results"] if (r["group"], r["mode"]) == (group, mode))
+
+
+def _summary(ratios: Ratios) -> str:
+    mean = statistics.geometric_mean(ratios)
+    return f"{len(ratios)} | {share_ahead(ratios):.0%} | {mean:.2f} | {min(ratios):.2f}"
 
 
 def worst_table(report: Report) -> Iterator[str]:
