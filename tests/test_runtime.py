@@ -108,6 +108,7 @@ def test_bad_number_of_threads(ask_for, value):
 
 def test_number_of_threads(ask_for, monkeypatch):
     monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 4)
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "4")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(threads, "cpu_quota", lambda: (3, "cpu.max"))
     assert [ask_for(v) for v in ("", "1", "2", "3", "100")] == [3, 1, 2, 3, 3]
@@ -122,10 +123,31 @@ def test_number_of_threads(ask_for, monkeypatch):
 def test_openmp_has_a_say(ask_for, monkeypatch, value, limit):
     """What OpenMP would pass over counts for nothing here, too."""
     monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 4)
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "4")
     monkeypatch.setattr(threads, "cpu_quota", lambda: (100, None))
     monkeypatch.setenv("OMP_NUM_THREADS", value)
     assert ask_for("") == limit
     assert ask_for("1") == 1
+
+
+PINNED = """
+import os
+import nbbn
+from nbbn.runtime import thread_limits
+cores = os.sched_getaffinity(0)
+os.sched_setaffinity(0, {min(cores)})
+limits = thread_limits()
+print(limits.get("the affinity mask"), min(limits.values()))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")
+@pytest.mark.skipif(PLAIN, reason="NUMBA_DISABLE_JIT is set: one thread")
+def test_a_process_that_pins_itself():
+    """Numba has counted the cores before. Who sets Numba's number asks for it whatever there is, as for a cache that is
+    filled for another machine."""
+    assert check(PINNED, NUMBA_NUM_THREADS=None) == "1 1\n"
+    assert check(PINNED, NUMBA_NUM_THREADS="3", OMP_NUM_THREADS="2") == "None 2\n"
 
 
 LIMITED = """

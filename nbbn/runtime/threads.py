@@ -48,6 +48,8 @@ def thread_limits() -> dict[str, int]:
     if PLAIN:
         return {"NUMBA_DISABLE_JIT": 1}
     limits: dict[str, int] = {"numba.config.NUMBA_NUM_THREADS": numba.config.NUMBA_NUM_THREADS}
+    if hasattr(os, "sched_getaffinity") and "NUMBA_NUM_THREADS" not in os.environ:  # Numba has counted at its import
+        limits["the affinity mask"] = len(os.sched_getaffinity(0))
     quota, file = cpu_quota()
     if file is not None:
         limits[f"the CPU quota in {file}"] = quota
