@@ -14,7 +14,7 @@ import numpy as np
 import nbbn
 from nbbn.arrays import availability
 from nbbn.kernels.cpu.floats import HALF_INSTRUCTIONS
-from nbbn.runtime import find_cache, start_pool, thread_limits
+from nbbn.runtime import find_cache, limit_in_words, start_pool
 
 FEATURES = ("avx2", "avx512f", "f16c")
 
@@ -32,7 +32,7 @@ def lines() -> list[str]:
         "CPU features": cpu_features,
         "float16": lambda: f"converted by {'half instructions' if HALF_INSTRUCTIONS else 'integer arithmetic'}",
         "threading layer": threading_layer,
-        "threads": threads,
+        "threads": limit_in_words,
         "kernel cache": kernel_cache,
         "GPU": gpus,
     }
@@ -77,15 +77,6 @@ def cpu_features() -> str:
 
 def threading_layer() -> str:
     return start_pool() or "none: Numba can load no threading layer"
-
-
-def threads() -> str:
-    """The limit, what sets it, and all other limits."""
-    limits = thread_limits()
-    least = min(limits.values())
-    deciding = ", ".join(name for name, limit in limits.items() if limit == least)
-    others = "".join(f"; {name}: {limit}" for name, limit in limits.items() if limit > least)
-    return f"{least} (by {deciding}{others})"
 
 
 def kernel_cache() -> str:

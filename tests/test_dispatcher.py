@@ -170,13 +170,13 @@ def lines(text):
 def test_explain_of_training():
     layer = forced({"short_plane": 0}, axis=1)
     text = lines(nbbn.explain(layer, zeros((8, 3, 5, 4), np.float16), training=True))
+    assert text.pop("threads").startswith("1")
     assert text == {
         "step": "train",
         "dtype": "float16; statistics float32, sums in float64",
         "view": "R0=8 K0=3 R1=20 K1=1 (contiguous)",
         "schedule": "planes 8x3x20; passes: one, tile by tile; results written through the caches",
         "chunks": "1 of 160 of 160 values",
-        "threads": "1",
     }
     assert not layer.built, "explain() must not build the layer"
 
@@ -211,8 +211,10 @@ def test_explain_of_a_large_input():
     text = lines(nbbn.explain(layer, zeros((64, 2, 64, 128)), training=True))
     assert text["schedule"].endswith("results written past the caches")
     assert text["chunks"] == "8 of 65536 of 524288 values"
-    expected = f"up to {thread_limit()}" if thread_limit() > 1 else "1"
+    expected = f"up to {thread_limit()} (by " if thread_limit() > 1 else "1 (by "
     assert text["threads"].startswith(expected)
+    small = lines(nbbn.explain(layer, zeros((4, 2, 4, 4)), training=True))["threads"]
+    assert small.removeprefix("1; with more work ") == text["threads"]
 
 
 def test_explain_of_long_rows():

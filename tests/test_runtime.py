@@ -133,7 +133,7 @@ def test_openmp_has_a_say(ask_for, monkeypatch, value, limit):
 PINNED = """
 import os
 import nbbn
-from nbbn.runtime import thread_limits
+from nbbn.runtime.threads import thread_limits
 cores = os.sched_getaffinity(0)
 os.sched_setaffinity(0, {min(cores)})
 limits = thread_limits()

@@ -14,7 +14,7 @@ from nbbn.runtime.machine import last_level_cache
 from nbbn.runtime.plain import PLAIN, intrinsic, run_by_python
 from nbbn.runtime.progress import LOGGER, compiling
 from nbbn.runtime.threadpool import likely_layer, start_pool
-from nbbn.runtime.threads import StateLock, parallel_region, region, thread_limit, thread_limits
+from nbbn.runtime.threads import StateLock, limit_in_words, parallel_region, region, thread_limit
 
 __all__ = [
     "LOGGER",
@@ -30,6 +30,7 @@ __all__ = [
     "kept_where",
     "last_level_cache",
     "likely_layer",
+    "limit_in_words",
     "load_kernel",
     "parallel_region",
     "region",
@@ -37,5 +38,4 @@ __all__ = [
     "save_kernel",
     "start_pool",
     "thread_limit",
-    "thread_limits",
 ]

@@ -64,6 +64,15 @@ def thread_limits() -> dict[str, int]:
     return limits
 
 
+def limit_in_words() -> str:
+    """The limit, what sets it, and all other limits, as they are now."""
+    limits = thread_limits()
+    least = min(limits.values())
+    deciding = ", ".join(name for name, limit in limits.items() if limit == least)
+    others = "".join(f"; {name}: {limit}" for name, limit in limits.items() if limit > least)
+    return f"{least} (by {deciding}{others})"
+
+
 def region(elements: int | None = None) -> Iterator[int]:
     """Yields once: the pool, where the kernel may have it, as the first argument of a step; else 0. It is this caller's
     until the block ends.

@@ -15,7 +15,7 @@ from nbbn.engine.base import Copied
 from nbbn.engine.cpu.schedule import Schedule
 from nbbn.kernels.cpu.compiling import ARGUMENTS, compiled, names_of
 from nbbn.kernels.cpu.steps import Step
-from nbbn.runtime import PLAIN, entry_point, region, thread_limit
+from nbbn.runtime import PLAIN, entry_point, limit_in_words, region, thread_limit
 
 Array = np.ndarray
 OPERANDS = ("weights", "a", "b")  # have the statistics' dtype; all other views have the input's
@@ -153,6 +153,11 @@ class Plan:
         own = strides[: len(shape)]  # of what is only read
         return lambda array: as_strided(array, shape, own, writeable=False)
 
+    def _threads(self) -> str:
+        if thread_limit() == 1:
+            return limit_in_words()
+        return f"{'up to' if self.schedule.parallel else '1; with more work up to'} {limit_in_words()}"
+
     def __str__(self) -> str:
         r0, k0, r1, k1 = self.view
         s, apart = self.schedule, self.schedule.grid.r0_apart
@@ -170,6 +175,6 @@ class Plan:
                 f"view          R0={r0}{slices} K0={k0} R1={r1} K1={k1} ({memory})",
                 f"schedule      {s.loops} {'x'.join(map(str, s.shape))}; passes: {passes}; results written {store}",
                 f"chunks        {chunks} of {-(-values // chunks)} of {values} values",
-                f"threads       {f'up to {thread_limit()}' if s.parallel else '1'}",
+                f"threads       {self._threads()}",
             )
         )
