@@ -119,7 +119,7 @@ class CudaEngine(Engine):
         self._run_over_channels(name, variant, like, numbers, channels, statistics)
 
     def merge_moments(self, parts: Array) -> Array:
-        """The moments (4, S) of several inputs together: (P, 4, S), merged in their order, and overwritten."""
+        """The moments (4, S) of several inputs together: (P, 4, S), merged in their order."""
         return self._merged("merge_moments", parts, "moments")
 
     def add_sums(self, parts: Array) -> Array:
