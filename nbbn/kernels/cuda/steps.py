@@ -22,6 +22,7 @@ from nbbn.kernels.channel import SAVED_ROWS
 from nbbn.kernels.cuda import channel as middle
 from nbbn.kernels.cuda.apply import apply_functions
 from nbbn.kernels.cuda.blocks import COLUMNS, VIEW_SIZE, Variant, block_functions, is_last
+from nbbn.kernels.cuda.kernel import Kernel
 from nbbn.kernels.cuda.memory import VECTOR_BYTES, matrices, vector
 from nbbn.kernels.cuda.reduce import reduce_functions
 from nbbn.kernels.cuda.target import cuda, device
@@ -44,6 +45,11 @@ def signature(step: str, v: Variant) -> Any:
     sizes = [types.UniTuple(index, 4), grid, types.UniTuple(types.int64, len(MEMORY))]
     real = types.float64 if v.statistic.itemsize == 8 else types.float32
     return types.void(*[view] * len(VIEWS[step]), *sizes, types.int64, real)
+
+
+@lru_cache(maxsize=1024)
+def kernel(step: str, v: Variant) -> Kernel:
+    return Kernel(step, v.dtype.name, (v,), signature(step, v), lambda: steps(v)[step])
 
 
 @lru_cache(maxsize=256)
