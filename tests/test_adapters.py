@@ -98,9 +98,11 @@ def torch(monkeypatch):
 
 
 @pytest.fixture
-def jax():
+def jax(monkeypatch):
     pytest.importorskip("jax", reason="needs JAX (extra: bench)")
-    return importlib.import_module("nbbn.arrays.jax")
+    adapter = importlib.import_module("nbbn.arrays.jax")
+    monkeypatch.setattr(adapter, "_order", lambda array: array.block_until_ready())  # there is no stream to wait in
+    return adapter
 
 
 @pytest.fixture(params=["torch", "cupy", "jax"])
@@ -330,6 +332,26 @@ def test_the_host_sees_what_changed(jax):
     ctypes.c_float.from_address(jax.describe(array)[0]).value = 9
     np.testing.assert_array_equal(before, values((4,)))
     np.testing.assert_array_equal(jax.to_host(array), [9, 1, 2, 3])
+
+
+def test_the_default_stream_waits_for_jax_and_the_host_does_not():
+    """Before the kernels are queued that read or write the array. Anything else that is asked of it is an error."""
+    pytest.importorskip("jax", reason="needs JAX (extra: bench)")
+    adapter, asked = importlib.import_module("nbbn.arrays.jax"), []
+
+    class OnGpu:
+        shape, dtype, device = (2, 3), np.dtype(np.float32), SimpleNamespace(local_hardware_id=1)
+
+        def __dlpack__(self, *, stream):
+            asked.append(stream)
+
+        def unsafe_buffer_pointer(self):
+            asked.append("address")
+            return 2**40
+
+    assert adapter.describe(OnGpu()) == (2**40, (2, 3), (), np.float32, 1)
+    assert adapter.address(OnGpu()) == 2**40
+    assert asked == [1, "address"] * 2
 
 
 def test_jax_arrays_of_the_host_are_no_gpus_and_tracers_are_nobodys(jax):

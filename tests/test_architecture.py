@@ -34,13 +34,14 @@ ROOMS = {
     "kernels": {"core.rules"},
     "kernels.cpu": {"core.rules", "kernels", "runtime"},
     "kernels.cuda": {"core.rules", "kernels"},
+    "streams": {"kernels.cuda", "runtime"},
     # -- where arrays lie: one face, and for each library a module that only `libraries` looks for
     "arrays.availability": set(),
     "arrays.device": {"core"},
     "arrays.dlpack": {"core"},
     "arrays.torch": {"arrays.device", "core"},
     "arrays.cupy": {"arrays.device", "core"},
-    "arrays.moving": {"arrays.device", "core", "kernels.cuda"},
+    "arrays.moving": {"arrays.device", "core", "kernels.cuda", "streams"},
     "arrays.numba_cuda": {"arrays.device", "arrays.moving", "core", "kernels.cuda"},
     "arrays.jax": {"arrays.device", "arrays.numba_cuda", "core"},
     "arrays.interface": {"arrays.device", "arrays.dlpack", "arrays.numba_cuda", "core"},
@@ -58,7 +59,7 @@ ROOMS = {
     "engine.cpu": {"core", "engine", "kernels", "kernels.cpu", "runtime"},
     "engine.cuda": {
         *("arrays.availability", "arrays.device", "arrays.moving", "core", "engine", "kernels"),
-        *("kernels.cuda", "runtime"),
+        *("kernels.cuda", "streams"),
     },
     "engine.dispatcher": {"arrays", "core", "engine", "engine.cpu", "engine.cuda", "kernels"},
     # -- a call: checks, the steps, the gradient
@@ -116,7 +117,8 @@ FILES = {"__init__.py", "__main__.py", "_registry.py", "accumulation.py", "info.
 }
 FOLDERS = {
     *("__pyinstaller", "arrays", "call", "compat", "core", "demo", "deploy"),
-    *("engine", "exchange", "flax", "jax", "keras", "kernels", "layer", "numba", "runtime", "state", "sync", "torch"),
+    *("engine", "exchange", "flax", "jax", "keras", "kernels", "layer", "numba", "runtime", "state", "streams", "sync"),
+    "torch",
 }
 
 ALWAYS_INSTALLED = {"numba", "numpy", "llvmlite"}
@@ -129,7 +131,7 @@ OPTIONAL = {
     "population": {"tqdm"},
     "info": {"ml_dtypes"},
     "demo": {"matplotlib", "sklearn", "threadpoolctl", "tqdm"},
-    "engine.cuda": {"cuda"},
+    "streams": {"cuda"},
     "sync": {"mpi4py", "torch"},
 }
 # These are imported when an array of their library comes in, and not before; so they may import it at once.
@@ -141,7 +143,7 @@ FACES = {
 }
 # What imports numba.cuda is imported when it is needed, too.
 OF_A_GPU = (
-    *("kernels.cuda", "engine.cuda", "arrays.gpu", "arrays.interface", "arrays.moving", "arrays.numba_cuda"),
+    *("kernels.cuda", "streams", "engine.cuda", "arrays.gpu", "arrays.interface", "arrays.moving", "arrays.numba_cuda"),
     *LIBRARIES,
 )
 

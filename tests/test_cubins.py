@@ -12,11 +12,12 @@ if find_spec("numba_cuda") is None:
 if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     pytest.skip("Numba's simulator compiles nothing", allow_module_level=True)
 
-from nbbn.engine.cuda import compiling
+from nbbn.kernels.cuda import broadcast, steps, strided
 from nbbn.runtime import cache
+from nbbn.streams import compiling
 from tests.helpers import cubins
 from tests.helpers.cubins import VARIANT
-from tests.helpers.imports import is_in, reachable
+from tests.helpers.imports import MODULES, is_in, reachable
 from tests.helpers.processes import run
 from tests.test_cache import DAMAGE, files
 
@@ -57,7 +58,7 @@ def compiled(monkeypatch, tmp_path):
 def load(step="infer", variant=VARIANT):
     compiling.function.cache_clear()
     compiling._capability.cache_clear()
-    return compiling.function(step, variant, 0)
+    return compiling.function(steps.kernel(step, variant), 0)
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -124,6 +125,27 @@ def test_steps_and_variants_have_files_of_their_own(compiled, tmp_path):
     assert len(compiled) == len(files(tmp_path)) == 4
 
 
+def test_kernels_beside_those_of_steps_have_files_of_their_own(compiled, tmp_path):
+    """By dtypes, the number of dimensions, and all else that is compiled in."""
+    single, double = np.dtype(np.float32), np.dtype(np.float64)
+    kernels = [strided.copy(single, double, 1), strided.copy(double, single, 1), strided.copy(single, double, 2)]
+    kernels += [strided.add(single), strided.first_steps(single), strided.numbers(8), strided.numbers(5)]
+    kernels += [
+        broadcast.sums("scale", single, None, single, True, 256, (1, 2)),
+        broadcast.sums("bias", single, None, single, True, 256, (1, 2)),
+        broadcast.sums("bias", single, single, single, True, 256, (1, 2)),
+        broadcast.sums("bias", single, None, double, True, 256, (1, 2)),
+        broadcast.sums("bias", single, None, single, False, 256, (1, 2)),
+        broadcast.sums("bias", single, None, single, True, 128, (1, 2)),
+        broadcast.sums("bias", single, None, single, True, 256, (2, 1)),
+    ]
+    for _ in range(2):
+        compiling.function.cache_clear()
+        for kernel in kernels:
+            compiling.function(kernel, 0)
+    assert len(compiled) == len(files(tmp_path)) == len(kernels)
+
+
 def test_versions_are_those_of_all_that_compiles():
     found = " ".join(compiling._versions())
     for name in ("numba-cuda", "cuda-core", "nvidia-nvjitlink"):
@@ -132,6 +154,8 @@ def test_versions_are_those_of_all_that_compiles():
 
 def test_all_code_of_kernels_is_hashed():
     """What they are made from, and nothing of the host's."""
-    made_of = {m for m in (*reachable("kernels.cuda.steps"), "kernels.cuda.steps") if not m.endswith("kernels.cuda")}
+    having = {m for m in MODULES if is_in(m, "kernels.cuda") and "Kernel(" in MODULES[m].read_text()}
+    assert {f"nbbn.{m}" for m in having} == {m.__name__ for m in compiling.KERNELS}
+    made_of = {m for one in having for m in (*reachable(one), one) if not m.endswith("kernels.cuda")}
     assert {f"nbbn.{m}" for m in made_of if is_in(m, "kernels") or is_in(m, "core")} == set(compiling.SOURCES)
     assert cache.code_hash(compiling.SOURCES) is not None

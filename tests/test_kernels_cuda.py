@@ -184,6 +184,17 @@ def test_families(name, families):
     assert {s.one_launch for s in found} == {name != "tiles that are not of one group"}
 
 
+@pytest.mark.parametrize("one_launch", [True, False])
+@pytest.mark.parametrize("renorm", [True, False])
+@pytest.mark.parametrize("shape", [(20, 2, 6, 1), (20, 1, 1, 8)], ids=["planes", "rows"])
+def test_more_groups_than_a_block_has_threads(shape, renorm, one_launch):
+    """A thread has one statistic after the other, and one of them their channel."""
+    problem = Problem(shape, np.float32, virtual_batch_size=2, renorm=renorm)
+    run = small(Cuda, problem.options, one_pass=one_launch, threads=4)
+    problem.check_training(run)
+    assert {s.one_launch for s in run.schedules()} == {one_launch}
+
+
 def test_a_division_is_a_product_and_a_shift():
     """Of numbers below 2^31; near multiples of the divisor, where it would go wrong first."""
     rng, most, plain = np.random.default_rng(0), (1 << 31) - 1, getattr(divide, "py_func", divide)

@@ -1,7 +1,6 @@
 """Copies and casts on a GPU, between any strides and dtypes, and sums along any dimensions."""
 
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ if not cuda.is_available():
     pytest.skip("needs a GPU, or NUMBA_ENABLE_CUDASIM=1", allow_module_level=True)
 
 from nbbn.arrays import moving, numba_cuda
-from nbbn.arrays.device import DeviceArray, wrap
+from nbbn.arrays.device import wrap
 from nbbn.arrays.gpu import device_place
 from nbbn.core.layout import layout
 from nbbn.engine.base import Batch, Operands
@@ -77,20 +76,6 @@ def test_columns_and_rows_are_views():
     PLACE.put(part, found)
     memory[1:3, 1:3] += 1
     np.testing.assert_array_equal(PLACE.to_host(array), memory)
-
-
-@pytest.mark.parametrize(("handle", "stream"), [(77, ("stream", 77)), (0, 0)])
-def test_kernels_run_in_the_present_stream_of_the_library(monkeypatch, handle, stream):
-    done = []
-
-    class Kernel:
-        def __getitem__(self, configuration):
-            return lambda *arguments: done.append((configuration, arguments))
-
-    library = SimpleNamespace(stream=lambda device: handle, finish=lambda device: done.append("finished"))
-    monkeypatch.setattr(moving, "_stream", lambda handle, device: ("stream", handle))
-    moving.start(Kernel(), DeviceArray(None, library, 0, (), (), np.dtype(np.float32), 0), 500, 64, 1, 2)
-    assert done == [((500, 64, stream), (1, 2)), "finished"]
 
 
 def test_nothing_is_launched_for_nothing():

@@ -13,31 +13,20 @@ if find_spec("numba_cuda") is None:
 if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     pytest.skip("Numba's simulator compiles nothing", allow_module_level=True)
 
-from numba.cuda import types
-
 from nbbn.engine.cuda.schedule import Thresholds
 from nbbn.kernels.cuda import broadcast, strided
 from tests.helpers.ptx import innermost, loops, ptx_of, resources
 
 CC = (9, 0)
-INT = types.int64
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
-def integers(n):
-    return types.UniTuple(INT, n)
-
-
 def copied(source, target, rank):
-    arguments = INT, integers(rank), INT, integers(rank), integers(rank), INT
-    return strided.copy(np.dtype(source), np.dtype(target)), arguments
+    return strided.copy(np.dtype(source), np.dtype(target), rank)
 
 
 def summed(name, dtype, rank, weights=None, rows=True):
-    four = types.UniTuple(integers(rank), 4)
-    cut = types.NamedTuple([INT] * len(broadcast.Cut._fields), broadcast.Cut)
-    kernel = broadcast.sums(name, np.dtype(dtype), weights, FLOAT32, rows, Thresholds().threads)
-    return kernel, (integers(4), integers(rank), four, integers(rank), four, INT, cut, INT)
+    return broadcast.sums(name, np.dtype(dtype), weights, FLOAT32, rows, Thresholds().threads, (rank, rank))
 
 
 CASES = {
@@ -63,15 +52,14 @@ CASES = {
             ("value", np.float64, 1, None, True),
         )
     },
-    "add": (strided.add(FLOAT32), (INT, INT, INT)),
-    "first_steps": (strided.first_steps(FLOAT32), (INT,) * 5),
-    "numbers": (strided.numbers(), (types.UniTuple(types.float64, 8), INT, INT)),
+    "add": strided.add(FLOAT32),
+    "first_steps": strided.first_steps(FLOAT32),
+    "numbers": strided.numbers(8),
 }
 
 
-def compiled(case):
-    kernel, arguments = case
-    return ptx_of(kernel.py_func, types.void(*arguments), CC)
+def compiled(kernel):
+    return ptx_of(kernel.build(), kernel.signature, CC)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

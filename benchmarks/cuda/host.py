@@ -55,7 +55,8 @@ def without_gpu() -> Iterator[Driver]:
     """
     try:
         torch: Any = importlib.import_module("torch")
-        launching, driver = (importlib.import_module(f"nbbn.engine.cuda.{name}") for name in ("launching", "driver"))
+        repeated = importlib.import_module("nbbn.engine.cuda.launching")
+        launching, driver = (importlib.import_module(f"nbbn.streams.{name}") for name in ("launching", "driver"))
     except ImportError as error:
         raise RuntimeError(
             f'python -m benchmarks cuda --host needs PyTorch and numba-cuda, of any build: pip install "nbbn[cuda]" '
@@ -73,6 +74,7 @@ def without_gpu() -> Iterator[Driver]:
             (driver, "driver", lambda: found),
             (launching, "driver", lambda: found),
             (launching, "function", lambda *kernel: 1),
+            (repeated, "function", lambda *kernel: 1),
         ):
             stack.enter_context(patch.object(module, name, stand_in))
         driver._primary.cache_clear()

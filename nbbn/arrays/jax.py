@@ -1,4 +1,5 @@
-"""JAX's arrays. On a GPU its streams cannot be had, so a call waits: for its inputs before, for its kernels after.
+"""JAX's arrays. On a GPU its streams cannot be had: kernels run on the default stream, which waits for what JAX has
+queued. JAX's streams cannot be told to wait for it, so a call waits for its kernels.
 
 JAX's arrays never change once there are results in them. Kernels write to those only that are new, from empty() and
 from_host().
@@ -17,6 +18,7 @@ from nbbn.core.layout import Sizes
 # numba.cuda is imported by what runs on a GPU only: JAX's arrays of the host come here, too.
 
 _CUDA = 2  # DLPack's kDLCUDA
+_LEGACY = 1  # the default stream, as DLPack names it
 
 
 def is_device_array(value: Any) -> bool:
@@ -36,14 +38,20 @@ def is_writable(array: Any) -> bool:
 
 
 def describe(array: Any) -> tuple[int, Sizes, Sizes, np.dtype, int]:
-    """Strides are (): an array is C-contiguous. Waits until it has been computed."""
-    address = array.block_until_ready().unsafe_buffer_pointer()
-    return address, array.shape, (), np.dtype(array.dtype), _number(array.device)
+    """Strides are (): an array is C-contiguous."""
+    return address(array), array.shape, (), np.dtype(array.dtype), _number(array.device)
 
 
 def address(array: Any) -> int:
-    """Waits until JAX no longer writes to the array, as it does to an empty one."""
-    return int(array.block_until_ready().unsafe_buffer_pointer())
+    """What is queued from now on waits until JAX has computed the array, or no longer writes to it, as it does to an
+    empty one."""
+    _order(array)
+    return int(array.unsafe_buffer_pointer())
+
+
+def _order(array: Any) -> None:
+    """Let the default stream wait for JAX's, as DLPack's protocol has it; the capsule itself is of no use."""
+    array.__dlpack__(stream=_LEGACY)
 
 
 def empty(shape: Sizes, dtype: np.dtype, device: int) -> Any:
@@ -64,7 +72,7 @@ def from_host(array: np.ndarray, device: int) -> Any:
         return jax.device_put(np.array(array, order="C"), _device(device))
 
 
-send = from_host  # a call waits for its inputs anyway
+send = from_host  # JAX copies in its own time
 
 
 def to_host(array: Any) -> np.ndarray:
@@ -78,7 +86,7 @@ def stream(device: int) -> int:
 
 
 def finish(device: int) -> None:
-    """Wait for the kernels: JAX takes it that what is in its arrays is there."""
+    """Wait for the kernels: JAX takes it that what is in its arrays is there, and an input may be donated next."""
     from numba import cuda
 
     with cuda.gpus[device]:

@@ -1,8 +1,6 @@
 """What nbbn's own kernels do with arrays of a GPU, of any library, strides and dtypes: copies, casts and small numbers.
 
-Everything is queued in the stream that the array's library uses now, and nothing waits. Numba itself starts these
-kernels, for whatever types it is called with: that takes the host longer than the launches of a step, which are more
-frequent.
+Everything is queued in the stream that the array's library uses now, and nothing waits.
 """
 
 from dataclasses import replace
@@ -10,25 +8,23 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import cuda
 
 from nbbn.arrays.device import DeviceArray
 from nbbn.core.layout import Sizes, merged
 from nbbn.kernels.cuda import strided
-from nbbn.kernels.cuda.target import SIMULATED
+from nbbn.kernels.cuda.kernel import Kernel
+from nbbn.streams.driver import primary_context
+from nbbn.streams.launching import launch_once
 
-_LEAST = 1 if SIMULATED else 128  # blocks: Numba warns of fewer
 
-
-def start(kernel: Any, like: DeviceArray, blocks: int, threads: int, *arguments: Any) -> None:
-    """Launch a kernel in the present stream of an array's library."""
-    with cuda.gpus[like.device]:
-        handle = like.library.stream(like.device)
-        kernel[max(blocks, _LEAST), threads, _stream(handle, like.device) if handle else 0](*arguments)
+def start(kernel: Kernel, like: DeviceArray, blocks: int, threads: int, *arguments: Any) -> None:
+    """Launch a kernel in the present stream of an array's library. arguments: as in launch_once()."""
+    with primary_context(like.device):
+        launch_once(kernel, like.device, blocks, threads, like.library.stream(like.device), arguments)
     like.library.finish(like.device)
 
 
-def start_over(kernel: Any, like: DeviceArray, size: int, *arguments: Any) -> None:
+def start_over(kernel: Kernel, like: DeviceArray, size: int, *arguments: Any) -> None:
     """The same for one of kernels.cuda.strided, which gets the number of elements last."""
     if size:
         blocks = min(strided.BLOCKS, -(-size // strided.THREADS))
@@ -41,7 +37,7 @@ def copy(source: DeviceArray, target: DeviceArray) -> None:
     same = source.dtype == target.dtype
     pair = (_carrier(source.dtype),) * 2 if same else (source.dtype, target.dtype)
     sizes, (of_source, of_target) = merged(target.shape, [source.strides, target.strides])
-    kernel = strided.copy(*pair)
+    kernel = strided.copy(*pair, len(sizes))
     start_over(kernel, target, target.size, source.address, of_source, target.address, of_target, sizes)
 
 
@@ -64,13 +60,8 @@ def first_steps(lengths: DeviceArray, weights: DeviceArray) -> None:
 
 def numbers(values: np.ndarray, target: DeviceArray) -> None:
     """Write a few float64, which travel with the launch."""
-    start_over(strided.numbers(), target, target.size, tuple(values.tolist()), target.address)
-
-
-@lru_cache(maxsize=64)
-def _stream(handle: int, device: int) -> Any:
-    """Numba's object for a stream. The caller is in the context of the device."""
-    return cuda.external_stream(handle)
+    bits = tuple(values.view(np.int64).tolist())
+    start_over(strided.numbers(len(bits)), target, target.size, bits, target.address)
 
 
 @lru_cache(maxsize=64)

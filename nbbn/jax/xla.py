@@ -111,8 +111,9 @@ def _middle(
     saved, options = jnp.stack(moments), config.options  # in the order of the rows COUNT, BATCH_MEAN, M2, SQUARES
     sums: Any = (jnp.zeros_like(saved[0, 0]),) * 3
     for group in range(saved.shape[1]):
-        counts = saved[channel.COUNT, group], saved[channel.SQUARES, group]
-        sums = _stage.add_group(group, *counts, saved, hyper[channel.BESSEL], *sums)
+        count, squares, bessel = saved[channel.COUNT, group], saved[channel.SQUARES, group], hyper[channel.BESSEL]
+        own = _stage.group_variance(group, count, squares, saved, bessel)
+        sums = _stage.add_group(group, count, own, saved, bessel, *sums)
     flags = [True if flag else None for flag in (options.renorm, options.is_debiased, options.skip_nonfinite)]
     old, new = _State(state), _State(state)
     r, d = _stage.update(0, *sums, old, hyper, *flags, new)

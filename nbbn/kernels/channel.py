@@ -52,12 +52,15 @@ def functions(compiled: Callable[[Any], Any], rules: Any = rules, wide: Any = np
         return LARGEST_FLOAT32 if array.itemsize == 4 else rules.LARGEST
 
     @compiled
-    def add_group(s, n, squares, saved, bessel, present, mean, variance):
+    def group_variance(s, n, squares, saved, bessel):
+        """The variance of a group as the moving statistics know it. n, squares: COUNT and SQUARES of the group."""
+        return rules.per(saved[M2, s], rules.choose(bessel != 0, rules.unbiased_count(n, squares), n))
+
+    @compiled
+    def add_group(s, n, own, saved, bessel, present, mean, variance):
         """The sums over a channel's groups that have any value, with one more: how many, their means and variances.
 
-        n, squares: COUNT and SQUARES of the group."""
-        divisor = rules.choose(bessel != 0, rules.unbiased_count(n, squares), n)
-        own = rules.per(saved[M2, s], divisor)
+        n, own: COUNT and group_variance() of the group."""
         # without any value its mean and its variance are 0
         return present + rules.drop(n == 0, bessel * 0 + 1), mean + saved[BATCH_MEAN, s], variance + own
 
@@ -173,14 +176,17 @@ def functions(compiled: Callable[[Any], Any], rules: Any = rules, wide: Any = np
         return dgamma + own + sums[SUM_DYB, s], dbeta + sums[SUM_DY, s]
 
     @compiled
-    def input_coefficients(s, sums, saved, coefficients):
-        """Write mean, scale, bias and slope of dx. Where the statistics are constants bias and slope are 0."""
-        rstd, mean = saved[RSTD, s], saved[BATCH_MEAN, s]
-        bias, slope = rules.input_gradient_terms(saved[COUNT, s], sums[SUM_DYA, s], sums[SUM_DYA_X, s], rstd)
+    def input_coefficients(s, total, centered, saved, coefficients):
+        """Write mean, scale, bias and slope of dx. Where the statistics are constants bias and slope are 0.
+
+        total, centered: SUM_DYA and SUM_DYA_X of the statistic."""
+        rstd, mean, gamma, r = saved[RSTD, s], saved[BATCH_MEAN, s], saved[USED_GAMMA, s], saved[R, s]
+        bias, slope = rules.input_gradient_terms(saved[COUNT, s], total, centered, rstd)
         coefficients[DX_MEAN, s] = element_mean(s, saved, coefficients)
-        coefficients[DX_SCALE, s] = saved[USED_GAMMA, s] * saved[R, s] * rstd
-        coefficients[DX_BIAS, s] = bias - (mean - wide(coefficients[DX_MEAN, s])) * slope
+        rounded = wide(coefficients[DX_MEAN, s])
+        coefficients[DX_SCALE, s] = gamma * r * rstd
+        coefficients[DX_BIAS, s] = bias - (mean - rounded) * slope
         coefficients[DX_SLOPE, s] = slope
 
-    found = (add_group, update, save, freeze, output_coefficients, inference_coefficients)
+    found = (group_variance, add_group, update, save, freeze, output_coefficients, inference_coefficients)
     return SimpleNamespace(**{f.__name__: f for f in (*found, add_parameter_gradients, input_coefficients)})

@@ -34,6 +34,8 @@ def adapted(name):
     if name == "torch":
         library._device = lambda number: framework.device("cpu")
         library._pinned = lambda tensor: tensor  # there is no driver to ask for pinned memory
+    if name == "jax":
+        library._order = lambda array: array.block_until_ready()  # there is no stream to wait in
     if name == "cupy":
         framework.ndarray.__module__ = "cupy"
     return library, lambda a: library.from_host(a, 0), library.to_host

@@ -8,9 +8,10 @@ from unittest import mock
 
 import numpy as np
 
-from nbbn.engine.cuda import compiling
 from nbbn.kernels.cuda.blocks import Variant
+from nbbn.kernels.cuda.steps import kernel
 from nbbn.runtime import LOGGER
+from nbbn.streams import compiling
 
 CAPABILITY = 9, 0
 VARIANT = Variant(np.dtype(np.float32), rows=True, width=4, sums=np.dtype(np.float32), threads=256)
@@ -69,7 +70,7 @@ def main():
         installed() as found,
         mock.patch.object(compiling, "_compile", lambda *a: compiled.append(a) or compile_(*a)),
     ):
-        assert [compiling.function("infer", VARIANT, 0) for _ in range(2)] == [4711] * 2
+        assert [compiling.function(kernel("infer", VARIANT), 0) for _ in range(2)] == [4711] * 2
     ((name, code),) = found.loaded
     assert code[:4] == b"\x7fELF"
     assert b"infer" in name

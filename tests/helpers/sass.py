@@ -3,6 +3,7 @@
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -52,9 +53,25 @@ class Code(NamedTuple):
         """How many instructions there are before the first one of this name in a loop."""
         return min(n for loop in self.loops for n in loop if self.instructions[n].name == name)
 
+    def alone(self) -> tuple[Instruction, ...]:
+        """What comes between the last barrier and the one before it."""
+        *_, begin, end = (n for n, i in enumerate(self.instructions) if i.name.startswith("BAR.SYNC"))
+        return self.instructions[begin + 1 : end]
+
     def on_their_way(self, name: str) -> int:
         """The most loads of this name that a loop makes before it needs what any of them reads."""
         return max(_on_their_way([self.instructions[n] for n in loop], name) for loop in self.loops)
+
+
+def waits(instructions: Sequence[Instruction]) -> int:
+    """How often these wait for memory, if a wait is for all that was asked for before."""
+    found, waiting = 0, frozenset[int]()
+    for instruction in instructions:
+        if waiting & instruction.read:
+            found, waiting = found + 1, frozenset()
+        if instruction.name.startswith("LDG"):
+            waiting |= instruction.written
+    return found
 
 
 def _on_their_way(instructions: list[Instruction], name: str) -> int:

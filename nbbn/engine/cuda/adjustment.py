@@ -85,7 +85,8 @@ def _launch(
     out: DeviceArray,
     thresholds: Thresholds,
 ) -> None:
-    kernel: Any = sums(name, dtype, weights, out.dtype, terms.rows, thresholds.threads)
+    ranks = len(terms.kept[0]), len(terms.reduced[0])
+    kernel = sums(name, dtype, weights, out.dtype, terms.rows, thresholds.threads, ranks)
     arguments = terms.arrays, *terms.kept, *terms.reduced, terms.saved_row, cut, out.address
     moving.start(kernel, out, min(cut.tiles * cut.chunks, _MOST_BLOCKS), thresholds.threads, *arguments)
 

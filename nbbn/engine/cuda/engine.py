@@ -12,12 +12,12 @@ from nbbn.core.options import Options
 from nbbn.engine.base import Batch, Engine, Force, Step, canonical_view
 from nbbn.engine.cuda import adjustment
 from nbbn.engine.cuda.bound import BoundStep
-from nbbn.engine.cuda.driver import primary_context
 from nbbn.engine.cuda.plan import ALIGNMENT, Plan, over_channels, plan_of
 from nbbn.engine.cuda.schedule import Thresholds, choose
 from nbbn.kernels.cuda import steps
 from nbbn.kernels.cuda.blocks import Variant
 from nbbn.kernels.cuda.memory import VECTOR_BYTES
+from nbbn.streams.driver import primary_context
 
 _BYTES = np.dtype(np.uint8)
 _NARROW = 1 << 30  # sizes and strides below it leave room in 32 bits for what a block reads beyond the end
@@ -119,7 +119,7 @@ class CudaEngine(Engine):
         self._run_over_channels(name, variant, like, numbers, channels, statistics)
 
     def merge_moments(self, parts: Array) -> Array:
-        """The moments (4, S) of several inputs together: (P, 4, S), merged in their order, and overwritten."""
+        """The moments (4, S) of several inputs together: (P, 4, S), merged in their order."""
         return self._merged("merge_moments", parts, "moments")
 
     def add_sums(self, parts: Array) -> Array:

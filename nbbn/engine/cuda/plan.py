@@ -8,13 +8,14 @@ import numpy as np
 
 from nbbn.core.layout import Layout, Sizes
 from nbbn.engine.base import Copied
-from nbbn.engine.cuda.driver import primary_context
-from nbbn.engine.cuda.launching import Launch, clear
+from nbbn.engine.cuda.launching import Launch
 from nbbn.engine.cuda.schedule import Schedule
 from nbbn.kernels.cuda.blocks import Variant
 from nbbn.kernels.cuda.memory import VECTOR_BYTES
 from nbbn.kernels.cuda.steps import COUNTERS
 from nbbn.kernels.cuda.tasks import grid_of
+from nbbn.streams.driver import primary_context
+from nbbn.streams.launching import clear
 
 ALIGNMENT = VECTOR_BYTES  # of the parts of a call's scratch memory, which a library's arrays have at least
 # The launches of a step: the one that does everything, where a block has its channels for itself, and those that take

@@ -115,15 +115,17 @@ def choose(
     apply_chunks = max(1, min(most, max(least, t.blocks // tiles)))
     apply = reduce if one else _cut(r0, r1, apply_chunks, unit, short)
     extent = r0, k0, r1, k1
-    to_reduce, to_apply = (_grid(extent, k0 // slices, *cut, columns, families, t.group) for cut in (reduce, apply))
+    together = max(1, min(channels, columns) if families > 1 else channels)
+    counts = {"slice_k0": max(1, k0 // slices), "group": t.group, "columns": together}
+    to_reduce, to_apply = (_grid(extent, (*cut, columns), families, counts) for cut in (reduce, apply))
     return Schedule(rows, swapped, width, block, to_reduce, to_apply, one)
 
 
-def _grid(extent: Sizes, slice_k0: int, r0_step: int, r1_step: int, k1_step: int, families: int, group: int) -> Grid:
-    steps = r0_step, 1, r1_step, max(1, k1_step)
-    r0s, k0, r1s, k1s = (-(-n // step) for n, step in zip(extent, steps, strict=True))
-    counts = {"chunks": r0s * r1s, "group": group, "r1_pieces": r1s, "k1_pieces": k1s, "slice_k0": max(1, slice_k0)}
-    return grid_of((r0_step, r1_step, k1_step), k0 * k1s, families, **counts)
+def _grid(extent: Sizes, steps: tuple[int, int, int], families: int, counts: dict[str, int]) -> Grid:
+    r0_step, r1_step, k1_step = steps
+    by = r0_step, 1, r1_step, max(1, k1_step)
+    r0s, k0, r1s, k1s = (-(-n // step) for n, step in zip(extent, by, strict=True))
+    return grid_of(steps, k0 * k1s, families, chunks=r0s * r1s, r1_pieces=r1s, k1_pieces=k1s, **counts)
 
 
 def _width(view: Sizes, itemsize: int, places: Iterable[Place]) -> int:

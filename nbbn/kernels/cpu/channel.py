@@ -92,7 +92,8 @@ def train(first, last, params, state, hyper, count, weights, a, options, new_sta
 
         def add(group, found):
             s = columns(group)
-            return _stage.add_group(s, *counts(s), saved, bessel, *found)
+            own = _stage.group_variance(s, *counts(s), saved, bessel)
+            return _stage.add_group(s, counts(s)[0], own, saved, bessel, *found)
 
         sums = each(0, statistics, channels, add, zeros)
         r, d = _stage.update(columns(), *sums, state, hyper, *options, new_state)
@@ -151,7 +152,9 @@ def input_coefficients(first, last, channels, sums, saved, coefficients):
 
     def write(columns, _):
         def of_group(group, _):
-            _stage.input_coefficients(columns(group), sums, saved, coefficients)
+            s = columns(group)
+            total, centered = sums[channel.SUM_DYA, s], sums[channel.SUM_DYA_X, s]
+            _stage.input_coefficients(s, total, centered, saved, coefficients)
 
         each(0, saved.shape[1], channels, of_group)
 

@@ -8,12 +8,13 @@ from collections import namedtuple
 from functools import lru_cache
 from typing import Any
 
-import numba.cuda
 import numpy as np
+from numba.cuda import types
 
 from nbbn.core import rules
 from nbbn.kernels.channel import BATCH_MEAN, RSTD, USED_GAMMA, D, R
 from nbbn.kernels.cuda.elements import element, split
+from nbbn.kernels.cuda.kernel import Kernel
 from nbbn.kernels.cuda.target import cuda, device
 
 # How sums are cut. outputs: how many there are; values: of each; chunk: values of a chunk; chunks: of each sum. across:
@@ -21,15 +22,34 @@ from nbbn.kernels.cuda.target import cuda, device
 Cut = namedtuple("Cut", "outputs values chunk chunks across lanes tiles")
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def sums(
-    name: str, dtype: np.dtype, weights_dtype: np.dtype | None, out_dtype: np.dtype, rows: bool, threads: int
-) -> Any:
+    name: str,
+    dtype: np.dtype,
+    weights_dtype: np.dtype | None,
+    out_dtype: np.dtype,
+    rows: bool,
+    threads: int,
+    ranks: tuple[int, int],
+) -> Kernel:
     """A kernel that sums "scale" or "bias", the terms of the gradient of an adjustment, or "value", the elements
     themselves, which are float64.
 
-    rows: whether neighbours in memory belong to different sums.
+    rows: whether neighbours in memory belong to different sums. ranks: how many dimensions have sums of their own, and
+    along how many there is one.
     """
+    whole, four = types.int64, types.UniTuple(types.int64, 4)
+    kept, reduced = (types.UniTuple(whole, rank) for rank in ranks)
+    kept_strides, reduced_strides = (types.UniTuple(sizes, 4) for sizes in (kept, reduced))
+    cut = types.NamedUniTuple(whole, len(Cut._fields), Cut)
+    signature = types.void(four, kept, kept_strides, reduced, reduced_strides, whole, cut, whole)
+    choices = name, weights_dtype, out_dtype, rows, threads
+    return Kernel("sums", dtype.name, choices, signature, lambda: _sums(name, dtype, *choices[1:]))
+
+
+def _sums(
+    name: str, dtype: np.dtype, weights_dtype: np.dtype | None, out_dtype: np.dtype, rows: bool, threads: int
+) -> Any:
     term, write, itemsize = _term(name, dtype, weights_dtype), element(out_dtype).write, out_dtype.itemsize
 
     def sums(arrays, kept, kept_strides, reduced, reduced_strides, saved_row, cut, out):
@@ -60,7 +80,7 @@ def sums(
                 write(out + (chunk * cut.outputs + output) * itemsize, shared[own])
             cuda.syncthreads()
 
-    return numba.cuda.jit(sums)
+    return sums
 
 
 @device

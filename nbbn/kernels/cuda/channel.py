@@ -1,17 +1,22 @@
-"""The middle stage on a GPU: a thread has one channel, in all groups."""
+"""The middle stage on a GPU: what a thread does for one statistic, and for one channel.
+
+What all others of a block wait for is short, and done for all statistics at once: numbers go from the sums to the
+coefficients without a way through memory, where each costs some hundreds of clock cycles. The moving statistics, for
+which nobody waits, come after.
+"""
 
 import numpy as np
 
 from nbbn.core import rules
 from nbbn.kernels import channel
-from nbbn.kernels.channel import MOMENT_ROWS
+from nbbn.kernels.channel import MOMENT_ROWS, SAVED_ROWS
 from nbbn.kernels.cuda.blocks import combine_moments
 from nbbn.kernels.cuda.target import cuda, device
 
 _stage = channel.functions(device)
-add_group, update, save = _stage.add_group, _stage.update, _stage.save
+group_variance, add_group, update, save = _stage.group_variance, _stage.add_group, _stage.update, _stage.save
 freeze, output_coefficients = _stage.freeze, _stage.output_coefficients
-add_parameter_gradients, statistic_gradient = _stage.add_parameter_gradients, _stage.input_coefficients
+add_parameter_gradients, input_coefficients = _stage.add_parameter_gradients, _stage.input_coefficients
 
 
 # Chunks whose sums are on their way before the first of them is added: a load takes some hundreds of clock cycles, and
@@ -21,9 +26,9 @@ AHEAD, MOMENTS_AHEAD = 4, 2
 
 
 @device
-def add_chunks(s, partial, first, last, step):
-    """Add up the sums of a statistic in every `step`-th chunk from the first to before the last, in the place of the
-    first one's."""
+def add_chunks(s, partial, first, last, step, target, column):
+    """Add up the sums of a statistic in every `step`-th chunk from the first to before the last, in a column of
+    `target`."""
     loaded = cuda.local.array(AHEAD, np.float64)
     for row in range(partial.shape[1]):
         total, chunk = partial[first, row, s], first + step
@@ -36,11 +41,11 @@ def add_chunks(s, partial, first, last, step):
         while chunk < last:
             total += partial[chunk, row, s]
             chunk += step
-        partial[first, row, s] = total
+        target[row, column] = total
 
 
 @device
-def combine_chunks(s, partial, first, last, step):
+def combine_chunks(s, partial, first, last, step, target, column):
     """The same for moments."""
     loaded = cuda.local.array((MOMENT_ROWS, MOMENTS_AHEAD), np.float64)
     total = cuda.local.array((MOMENT_ROWS, 1), np.float64)
@@ -58,24 +63,42 @@ def combine_chunks(s, partial, first, last, step):
         combine_moments(total, 0, partial[chunk], s)
         chunk += step
     for row in range(MOMENT_ROWS):
-        partial[first, row, s] = total[row, 0]
+        target[row, column] = total[row, 0]
 
 
 @device
-def train(c, params, state, hyper, a, renorm, debias, skip, new_state, saved, coefficients):
-    """From moments to the new state, what the gradient needs, and the coefficients of the output."""
-    present, mean, variance, channels = 0.0, 0.0, 0.0, params.shape[1]
+def train_statistic(s, c, own, params, hyper, a, renorm, saved, coefficients):
+    """From the moments of a statistic, the first rows of `own`, a column of SAVED_ROWS, to what the gradient needs and
+    the coefficients of the output. These need train_channel() with renorm, and come after it.
+
+    Where there are several groups, R is this one's variance until then: its divisions have a thread each.
+    """
+    epsilon, bessel = hyper[channel.EPSILON], hyper[channel.BESSEL]
+    variance = rules.per(own[channel.M2, 0], own[channel.COUNT, 0])
+    save(0, c, rules.reciprocal_stddev(variance, epsilon), 1.0, 0.0, params, own)
+    if renorm is None:
+        output_coefficients(0, s, own, a, coefficients)
+    if saved.shape[1] > params.shape[1]:
+        own[channel.R, 0] = group_variance(0, own[channel.COUNT, 0], own[channel.SQUARES, 0], own, bessel)
+    for row in range(SAVED_ROWS):
+        saved[row, s] = own[row, 0]
+
+
+@device
+def train_channel(c, channels, state, hyper, renorm, debias, skip, new_state, saved):
+    """From what train_statistic() has left for each group to the new state, and r and d."""
+    present, mean, variance, several = 0.0, 0.0, 0.0, saved.shape[1] > channels
     s = c
     while s < saved.shape[1]:
-        n, squares = saved[channel.COUNT, s], saved[channel.SQUARES, s]
-        present, mean, variance = add_group(s, n, squares, saved, hyper[channel.BESSEL], present, mean, variance)
+        n, squares, bessel = saved[channel.COUNT, s], saved[channel.SQUARES, s], hyper[channel.BESSEL]
+        own = saved[channel.R, s] if several else group_variance(s, n, squares, saved, bessel)
+        present, mean, variance = add_group(s, n, own, saved, bessel, present, mean, variance)
         s += channels
     r, d = update(c, present, mean, variance, state, hyper, renorm, debias, skip, new_state)
     s = c
     while s < saved.shape[1]:
-        own = rules.per(saved[channel.M2, s], saved[channel.COUNT, s])
-        save(s, c, rules.reciprocal_stddev(own, hyper[channel.EPSILON]), r, d, params, saved)
-        output_coefficients(s, s, saved, a, coefficients)
+        saved[channel.R, s] = r
+        saved[channel.D, s] = d
         s += channels
 
 
@@ -89,12 +112,3 @@ def parameter_gradients(c, sums, saved, adjusted, dparams):
         s += dparams.shape[1]
     dparams[channel.GAMMA, c] = dgamma
     dparams[channel.BETA, c] = dbeta
-
-
-@device
-def input_coefficients(c, channels, sums, saved, coefficients):
-    """Write mean, scale, bias and slope of dx."""
-    s = c
-    while s < saved.shape[1]:
-        statistic_gradient(s, sums, saved, coefficients)
-        s += channels

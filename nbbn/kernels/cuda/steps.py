@@ -18,9 +18,11 @@ from numba.cuda import types
 
 from nbbn.core import rules
 from nbbn.kernels import channel
+from nbbn.kernels.channel import SAVED_ROWS
 from nbbn.kernels.cuda import channel as middle
 from nbbn.kernels.cuda.apply import apply_functions
 from nbbn.kernels.cuda.blocks import COLUMNS, VIEW_SIZE, Variant, block_functions, is_last
+from nbbn.kernels.cuda.kernel import Kernel
 from nbbn.kernels.cuda.memory import VECTOR_BYTES, matrices, vector
 from nbbn.kernels.cuda.reduce import reduce_functions
 from nbbn.kernels.cuda.target import cuda, device
@@ -32,6 +34,8 @@ _FORWARD = ("partial", "counters", "params", "state", "hyper", "new_state")
 MEMORY = (*_FORWARD, "moments", "saved", "coefficients", "sums", "dparams")
 PARTIAL, COUNTERS, PARAMS, STATE, HYPER, NEW_STATE, MOMENTS, SAVED, COEFFICIENTS, SUMS, DPARAMS = range(11)
 
+_WHOLE = 0, 1, 1  # chunks: where the only one is all of a statistic
+
 
 def signature(step: str, v: Variant) -> Any:
     """Of a kernel: its views, shape, grid, memory, the number of channels and epsilon."""
@@ -41,6 +45,11 @@ def signature(step: str, v: Variant) -> Any:
     sizes = [types.UniTuple(index, 4), grid, types.UniTuple(types.int64, len(MEMORY))]
     real = types.float64 if v.statistic.itemsize == 8 else types.float32
     return types.void(*[view] * len(VIEWS[step]), *sizes, types.int64, real)
+
+
+@lru_cache(maxsize=1024)
+def kernel(step: str, v: Variant) -> Kernel:
+    return Kernel(step, v.dtype.name, (v,), signature(step, v), lambda: steps(v)[step])
 
 
 @lru_cache(maxsize=256)
@@ -63,12 +72,8 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     # What makes an array is no function of its own: Numba's do not return on a GPU what they have made.
     array, array64, counters_at = matrices(v.statistic), matrices(np.float64), matrices(np.uint32)
     state_array = matrices(v.state or v.statistic)
-    add_chunks, combine_chunks, train_of, freeze_of = (
-        middle.add_chunks,
-        middle.combine_chunks,
-        middle.train,
-        middle.freeze,
-    )
+    add_chunks, combine_chunks, freeze_of = middle.add_chunks, middle.combine_chunks, middle.freeze
+    train_statistic, train_channel = middle.train_statistic, middle.train_channel
     coefficients_of, parameter_gradients = middle.output_coefficients, middle.parameter_gradients
     input_coefficients_of = middle.input_coefficients
     walk, bounds_of = block_functions(v.rows, v.short, v.threads, v.wide).walk, task_functions(v.wide)
@@ -91,12 +96,11 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
 
     @device
     def channels_of(family, shape, grid, channels):
-        """This thread's first channel of a family, the one after the last, and how far it is to the next one."""
-        first, last, bounds = np.int64(0), channels, bounds_of(0, family, shape, grid)
-        if grid.families > 1:
-            first, last = bounds.row * shape[3] + bounds.k1_begin, bounds.row * shape[3] + bounds.k1_end
-        thread = cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
-        return first + thread, last, cuda.blockDim.x * cuda.blockDim.y
+        """The first channel of a family, and the one after its last."""
+        if grid.families == 1:
+            return np.int64(0), channels
+        bounds = bounds_of(0, family, shape, grid)
+        return bounds.row * shape[3] + bounds.k1_begin, bounds.row * shape[3] + bounds.k1_end
 
     @device
     def thread_statistics(bounds, shape):
@@ -112,35 +116,6 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         partial = array64(memory[PARTIAL], (grid.chunks, channel.MOMENT_ROWS, statistics))
         first, _ = thread_statistics(bounds, shape)
         sum_moments(x, weights, bounds, first, partial)
-
-    @device
-    def finish_moments(c, shape, grid, memory, channels):
-        """The moments of one channel, in all groups of a virtual batch."""
-        statistics = shape[1] * shape[3]
-        partial = array64(memory[PARTIAL], (grid.chunks, channel.MOMENT_ROWS, statistics))
-        moments = array64(memory[MOMENTS], (channel.MOMENT_ROWS, statistics))
-        s = c
-        while s < statistics:
-            combine_chunks(s, partial, 0, grid.chunks, grid.group)
-            for row in range(channel.MOMENT_ROWS):
-                moments[row, s] = partial[0, row, s]
-            s += channels
-
-    @device
-    def train_channel(c, statistics, memory, channels):
-        """From the moments of one channel to the new state and the coefficients of the output."""
-        params, state = array(memory[PARAMS], (2, channels)), state_array(memory[STATE], (state_rows, channels))
-        new_state = state_array(memory[NEW_STATE], (state_rows, channels))
-        hyper = array64(memory[HYPER], (channel.HYPER_SIZE,))
-        saved = array64(memory[SAVED], (channel.SAVED_ROWS, statistics))
-        coefficients = array(memory[COEFFICIENTS], (forward_rows, statistics))
-        train_of(c, params, state, hyper, a_or_none, renorm, debias, skip, new_state, saved, coefficients)
-
-    @device
-    def finish_training(c, shape, grid, memory, channels):
-        """From the sums of one channel to the new state and the coefficients of the output."""
-        finish_moments(c, shape, grid, memory, channels)
-        train_channel(c, shape[1] * shape[3], memory, channels)
 
     @device
     def read_coefficients(bounds, shape, memory, rows, coefficients):
@@ -193,7 +168,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
 
     @device
     def output_of_training(s, target, column, statistics, memory, given):
-        saved = array64(memory[SAVED], (channel.SAVED_ROWS, statistics))
+        saved = array64(memory[SAVED], (SAVED_ROWS, statistics))
         coefficients_of(s, column, saved, a_or_none, target)
 
     @device
@@ -214,7 +189,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         if relu:
             gate_coefficients(bounds, shape, memory, 0, forward)
             return
-        saved = array64(memory[SAVED], (channel.SAVED_ROWS, shape[1] * shape[3]))
+        saved = array64(memory[SAVED], (SAVED_ROWS, shape[1] * shape[3]))
         first, inside = thread_statistics(bounds, shape)
         for s in range(own):
             forward[channel.Y_MEAN, s] = saved[channel.BATCH_MEAN, first + s] if inside else 0.0
@@ -226,47 +201,8 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         forward = cuda.local.array((5, own), real)
         forward_of_thread(bounds, shape, memory, forward)
         first, _ = thread_statistics(bounds, shape)
-        mean = array64(memory[SAVED], (channel.SAVED_ROWS, statistics))[channel.BATCH_MEAN]
+        mean = array64(memory[SAVED], (SAVED_ROWS, statistics))[channel.BATCH_MEAN]
         sum_gradient_of_task(dy, x, residual, weights, a, b, bounds, first, mean, forward, partial)
-
-    @device
-    def add_up(c, partial, grid, memory, channels):
-        """The sums of one channel's gradient, those of its first chunk then, and the gradients of its parameters."""
-        statistics = partial.shape[2]
-        s = c
-        while s < statistics:
-            add_chunks(s, partial, 0, grid.chunks, grid.group)
-            s += channels
-        saved, dparams = array64(memory[SAVED], (channel.SAVED_ROWS, statistics)), array(memory[DPARAMS], (2, channels))
-        parameter_gradients(c, partial[0], saved, a_or_none, dparams)
-
-    @device
-    def finish_sums(c, shape, grid, memory, channels):
-        """The same, and the sums are written."""
-        statistics = shape[1] * shape[3]
-        partial = array64(memory[PARTIAL], (grid.chunks, gradient_sums, statistics))
-        target = array64(memory[SUMS], (gradient_sums, statistics))
-        add_up(c, partial, grid, memory, channels)
-        s = c
-        while s < statistics:
-            for row in range(gradient_sums):
-                target[row, s] = partial[0, row, s]
-            s += channels
-
-    @device
-    def input_coefficients(c, sums, memory, channels):
-        """From the sums of one channel to the coefficients of dx."""
-        statistics = sums.shape[1]
-        saved = array64(memory[SAVED], (channel.SAVED_ROWS, statistics))
-        input_coefficients_of(c, channels, sums, saved, array(memory[COEFFICIENTS], (4, statistics)))
-
-    @device
-    def finish_gradient(c, shape, grid, memory, channels):
-        """From the sums of one channel's gradient to the coefficients of dx."""
-        statistics = shape[1] * shape[3]
-        partial = array64(memory[PARTIAL], (grid.chunks, gradient_sums, statistics))
-        add_up(c, partial, grid, memory, channels)
-        input_coefficients(c, partial[0], memory, channels)
 
     @device
     def apply_gradient(x, dy, residual, weights, a, b, dx, dz, chunk, tile, shape, grid, memory):
@@ -277,69 +213,194 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         read_coefficients(bounds, shape, memory, 4, backward)
         input_gradient_task(dy, x, residual, weights, a, b, dx, dz, bounds, forward, backward)
 
-    # -- two launches: all blocks reduce, the last one of a family finishes; then all blocks apply ---------------------
+    # -- the middle stage of a family: work of all threads of a block, which comes here as a whole ---------------------
 
-    def adding(add, row_count):
-        """What follows the reduction of a chunk. add(s, partial, first, last, step): adds up chunks of a statistic."""
+    @device
+    def thread_of_block():
+        """Its number, and how many there are."""
+        return np.int64(cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x), cuda.blockDim.x * cuda.blockDim.y
+
+    def over_statistics(work):
+        """A function that does this with each statistic s of a family, of channel c, from the first thread on. chunks:
+        whose sums are joined: the first, the one after the last, and the step."""
 
         @device
-        def add_group(own, first, last, shape, grid, memory, channels):
-            statistics = shape[1] * shape[3]
-            partial = array64(memory[PARTIAL], (grid.chunks, row_count, statistics))
-            c, end, step = own
-            while c < end:
-                s = c
-                while s < statistics:
-                    add(s, partial, first, last, 1)
-                    s += channels
+        def each(family, chunks, shape, grid, memory, channels):
+            first, last = channels_of(family, shape, grid, channels)
+            i, step = thread_of_block()
+            while True:
+                group, column = divide(i, grid.columns, grid.by_columns)
+                if group * channels >= shape[1] * shape[3]:
+                    break
+                c = first + column
+                if c < last:
+                    work(c, group * channels + c, chunks, shape, grid, memory, channels)
+                i += step
+
+        return each
+
+    def over_channels(work):
+        """The same with each channel, from the last thread on: the first ones go on to what comes after."""
+
+        @device
+        def each(family, shape, grid, memory, channels):
+            first, last = channels_of(family, shape, grid, channels)
+            thread, step = thread_of_block()
+            c = first + step - 1 - thread
+            while c < last:
+                work(c, shape, grid, memory, channels)
                 c += step
 
+        return each
+
+    def joining(join, row_count, place):
+        """A function that writes the sums of chunks to an array of the memory, or in the place of the first one's."""
+
         @device
-        def channels_to_finish(chunk, family, shape, grid, memory, channels):
-            """This thread's first channel, the one after the last, and the step; none unless its block is the last one.
-            The last block of a group of chunks has then added them up, in the place of the first."""
-            nothing, second = (np.int64(0), np.int64(0), 1), grid.families * grid.groups
+        def of_statistic(c, s, chunks, shape, grid, memory, channels):
+            first, last, step = chunks
+            statistics = shape[1] * shape[3]
+            partial = array64(memory[PARTIAL], (grid.chunks, row_count, statistics))
+            target = partial[first] if place == PARTIAL else array64(memory[place], (row_count, statistics))
+            join(s, partial, first, last, step, target, s)
+
+        return over_statistics(of_statistic)
+
+    @device
+    def train_from(c, s, own, statistics, memory, channels):
+        """From the moments of one statistic to what depends on no other."""
+        params, hyper = array(memory[PARAMS], (2, channels)), array64(memory[HYPER], (channel.HYPER_SIZE,))
+        saved = array64(memory[SAVED], (SAVED_ROWS, statistics))
+        coefficients = array(memory[COEFFICIENTS], (forward_rows, statistics))
+        train_statistic(s, c, own, params, hyper, a_or_none, renorm, saved, coefficients)
+
+    @device
+    def train_one(c, s, chunks, shape, grid, memory, channels):
+        first, last, step = chunks
+        statistics, own = shape[1] * shape[3], cuda.local.array((SAVED_ROWS, 1), np.float64)
+        partial = array64(memory[PARTIAL], (grid.chunks, channel.MOMENT_ROWS, statistics))
+        combine_chunks(s, partial, first, last, step, own, 0)
+        train_from(c, s, own, statistics, memory, channels)
+
+    @device
+    def update_channel(c, shape, grid, memory, channels):
+        """The new state of one channel."""
+        state = state_array(memory[STATE], (state_rows, channels))
+        new_state = state_array(memory[NEW_STATE], (state_rows, channels))
+        hyper = array64(memory[HYPER], (channel.HYPER_SIZE,))
+        saved = array64(memory[SAVED], (SAVED_ROWS, shape[1] * shape[3]))
+        train_channel(c, channels, state, hyper, renorm, debias, skip, new_state, saved)
+
+    @device
+    def renormalize(c, s, chunks, shape, grid, memory, channels):
+        """The coefficients of the output of one statistic, once r and d of its channel are there."""
+        saved = array64(memory[SAVED], (SAVED_ROWS, shape[1] * shape[3]))
+        coefficients_of(s, s, saved, a_or_none, array(memory[COEFFICIENTS], (forward_rows, shape[1] * shape[3])))
+
+    train_all, renormalize_all = over_statistics(train_one), over_statistics(renormalize)
+    update_all, finish_moments = over_channels(update_channel), joining(combine_chunks, channel.MOMENT_ROWS, MOMENTS)
+
+    @device
+    def finish_training(family, chunks, shape, grid, memory, channels):
+        """From the sums of a family to the coefficients of the output and the new state."""
+        train_all(family, chunks, shape, grid, memory, channels)
+        cuda.syncthreads()
+        update_all(family, shape, grid, memory, channels)
+        if renorm is not None:
+            cuda.syncthreads()
+            renormalize_all(family, chunks, shape, grid, memory, channels)
+            cuda.syncthreads()
+
+    def finishing_gradient(place, applied):
+        """From the sums of a family's gradient, which are written to this array of the memory, to the gradients of the
+        parameters, and to the coefficients of dx where it is applied."""
+
+        @device
+        def of_statistic(c, s, chunks, shape, grid, memory, channels):
+            first, last, step = chunks
+            statistics, own = shape[1] * shape[3], cuda.local.array((gradient_sums, 1), np.float64)
+            partial = array64(memory[PARTIAL], (grid.chunks, gradient_sums, statistics))
+            add_chunks(s, partial, first, last, step, own, 0)
+            if applied:
+                input_coefficients(s, own[channel.SUM_DYA, 0], own[channel.SUM_DYA_X, 0], statistics, memory)
+            sums = array64(memory[place], (gradient_sums, statistics))
+            for row in range(gradient_sums):
+                sums[row, s] = own[row, 0]
+
+        @device
+        def of_channel(c, shape, grid, memory, channels):
+            statistics = shape[1] * shape[3]
+            sums = array64(memory[place], (gradient_sums, statistics))
+            saved = array64(memory[SAVED], (SAVED_ROWS, statistics))
+            parameter_gradients(c, sums, saved, a_or_none, array(memory[DPARAMS], (2, channels)))
+
+        statistics_of_family, channels_of_family = over_statistics(of_statistic), over_channels(of_channel)
+
+        @device
+        def finish(family, chunks, shape, grid, memory, channels):
+            statistics_of_family(family, chunks, shape, grid, memory, channels)
+            cuda.syncthreads()
+            channels_of_family(family, shape, grid, memory, channels)
+
+        return finish
+
+    @device
+    def input_coefficients(s, total, centered, statistics, memory):
+        """From the sums of one statistic to the coefficients of dx."""
+        saved = array64(memory[SAVED], (SAVED_ROWS, statistics))
+        input_coefficients_of(s, total, centered, saved, array(memory[COEFFICIENTS], (4, statistics)))
+
+    finish_sums, finish_gradient = finishing_gradient(SUMS, False), finishing_gradient(PARTIAL, True)
+
+    # -- two launches: all blocks reduce, the last one of a family finishes; then all blocks apply ---------------------
+
+    def adding(join, row_count):
+        """What follows the reduction of a chunk: whether this block is the one to finish the family. The last block of
+        a group of chunks adds them up before, in the place of the first."""
+        join_group = joining(join, row_count, PARTIAL)
+
+        @device
+        def is_finishing(chunk, family, shape, grid, memory, channels):
+            groups, second = grid.groups, grid.families * grid.groups
             counters = counters_at(memory[COUNTERS], (second + grid.families,))
             group, _ = divide(chunk, grid.group, grid.by_group)
             first = group * grid.group
             last = min(grid.chunks, first + grid.group)
-            if not is_last(counters, family * grid.groups + group, (last - first) * grid.members):
-                return nothing
-            found = channels_of(family, shape, grid, channels)
-            add_group(found, first, last, shape, grid, memory, channels)
-            if grid.groups > 1 and not is_last(counters, second + family, grid.groups):
-                return nothing
-            return found
+            if not is_last(counters, family * groups + group, (last - first) * grid.members):
+                return False
+            if groups == 1:
+                return True
+            join_group(family, (first, last, 1), shape, grid, memory, channels)
+            return is_last(counters, second + family, groups)
 
-        return channels_to_finish
+        return is_finishing
 
-    moments_to_finish, sums_to_finish = adding(combine_chunks, channel.MOMENT_ROWS), adding(add_chunks, gradient_sums)
+    @device
+    def chunks_to_finish(grid):
+        """Those that have the sums of their group by now; of one group all."""
+        return 0, grid.chunks, grid.group if grid.groups > 1 else 1
 
-    def reduction(finish_channel):
-        """A kernel that reduces the input, and then does this with each channel's sums."""
+    moments_are_there, sums_are_there = adding(combine_chunks, channel.MOMENT_ROWS), adding(add_chunks, gradient_sums)
+
+    def reduction(finish_family):
+        """A kernel that reduces the input, and then does this with each family's sums."""
 
         def kernel(x, weights, shape, grid, memory, channels, epsilon):
             chunk, tile, family = task(in_order(), grid)
             reduce_moments(x, weights, chunk, tile, shape, grid, memory)
-            first, last, step = moments_to_finish(chunk, family, shape, grid, memory, channels)
-            c = first
-            while c < last:
-                finish_channel(c, shape, grid, memory, channels)
-                c += step
+            if moments_are_there(chunk, family, shape, grid, memory, channels):
+                finish_family(family, chunks_to_finish(grid), shape, grid, memory, channels)
 
         return kernel
 
-    def gradient_reduction(finish_channel):
+    def gradient_reduction(finish_family):
         """The same for the gradient."""
 
         def kernel(x, dy, residual, weights, a, b, shape, grid, memory, channels, epsilon):
             chunk, tile, family = task(in_order(), grid)
             reduce_gradient(x, dy, residual, weights, a, b, chunk, tile, shape, grid, memory)
-            first, last, step = sums_to_finish(chunk, family, shape, grid, memory, channels)
-            c = first
-            while c < last:
-                finish_channel(c, shape, grid, memory, channels)
-                c += step
+            if sums_are_there(chunk, family, shape, grid, memory, channels):
+                finish_family(family, chunks_to_finish(grid), shape, grid, memory, channels)
 
         return kernel
 
@@ -366,19 +427,25 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
     def finish(shape, grid, memory, channels, epsilon):
         c, statistics = own_channel(grid), shape[3]
         moments = array64(memory[MOMENTS], (channel.MOMENT_ROWS, statistics))
-        saved = array64(memory[SAVED], (channel.SAVED_ROWS, statistics))
+        own = cuda.local.array((SAVED_ROWS, 1), np.float64)
         if c < channels:
             s = c
             while s < statistics:
                 for row in range(channel.MOMENT_ROWS):
-                    saved[row, s] = moments[row, s]
+                    own[row, 0] = moments[row, s]
+                train_from(c, s, own, statistics, memory, channels)
                 s += channels
-            train_channel(c, statistics, memory, channels)
+            update_channel(c, shape, grid, memory, channels)
+            if renorm is not None:
+                s = c
+                while s < statistics:
+                    renormalize(c, s, 0, shape, grid, memory, channels)
+                    s += channels
 
     def freeze(shape, grid, memory, channels, epsilon):
         c = own_channel(grid)
         params, state = array(memory[PARAMS], (2, channels)), state_array(memory[STATE], (state_rows, channels))
-        saved = array64(memory[SAVED], (channel.SAVED_ROWS, channels))
+        saved = array64(memory[SAVED], (SAVED_ROWS, channels))
         hyper = array64(memory[HYPER], (channel.HYPER_SIZE,))
         if c < channels:
             freeze_of(c, params, state, hyper, saved)
@@ -386,21 +453,22 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
             saved[channel.RSTD, c] = rules.reciprocal_stddev(state[channel.VARIANCE, c], epsilon)
 
     def spread_gradient(shape, grid, memory, channels, epsilon):
-        c = own_channel(grid)
-        if c < channels:
-            input_coefficients(c, array64(memory[SUMS], (gradient_sums, shape[3])), memory, channels)
+        s, statistics = own_channel(grid), shape[3]
+        sums = array64(memory[SUMS], (gradient_sums, statistics))
+        if s < channels:
+            while s < statistics:
+                input_coefficients(s, sums[channel.SUM_DYA, s], sums[channel.SUM_DYA_X, s], statistics, memory)
+                s += channels
 
     # -- what several inputs have, together: one thread per statistic --------------------------------------------------
 
     def merge_moments(shape, grid, memory, channels, epsilon):
-        """Of several inputs, (P, 4, C), which are overwritten: merged in their order. shape[2]: their number."""
+        """Of several inputs, (P, 4, C): merged in their order. shape[2]: their number."""
         s, parts = own_channel(grid), shape[2]
         if s < channels:
             partial = array64(memory[PARTIAL], (parts, channel.MOMENT_ROWS, channels))
             moments = array64(memory[MOMENTS], (channel.MOMENT_ROWS, channels))
-            combine_chunks(s, partial, 0, parts, 1)
-            for row in range(channel.MOMENT_ROWS):
-                moments[row, s] = partial[0, row, s]
+            combine_chunks(s, partial, 0, parts, 1, moments, s)
 
     def add_sums(shape, grid, memory, channels, epsilon):
         """The same for the sums of the gradient."""
@@ -408,9 +476,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
         if s < channels:
             partial = array64(memory[PARTIAL], (parts, gradient_sums, channels))
             sums = array64(memory[SUMS], (gradient_sums, channels))
-            add_chunks(s, partial, 0, parts, 1)
-            for row in range(gradient_sums):
-                sums[row, s] = partial[0, row, s]
+            add_chunks(s, partial, 0, parts, 1, sums, s)
 
     # -- one launch: a block has a family for itself; a chunk is a whole statistic -------------------------------------
 
@@ -421,12 +487,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
             reduce_moments(x, weights, 0, tile, shape, grid, memory)
             tile += grid.families
         cuda.syncthreads()
-        first, last, step = channels_of(family, shape, grid, channels)
-        c = first
-        while c < last:
-            finish_training(c, shape, grid, memory, channels)
-            c += step
-        cuda.syncthreads()
+        finish_training(family, _WHOLE, shape, grid, memory, channels)
         tile = family
         while tile < tiles:
             apply_forward(x, residual, a, b, y, 0, tile, shape, grid, memory)
@@ -439,12 +500,7 @@ def steps(v: Variant) -> dict[str, Callable[..., None]]:
             reduce_gradient(x, dy, residual, weights, a, b, 0, tile, shape, grid, memory)
             tile += grid.families
         cuda.syncthreads()
-        first, last, step = channels_of(family, shape, grid, channels)
-        c = first
-        while c < last:
-            finish_gradient(c, shape, grid, memory, channels)
-            c += step
-        cuda.syncthreads()
+        finish_gradient(family, _WHOLE, shape, grid, memory, channels)
         tile = family
         while tile < tiles:
             apply_gradient(x, dy, residual, weights, a, b, dx, dz, 0, tile, shape, grid, memory)

@@ -14,11 +14,12 @@ from nbbn.kernels.cuda.target import device, index_type
 
 # What a step is told about its loops. The steps of a task; how many families of tiles there are, which share their
 # channels, and tiles in a family; how many chunks R0 x R1 is cut into, tiles K0 x K1, and pieces R1 and K1; the K0 of
-# one slice of R0; the chunks of a group, and how many groups. by_*: what a division by each takes, see division().
+# one slice of R0; the chunks of a group, and how many groups; the channels of a family, of which the last one may have
+# fewer. by_*: what a division by each takes, see division().
 Grid = namedtuple(
     "Grid",
-    "r0_step r1_step k1_step members chunks groups tiles families r1_pieces k1_pieces slice_k0 group "
-    "by_tiles by_families by_r1_pieces by_k1_pieces by_slice_k0 by_group",
+    "r0_step r1_step k1_step members chunks groups tiles families r1_pieces k1_pieces slice_k0 group columns "
+    "by_tiles by_families by_r1_pieces by_k1_pieces by_slice_k0 by_group by_columns",
 )
 # What one task covers. row: its K0 among those of all slices, by which statistics are counted.
 Bounds = namedtuple("Bounds", "chunk row k0 r0_begin r0_end r1_begin r1_end k1_begin k1_end")
