@@ -289,7 +289,7 @@ class Engine(ABC):
     # -- running a step ------------------------------------------------------------------------------------------------
 
     def _run(self, step: Step) -> None:
-        views, place, in_place = step.views, place_of(step.x), False
+        views, place = step.views, place_of(step.x)
         for name in ("weights", "a", "b"):
             operand = views.get(name)
             if operand is not None and operand.shape != step.x.shape:
@@ -298,7 +298,6 @@ class Engine(ABC):
             name = "y" if "y" in views else "dx"
             out: Any = views[name]
             inputs = [a for n, a in views.items() if a is not None and n not in _RESULTS and place.overlap(out, a)]
-            in_place = bool(inputs)
             same = (place.address(out), out.strides, out.dtype)
             # It may have parts of an input in other places.
             if any((place.address(a), a.strides, a.dtype) != same for a in inputs):
@@ -309,7 +308,7 @@ class Engine(ABC):
         if step.lay.parts:
             self._run_on_parts(step)
             return
-        plan = self.plan(step, in_place)
+        plan = self.plan(step)
         if plan.copied is None:
             self._launch(plan, step)
         else:
@@ -359,14 +358,14 @@ class Engine(ABC):
         for name, result in results.items():
             place.write(there[name], result, sizes, order)
 
-    def plan(self, step: Step, in_place: bool = False) -> Any:
+    def plan(self, step: Step) -> Any:
         """The plan for a step on arrays of one geometry; the input decides the order in memory."""
-        key = step.name, step.lay, in_place, *self._key(step)
+        key = step.name, step.lay, *self._key(step)
         found = self.plans.get(key)
         if found is None:
             if len(self.plans) >= self.force.max_plans:
                 self.plans.clear()
-            found = self.plans[key] = self._new_plan(step, in_place)
+            found = self.plans[key] = self._new_plan(step)
         return found
 
     @abstractmethod
@@ -385,7 +384,7 @@ class Engine(ABC):
         """What else a plan depends on."""
 
     @abstractmethod
-    def _new_plan(self, step: Step, in_place: bool) -> Any:
+    def _new_plan(self, step: Step) -> Any:
         """How the step runs. Its attribute `copied` is not None if that needs copies."""
 
     @abstractmethod

@@ -56,8 +56,8 @@ class ImaginedEngine(CountingEngine):
     could not take, or would get wrong, is an error.
     """
 
-    def _new_plan(self, step, in_place):
-        plan = super()._new_plan(step, in_place)
+    def _new_plan(self, step):
+        plan = super()._new_plan(step)
         return ImaginedPlan(**{f.name: getattr(plan, f.name) for f in fields(Plan) if f.init})
 
     def _run_middle(self, name, numbers, adjusted):

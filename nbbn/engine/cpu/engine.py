@@ -62,7 +62,7 @@ class CpuEngine(Engine):
     def _key(self, step: Step) -> tuple[Any, ...]:
         return step.x.dtype, step.state_dtype, *[None if a is None else a.strides for a in step.views.values()]
 
-    def _new_plan(self, step: Step, in_place: bool) -> Plan:
+    def _new_plan(self, step: Step) -> Plan:
         there = {name: a for name, a in step.views.items() if a is not None}
         view, slices, strides, copied = _view(step, there)
         dense = {name: is_contiguous(view, strides[name], a.itemsize) for name, a in there.items()}

@@ -48,9 +48,10 @@ class CudaEngine(Engine):
         places = [(n, a.strides, a.address % (elements * a.itemsize)) for n, a in there]
         return x.dtype, step.state_dtype, x.device, *places
 
-    def _new_plan(self, step: Step, in_place: bool) -> Plan:
+    def _new_plan(self, step: Step) -> Plan:
         there: dict[str, Array] = {name: a for name, a in step.views.items() if a is not None}
-        x, ((r0, k0, r1, k1), slices, strides, copied) = step.x, canonical_view(step.lay, there)
+        x, canonical = step.x, canonical_view(step.lay, there)
+        (r0, k0, r1, k1), slices, strides, _ = canonical
         view = (r0 // slices, slices * k0, r1, k1)
         places = [(a.address, strides[name], a.itemsize) for name, a in there.items()]
         one = self.force.one_pass if step.name in ("train", "backward", "frozen_backward") else False
@@ -75,7 +76,7 @@ class CudaEngine(Engine):
             frozen=step.name == "frozen_backward",
             wide=any(abs(n) >= _NARROW for sizes in ((r0, *view), *strides.values()) for n in sizes),
         )
-        return plan_of(step.name, step.lay, x.device, view, strides, copied, schedule, variant, self.options.epsilon)
+        return plan_of(step, view, canonical, schedule, variant, self.options.epsilon)
 
     def lie_as_results(self, x: Array, beside: Sequence[Array | None]) -> bool:
         """So must the input: what a library makes of its order is known where its elements lie side by side."""

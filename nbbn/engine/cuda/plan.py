@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
-from nbbn.core.layout import Layout, Sizes
-from nbbn.engine.base import Copied
+from nbbn.core.layout import Sizes
+from nbbn.engine.base import Canonical, Copied, Step
 from nbbn.engine.cuda.launching import Launch
 from nbbn.engine.cuda.schedule import Schedule
 from nbbn.kernels.cuda.blocks import Variant
@@ -32,6 +32,7 @@ _LAUNCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 _WHOLE = ("train", "backward")  # launches in which a block has its channels for itself
 _APPLYING = ("infer", "normalize", "input_gradient")
+_SPREADING = ("train", "backward", "frozen_backward", "apply_gradient")  # steps that make coefficients for themselves
 _COUNTING = ("reduce", "train_reduce", "sum_gradient", "backward_reduce")  # whose blocks ask which one is the last
 
 
@@ -94,20 +95,14 @@ class Plan:
 
 
 def plan_of(
-    step: str,
-    lay: Layout,
-    device: int,
-    view: Sizes,
-    strides: Mapping[str, Sizes],
-    copied: Copied | None,
-    schedule: Schedule,
-    variant: Variant,
-    epsilon: float,
+    step: Step, view: Sizes, canonical: Canonical, schedule: Schedule, variant: Variant, epsilon: float
 ) -> Plan:
-    """The plan for a canonical view, in which the arrays that are there have these strides."""
-    names, shape = _LAUNCHES[step][not schedule.one_launch], schedule.place(view)
-    placed = {name: schedule.place(s) for name, s in strides.items()}
-    counters = 4 * schedule.counters if any(name in _COUNTING for name in names) else 0
+    """view: the canonical one, with the slices of R0 in K0."""
+    lay, device = step.lay, step.x.device
+    names, shape = _LAUNCHES[step.name][not schedule.one_launch], schedule.place(view)
+    placed = {name: schedule.place(s) for name, s in canonical.strides.items()}
+    counting = any(name in _COUNTING for name in names)
+    counters = 4 * schedule.counters if counting else 0
 
     def launch(name: str) -> Launch:
         if name == "spread_gradient":
@@ -116,20 +111,22 @@ def plan_of(
         blocks = schedule.reduce.families if name in _WHOLE else grid.chunks * grid.tiles
         return Launch(name, variant, device, blocks, schedule.block, placed, shape, grid, lay.channels, epsilon)
 
-    sizes: dict[str, Any] = {"partial": 4 * schedule.reduce.chunks * lay.statistics * 8}
+    sizes: dict[str, int] = {}
+    if counting or schedule.one_launch:
+        sizes["partial"] = 4 * schedule.reduce.chunks * lay.statistics * 8
     if counters:
         sizes["counters"] = counters
-    if step != "apply":  # which is given them
+    if step.name in _SPREADING:
         sizes["coefficients"] = 5 * lay.statistics * 8
     return Plan(
         device=device,
         shape=shape,
-        copied=copied,
+        copied=canonical.copied,
         schedule=schedule,
         variant=variant,
         launches=tuple(map(launch, names)),
         cleared=counters,
-        scratch=None if step == "infer" else Scratch.of(**sizes),
+        scratch=Scratch.of(**sizes) if sizes else None,
     )
 
 
