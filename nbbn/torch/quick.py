@@ -23,12 +23,12 @@ _increment_version = torch._C._increment_version
 
 
 class Step:
-    """What a call on inputs of one geometry runs. gradient: the same for its gradient, of training. has_dz: whether
-    that needs the residual, and makes its gradient."""
+    """What a call on inputs of one geometry runs. gradient: the same for its gradient, of training. activated: whether
+    an activation follows. has_dz: whether that needs the residual, and makes its gradient."""
 
     __slots__ = (
-        *("channels", "dtype", "gradient", "has_dz", "options", "run", "saved_shape", "shape", "statistic"),
-        "stride",
+        *("activated", "channels", "dtype", "gradient", "has_dz", "options", "run", "saved_shape", "shape"),
+        *("statistic", "stride"),
     )
 
     def __init__(
@@ -37,7 +37,8 @@ class Step:
         """Raises: ValueError where a call needs more than one step on the memory of its tensors."""
         run, array = dispatcher(options, eps), numpy_of(x.detach())
         lay = run.layout(array.shape, training)
-        self.has_dz = residual and run.options.activation is not None
+        self.activated = run.options.activation is not None
+        self.has_dz = residual and self.activated
         found = run.on_memory("train" if training else "infer", array, residual, Numbers(*numbers))
         gradient = run.on_memory("backward", array, self.has_dz) if training else None
         if found is None or (training and gradient is None):
@@ -152,12 +153,13 @@ class BatchNorm(Function):
         update: bool,
         past: Past | None = None,
     ) -> Tensor:
+        kept = x, weight, bias if step.activated else None, residual if step.has_dz else None
         if any(ctx.needs_input_grad):
-            check_saved(x, weight, bias, residual)
+            check_saved(*kept)
         y, ctx.saved = train(x, residual, step, views, update, past)
         ctx.step, ctx.residual = step, residual is not None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, residual if step.has_dz else None)
+        ctx.save_for_backward(*kept)
         return y
 
     @staticmethod
@@ -168,8 +170,9 @@ class BatchNorm(Function):
         step, saved = ctx.step, ctx.saved
         if torch.is_grad_enabled():
             beside, kept = (None, None, None), torch.from_numpy(saved)
-            dx, *grads, dz, _, _ = formulas.gradients(dy, x, weight, bias, residual, beside, kept, *step.options)
-            return dx, *grads, dy if ctx.residual and not step.has_dz else dz, *(None,) * 4
+            dx, dw, db, dz, _, _ = formulas.gradients(dy, x, weight, bias, residual, beside, kept, *step.options)
+            dz = dy if ctx.residual and not step.has_dz else dz
+            return dx, dw, db if ctx.needs_input_grad[2] else None, dz, *(None,) * 4
         x, dy = step.laid(x), step.laid(dy)
         dx = torch.empty_like(x)
         dgamma, dbeta = dparams = np.empty((2, step.channels), step.statistic)
@@ -183,7 +186,7 @@ class BatchNorm(Function):
         return (
             dx,
             None if weight is None else torch.from_numpy(dgamma),
-            None if bias is None else torch.from_numpy(dbeta),
+            torch.from_numpy(dbeta) if ctx.needs_input_grad[2] else None,
             dz,
             *(None,) * 4,
         )
