@@ -48,12 +48,14 @@ def _is_left_to_xla(config: Config, given: Operands) -> bool:
     """Whether the output is XLA's own operation, of the statistics that the kernels make.
 
     What is behind, as a relu of the program's, is then fused with it, and a gradient needs no array of it. One kernel
-    for all is quicker where the caches hold the input, with 16 bits, and where it does what is behind itself.
+    for all is quicker where there is no gradient, or the caches hold the input, with 16 bits, and where it does what is
+    behind itself.
     """
     x, beside = given.x, (config.options.activation, given.residual, given.a)
     is_plain = all(what is None for what in beside) and config.layout(x).groups == 1
     is_wide = x.dtype == given.params[0].dtype
-    return is_plain and is_wide and x.size >= _LEFT_FROM and jax.default_backend() == "cpu"
+    is_large = config.has_gradient and x.size >= _LEFT_FROM
+    return is_plain and is_wide and is_large and jax.default_backend() == "cpu"
 
 
 def _of_all(config: Config, array: Any) -> Any:
@@ -64,7 +66,8 @@ def _of_all(config: Config, array: Any) -> Any:
 
 
 def _train_forward(config: Config, given: Operands, constants: Constants) -> Any:
-    made = train(config, given, constants)  # not the kernel itself: this is differentiated, too, for a second order
+    # Not the kernel itself: this is differentiated, too, for a second order.
+    made = train(config._replace(has_gradient=True), given, constants)
     return made, (given, made[2], constants.weights)
 
 
