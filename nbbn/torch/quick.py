@@ -67,8 +67,8 @@ class Views:
     """The parameters and running statistics of a module as kernels take them.
 
     where: the memory of weight, bias, num_batches_tracked and the running statistics when the views were made; they are
-    good while it is the same. They keep it: so no other memory can be there. rows: the statistics one by one, where
-    they are more than two, and are gathered for a step.
+    good while it is the same. They keep it: so no other memory can be there. rows: pairs of a row of the state and the
+    module's own, where the statistics are more than two, and are gathered for a step.
     """
 
     __slots__ = ("_count", "_kept", "_tracked", "params", "rows", "scratch", "state", "where")
@@ -82,11 +82,12 @@ class Views:
         like = np.empty(step.channels, step.statistic)
         self.where = where(tensors)
         self.params, kept = rows_of(weight, bias, (1.0, 0.0), like)
-        self.rows = [numpy_of(t) for t in state[2:]] and [numpy_of(t) for t in state]
-        if self.rows:
-            self.state = np.empty((len(state), step.channels), step.statistic)
-            if any(row.shape != like.shape or row.dtype != like.dtype for row in self.rows):
+        self.rows: list[tuple[np.ndarray, np.ndarray]] = []
+        if len(state) > 2:
+            self.state, own = np.empty((len(state), step.channels), step.statistic), [numpy_of(t) for t in state]
+            if any(row.shape != like.shape or row.dtype != like.dtype for row in own):
                 raise ValueError("statistics of another kind")
+            self.rows = list(zip(self.state, own, strict=True))
         else:
             self.state, more = rows_of(state[0], state[1], (0.0, 1.0), like)
             kept += more
@@ -112,14 +113,14 @@ def train(
 ) -> tuple[Tensor, np.ndarray]:
     """The output, and what the gradient needs. past: of statistics that the output depends on."""
     y, saved, state = torch.empty_like(x), np.empty(step.saved_shape), views.state
-    for row, value in enumerate(views.rows):
-        state[row] = value
+    for row, own in views.rows:
+        row[...] = own
     before = state.copy() if past is not None and update else None
     address = residual if residual is None else residual.data_ptr()
     step.run(address, x.data_ptr(), y.data_ptr(), views.params, state, state if update else views.scratch, saved)
     if update:
-        for row, value in enumerate(views.rows):
-            value[:] = state[row]
+        for row, own in views.rows:
+            own[...] = row
     if past is None:
         return y, saved
     if before is not None:
@@ -131,8 +132,8 @@ def train(
 
 def infer(x: Tensor, residual: MaybeTensor, step: Step, views: Views) -> Tensor:
     y, state = torch.empty_like(x), views.state
-    for row, value in enumerate(views.rows):
-        state[row] = value
+    for row, own in views.rows:
+        row[...] = own
     address = residual if residual is None else residual.data_ptr()
     step.run(address, x.data_ptr(), y.data_ptr(), views.params, state)
     return y
