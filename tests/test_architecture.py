@@ -139,7 +139,7 @@ LIBRARIES = {"arrays.torch": "torch", "arrays.cupy": "cupy", "arrays.jax": "jax"
 # Whoever imports one of these rooms has the framework: it may be imported at once.
 FACES = {
     **{"jax": {"jax"}, "flax": {"flax", "jax"}, "torch": {"torch"}},
-    "keras": {"jax", "keras", "tensorflow", "torch"},
+    "keras": {"keras", "tensorflow", "torch"},
 }
 # What imports numba.cuda is imported when it is needed, too.
 OF_A_GPU = (

@@ -9,10 +9,12 @@ from nbbn.jax.steps import Steps
 
 class Config(NamedTuple):
     """What is the same in every run of a program. shared: the names of mapped axes that share statistics, and the
-    groups of their indices that do so among themselves, as all_gather takes them."""
+    groups of their indices that do so among themselves, as all_gather takes them. has_gradient: whether it is the
+    forward pass of a gradient."""
 
     steps: Steps
     shared: tuple[Any, Any] | None = None
+    has_gradient: bool = False
 
     def layout(self, x: Any) -> Layout:
         return self.steps.dispatcher.layout(x.shape, training=True)

@@ -18,7 +18,7 @@ from nbbn.engine.dispatcher import Dispatcher
 from nbbn.jax import operands, xla
 from nbbn.jax.crossing import varying_alike
 from nbbn.jax.given import Config, Constants, Operands
-from nbbn.jax.numbers import hyper, hyper_values, is_in_program
+from nbbn.jax.numbers import hyper, hyper_values, is_in_program, now
 from nbbn.jax.steps import Steps
 from nbbn.jax.training import train
 
@@ -70,13 +70,19 @@ def batch_norm(
             same. axis_index_groups: groups of their indices that share statistics, as jax.lax.all_gather takes them.
         ffi: False calls back into Python in the place of kernels that the program calls: slower, for debugging.
         The others are those of nbbn.BatchNormalization. momentum, renorm_momentum and the values of renorm_clipping may
-        be scalars of the program, as of a schedule; functions are called while the program is traced.
+        be scalars of the program, as of a schedule, or functions, called in each call; in a training program that is
+        compiled they have to give scalars of the program.
     Returns: y, of the shape and dtype of x, and the new state, which is `state` where it is no training call.
     Raises: TypeError, ValueError that name the argument, what was received and what is accepted.
     """
     x = operands.as_input(x)
+    if is_in_program(training):
+        raise TypeError(f"training must be True or False, known while a program is traced; received {training}")
+    training = boolean("training", training)
+    if isinstance(renorm_clipping, Mapping):
+        renorm_clipping = {name: now(name, value, training) for name, value in renorm_clipping.items()}
     given, numbers = _options(
-        {"momentum": momentum, "renorm_momentum": renorm_momentum},
+        {n: now(n, v, training) for n, v in (("momentum", momentum), ("renorm_momentum", renorm_momentum))},
         renorm_clipping,
         axis=axis,
         epsilon=epsilon,
@@ -90,8 +96,6 @@ def batch_norm(
         debias=debias,
         skip_nonfinite=skip_nonfinite,
     )
-    if is_in_program(training):
-        raise TypeError(f"training must be True or False, known while a program is traced; received {training}")
     steps = _steps(given, boolean("ffi", ffi))
     dispatcher, dtype = steps.dispatcher, dtypes.statistic(np.dtype(x.dtype))
     kept = dispatcher.axis(x.ndim)
@@ -102,7 +106,7 @@ def batch_norm(
     )
     rows = operands.as_state(state, given, features)
     added = operands.as_residual(residual, x)
-    if not boolean("training", training):
+    if not training:
         return _infer(x, params, rows, kept, given, added), dict(state)
     if not all(isinstance(n, int) for n in x.shape):
         raise ValueError(f"x must have a known shape in training; received {x.shape}")

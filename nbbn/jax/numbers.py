@@ -26,6 +26,24 @@ def is_in_program(value: Any) -> bool:
     return isinstance(value, jax.Array)
 
 
+def is_compiling() -> bool:
+    """Whether a program is being traced, which keeps whatever is no value of its own."""
+    return isinstance(jnp.zeros(()), jax.core.Tracer)
+
+
+def now(name: str, value: Any, training: bool) -> Any:
+    """A number, or what a callable gives for this call. Raises: ValueError where a training program would keep it."""
+    if not callable(value):
+        return value
+    found = value()
+    if training and not is_in_program(found) and is_compiling():
+        raise ValueError(
+            f"{name} must be a scalar of the program, or a callable that gives one, where JAX compiles it: it would "
+            f"keep a number of Python's for ever; received {found!r}"
+        )
+    return found
+
+
 def hyper_values(dispatcher: Dispatcher, rank: int, dtype: np.dtype, numbers: Mapping[str, Any]) -> list[Any]:
     """What the middle stage reads, (8,). rank, dtype: of the input. numbers: of Numbers."""
     varying = {name: value for name, value in numbers.items() if is_in_program(value)}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nbbn.core import dtypes, formula
+from nbbn.core import dtypes, formula, rules
 from nbbn.jax.given import Config, Operands
 from nbbn.kernels import channel
 from nbbn.kernels.cpu.lanes import rules_of
@@ -40,6 +40,13 @@ def output(config: Config, given: Operands, weights: Any, corrections: Any = Non
         **shared,
     )
     return y.astype(given.x.dtype), mean, variance
+
+
+@partial(jax.jit, static_argnums=2)  # one program, where it is not in one
+def apply(x: Any, coefficients: Any, axis: tuple[int, ...]) -> Any:
+    """The output of an input with one group of statistics, by the coefficients of the middle stage."""
+    mean, scale, shift = coefficients.reshape(-1, *formula.statistics_shape(x, axis))
+    return rules.normalize(x.astype(coefficients.dtype), mean, scale, shift).astype(x.dtype)
 
 
 def _total(config: Config, own: Any) -> Any:

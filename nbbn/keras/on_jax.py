@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import keras
 
 from nbbn.jax import batch_norm
+from nbbn.jax.numbers import is_compiling
 from nbbn.keras import asked
 from nbbn.keras.asked import Beside
 
@@ -39,7 +38,7 @@ def _as_number(value: Any) -> Any:
     """What a callable has given. Raises: ValueError for a number in a program that is being compiled."""
     if isinstance(value, keras.Variable):
         return value.value
-    if isinstance(jnp.zeros(()), jax.core.Tracer):
+    if is_compiling():
         raise ValueError(
             "callables for momenta and renorm_clipping must give a keras.Variable of the model where JAX compiles the "
             f"program, which would keep a number for ever; received {value!r}. Or compile(..., run_eagerly=True)"

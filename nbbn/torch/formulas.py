@@ -70,8 +70,13 @@ def gradients(
     options: str,
     eps: float,
 ) -> list[MaybeTensor]:
-    """Those of x, weight, bias, residual, a and b, with a graph of their own; None for what is not there."""
+    """Those of x, weight, bias, residual, a and b, with a graph of their own; None for what is not there.
+
+    bias: None stands for zeros, and has a gradient: unless an activation follows, no gradient depends on it.
+    """
     mask, *pair = beside
+    if bias is None:
+        bias = x.new_zeros(x.shape[parsed(options)["axis"]], dtype=statistic(x.dtype))
     # Views: one of them may have been computed from another, and that is not this function's to follow.
     with torch.enable_grad():
         own = [None if t is None else _to_follow(t) for t in (x, weight, bias, residual, *pair)]

@@ -199,15 +199,17 @@ class _BatchNorm(Function):
         b: Any,
         *rest: Any,
     ) -> tuple[Tensor, Tensor]:
+        activated = parsed(rest[-3])["activation"] is not None
+        kept = x, weight, bias if activated else None, residual if activated else None, mask, a, b
         if any(ctx.needs_input_grad):
-            check_saved(x, weight, bias, residual, mask, a, b)
+            check_saved(*kept)
         with torch._C._AutoDispatchBelowAutograd():
             y, saved = batch_norm(x, weight, bias, residual, mask, a, b, *rest)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(saved)
         ctx.rest, ctx.residual = rest[-3:-1], residual is not None
-        ctx.activated = parsed(rest[-3])["activation"] is not None
-        ctx.save_for_backward(x, weight, bias, residual if ctx.activated else None, mask, a, b, saved)
+        ctx.activated, ctx.dtype = activated, None if bias is None else bias.dtype
+        ctx.save_for_backward(*kept, saved)
         return y, saved
 
     @staticmethod
@@ -215,7 +217,7 @@ class _BatchNorm(Function):
         if dy is None:
             return (None,) * 13
         saved = ctx.saved_tensors  # to be asked for once, for activation checkpointing
-        _, weight, bias = saved[:3]
+        weight = saved[1]
         adjusted = ctx.needs_input_grad[5:7]
         dx, dgamma, dbeta, dz, *pair = batch_norm_backward(dy, *saved, *ctx.rest, any(adjusted))
         if not ctx.activated:  # the residual was only added
@@ -223,7 +225,7 @@ class _BatchNorm(Function):
         return (
             dx,
             None if weight is None else dgamma.to(weight.dtype),
-            None if bias is None else dbeta.to(bias.dtype),
+            None if ctx.dtype is None else dbeta.to(ctx.dtype),
             dz if ctx.residual else None,
             None,  # the mask
             *(gradient if wanted else None for gradient, wanted in zip(pair, adjusted, strict=True)),
@@ -261,11 +263,12 @@ def _backward_with_autograd(
     channels = x.shape[parsed(options)["axis"]]
     zero = x.new_zeros(channels, dtype=statistic(x.dtype))
     assert dx is not None
+    assert dbeta is not None
     own_dz = _has_dz(residual, options) and dz is not None
     return (
         dx,
         zero if dgamma is None else dgamma,
-        torch.zeros_like(zero) if dbeta is None else dbeta,
+        dbeta,
         dz if own_dz and dz is not None else x.new_empty(0),
         *(gradient if adjustment and gradient is not None else zero.new_empty(0) for gradient in pair),
     )

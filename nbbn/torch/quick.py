@@ -23,12 +23,12 @@ _increment_version = torch._C._increment_version
 
 
 class Step:
-    """What a call on inputs of one geometry runs. gradient: the same for its gradient, of training. has_dz: whether
-    that needs the residual, and makes its gradient."""
+    """What a call on inputs of one geometry runs. gradient: the same for its gradient, of training. activated: whether
+    an activation follows. has_dz: whether that needs the residual, and makes its gradient."""
 
     __slots__ = (
-        *("channels", "dtype", "gradient", "has_dz", "options", "run", "saved_shape", "shape", "statistic"),
-        "stride",
+        *("activated", "channels", "dtype", "gradient", "has_dz", "options", "run", "saved_shape", "shape"),
+        *("statistic", "stride"),
     )
 
     def __init__(
@@ -37,7 +37,8 @@ class Step:
         """Raises: ValueError where a call needs more than one step on the memory of its tensors."""
         run, array = dispatcher(options, eps), numpy_of(x.detach())
         lay = run.layout(array.shape, training)
-        self.has_dz = residual and run.options.activation is not None
+        self.activated = run.options.activation is not None
+        self.has_dz = residual and self.activated
         found = run.on_memory("train" if training else "infer", array, residual, Numbers(*numbers))
         gradient = run.on_memory("backward", array, self.has_dz) if training else None
         if found is None or (training and gradient is None):
@@ -66,8 +67,8 @@ class Views:
     """The parameters and running statistics of a module as kernels take them.
 
     where: the memory of weight, bias, num_batches_tracked and the running statistics when the views were made; they are
-    good while it is the same. They keep it: so no other memory can be there. rows: the statistics one by one, where
-    they are more than two, and are gathered for a step.
+    good while it is the same. They keep it: so no other memory can be there. rows: pairs of a row of the state and the
+    module's own, where the statistics are more than two, and are gathered for a step.
     """
 
     __slots__ = ("_count", "_kept", "_tracked", "params", "rows", "scratch", "state", "where")
@@ -81,11 +82,12 @@ class Views:
         like = np.empty(step.channels, step.statistic)
         self.where = where(tensors)
         self.params, kept = rows_of(weight, bias, (1.0, 0.0), like)
-        self.rows = [numpy_of(t) for t in state[2:]] and [numpy_of(t) for t in state]
-        if self.rows:
-            self.state = np.empty((len(state), step.channels), step.statistic)
-            if any(row.shape != like.shape or row.dtype != like.dtype for row in self.rows):
+        self.rows: list[tuple[np.ndarray, np.ndarray]] = []
+        if len(state) > 2:
+            self.state, own = np.empty((len(state), step.channels), step.statistic), [numpy_of(t) for t in state]
+            if any(row.shape != like.shape or row.dtype != like.dtype for row in own):
                 raise ValueError("statistics of another kind")
+            self.rows = list(zip(self.state, own, strict=True))
         else:
             self.state, more = rows_of(state[0], state[1], (0.0, 1.0), like)
             kept += more
@@ -111,14 +113,14 @@ def train(
 ) -> tuple[Tensor, np.ndarray]:
     """The output, and what the gradient needs. past: of statistics that the output depends on."""
     y, saved, state = torch.empty_like(x), np.empty(step.saved_shape), views.state
-    for row, value in enumerate(views.rows):
-        state[row] = value
+    for row, own in views.rows:
+        row[...] = own
     before = state.copy() if past is not None and update else None
     address = residual if residual is None else residual.data_ptr()
     step.run(address, x.data_ptr(), y.data_ptr(), views.params, state, state if update else views.scratch, saved)
     if update:
-        for row, value in enumerate(views.rows):
-            value[:] = state[row]
+        for row, own in views.rows:
+            own[...] = row
     if past is None:
         return y, saved
     if before is not None:
@@ -130,8 +132,8 @@ def train(
 
 def infer(x: Tensor, residual: MaybeTensor, step: Step, views: Views) -> Tensor:
     y, state = torch.empty_like(x), views.state
-    for row, value in enumerate(views.rows):
-        state[row] = value
+    for row, own in views.rows:
+        row[...] = own
     address = residual if residual is None else residual.data_ptr()
     step.run(address, x.data_ptr(), y.data_ptr(), views.params, state)
     return y
@@ -152,12 +154,13 @@ class BatchNorm(Function):
         update: bool,
         past: Past | None = None,
     ) -> Tensor:
+        kept = x, weight, bias if step.activated else None, residual if step.has_dz else None
         if any(ctx.needs_input_grad):
-            check_saved(x, weight, bias, residual)
+            check_saved(*kept)
         y, ctx.saved = train(x, residual, step, views, update, past)
         ctx.step, ctx.residual = step, residual is not None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, residual if step.has_dz else None)
+        ctx.save_for_backward(*kept)
         return y
 
     @staticmethod
@@ -168,8 +171,9 @@ class BatchNorm(Function):
         step, saved = ctx.step, ctx.saved
         if torch.is_grad_enabled():
             beside, kept = (None, None, None), torch.from_numpy(saved)
-            dx, *grads, dz, _, _ = formulas.gradients(dy, x, weight, bias, residual, beside, kept, *step.options)
-            return dx, *grads, dy if ctx.residual and not step.has_dz else dz, *(None,) * 4
+            dx, dw, db, dz, _, _ = formulas.gradients(dy, x, weight, bias, residual, beside, kept, *step.options)
+            dz = dy if ctx.residual and not step.has_dz else dz
+            return dx, dw, db if ctx.needs_input_grad[2] else None, dz, *(None,) * 4
         x, dy = step.laid(x), step.laid(dy)
         dx = torch.empty_like(x)
         dgamma, dbeta = dparams = np.empty((2, step.channels), step.statistic)
@@ -183,7 +187,7 @@ class BatchNorm(Function):
         return (
             dx,
             None if weight is None else torch.from_numpy(dgamma),
-            None if bias is None else torch.from_numpy(dbeta),
+            torch.from_numpy(dbeta) if ctx.needs_input_grad[2] else None,
             dz,
             *(None,) * 4,
         )

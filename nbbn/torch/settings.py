@@ -95,5 +95,5 @@ def _now(name: str, value: Any) -> float:
 def _check_finite(name: str, value: Any, accepted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {accepted}; received {value!r}")
-    if not math.isfinite(value):
+    if not -math.inf < float(value) < math.inf:  # torch.compile follows it, also of a number that it does not know
         raise ValueError(f"{name} must be {accepted}; received {value!r}")

@@ -203,13 +203,14 @@ class _Synchronized(Function):
         y = torch.empty_like(x)
         ctx.kept, ctx.call = call.finish(y), call
         ctx.operands = call.own.operands
-        ctx.save_for_backward(x, weight, bias, residual)
+        ctx.dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, residual)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, weight, bias, residual = ctx.saved_tensors
+        x, weight, residual = ctx.saved_tensors
         dx, call = torch.empty_like(x), ctx.call
         wants_dz = residual is not None and call.run.options.activation is not None
         dparams, dz = call.gradients(array_of(dy.to(x.dtype)), array_of(x), ctx.kept, ctx.operands, dx, wants_dz)
@@ -218,7 +219,7 @@ class _Synchronized(Function):
         return (
             dx,
             None if weight is None else dgamma.to(weight.dtype),
-            None if bias is None else dbeta.to(bias.dtype),
+            None if ctx.dtype is None else dbeta.to(ctx.dtype),
             None if residual is None else own_dz,
             None,
         )

@@ -68,6 +68,46 @@ def test_training_without_kernels(case, monkeypatch):
         close(a, b, scale=4.0)
 
 
+LARGE = {
+    "rows": ((64, 16, 16, 64), {}, {}),
+    "planes": ((64, 64, 16, 16), {"axis": 1}, {}),
+    "renorm": ((64, 16, 16, 64), {"renorm": True, "renorm_clipping": {"rmax": 1.5, "dmax": 0.5}}, {}),
+    "several axes": ((64, 16, 16, 64), {"axis": (1, 3)}, {}),
+    "mask": ((64, 16, 16, 64), {}, {"mask": RNG.random((64, 16)) < 0.7}),
+}
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_output_is_the_layers(name, compiled):
+    """Far from 0, where a formula that multiplies first loses the digits. Of its last bits XLA decides in the forward
+    pass of a gradient."""
+    shape, options, operands = LARGE[name]
+    x = normal(*shape) + np.float32(1000)
+    layer = nbbn.BatchNormalization(epsilon=1e-5, bessel_correction=False, **options)
+    expected = layer(x, training=True, **operands)
+    features = tuple(shape[i] for i in np.atleast_1d(options.get("axis", -1)))
+    state = initial_state(features, renorm="renorm" in options)
+    run = lambda x: batch_norm(x, None, None, state, training=True, **options, **operands)  # noqa: E731
+    np.testing.assert_array_equal(run(x)[0], expected)  # no gradient: the kernel
+    y, _, new_state = jax.vjp(jax.jit(run) if compiled else run, x, has_aux=True)
+    close(y, expected)
+    for statistic, value in new_state.items():
+        np.testing.assert_array_equal(np.ravel(value), np.ravel(getattr(layer, NAMES[statistic])))
+
+
+def test_a_large_output_is_not_kept_for_its_gradient():
+    """XLA fuses it with what follows, and computes it anew: there are the input, and what the gradient goes through."""
+    x, kernel = normal(64, 16, 16, 64), normal(64, 64)
+
+    def loss(x):
+        y, _ = batch_norm(2 * x, None, None, initial_state(64), training=True)
+        return (jax.nn.relu(y) @ kernel).std()
+
+    needed = jax.jit(jax.grad(loss)).lower(x).compile().memory_analysis().temp_size_in_bytes
+    assert needed < 2.5 * x.nbytes
+
+
 @EVERY_CASE
 def test_inference_is_the_layers(case):
     x, scale, bias, state, _, layer, options, operands = problem(case)

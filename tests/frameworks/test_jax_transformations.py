@@ -201,6 +201,28 @@ def test_numbers_of_the_program():
         equal(jax.jit(run)(**numbers), expected)
 
 
+@pytest.mark.parametrize("name", ["momentum", "renorm_momentum", "dmax"])
+def test_a_callable_is_read_in_each_call(name):
+    """A program would keep its number; it may give a scalar of the program, and inference needs none."""
+    x, scale, bias, _ = problem()
+    state = initial_state(5, renorm=True)
+
+    def run(value, training=True):
+        given = {"renorm_clipping": {"dmax": value}} if name == "dmax" else {name: value}
+        return batch_norm(x, scale, bias, state, training=training, renorm=True, **given)
+
+    schedule = {"now": 0.25}
+    for now in (0.25, 0.5):
+        schedule["now"] = now
+        equal(run(lambda: schedule["now"]), run(now))
+        equal(jax.jit(lambda number: run(lambda: number))(now), run(now))
+    with pytest.raises(ValueError, match=rf"{name}.* would keep .* received 0.5"):
+        jax.jit(lambda: run(lambda: schedule["now"]))()
+    equal(jax.jit(lambda: run(lambda: schedule["now"], training=False))(), run(0.5, training=False))
+    with pytest.raises(ValueError, match=r"received .*-1"):
+        run(lambda: -1)
+
+
 # -- several devices, and mapped axes ----------------------------------------------------------------------------------
 
 OPTIONS = {

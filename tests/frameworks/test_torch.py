@@ -232,6 +232,28 @@ def test_what_autograd_says():
         torch.relu_(module(x)).sum().backward()
 
 
+@pytest.mark.parametrize("operands", [{}, {"mask": torch.ones(5, dtype=torch.bool)}], ids=["alone", "mask"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_bias_that_was_changed(operands, order):
+    """No gradient depends on it, as in torch.nn, unless there is an activation."""
+    x, dy = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+
+    def derivatives(module, change):
+        own = x.clone().requires_grad_()
+        y = module(own, **(operands if isinstance(module, nbbn.torch.BatchNorm1d) else {}))
+        with torch.no_grad():
+            module.bias.add_(change)
+        wanted = own, module.weight, module.bias
+        first = torch.autograd.grad(y, wanted, dy, create_graph=order == 2)
+        return first if order == 1 else torch.autograd.grad(sum((g**3).sum() for g in first), wanted[:2])
+
+    ours, theirs = nbbn.torch.BatchNorm1d(3, dtype=torch.float64), nn.BatchNorm1d(3, dtype=torch.float64)
+    for change in (0, 1):
+        assert_close(derivatives(ours, change), derivatives(theirs, change))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        derivatives(nbbn.torch.BatchNorm1d(3, dtype=torch.float64, activation="relu"), 1)
+
+
 def test_versions_of_buffers_grow():
     """So autograd finds out that what it has kept was changed."""
     module = nbbn.torch.BatchNorm1d(3)

@@ -116,6 +116,25 @@ def test_compile_has_one_graph(options):
 
 
 @quiet
+@pytest.mark.parametrize("name", ["momentum", "renorm_momentum", "dmax"])
+def test_compile_reads_a_callable_at_each_call(name):
+    """Also one that gives the second value, which PyTorch's compiler takes for a number that it does not know."""
+    schedule = {"now": 0.0}
+    given = lambda: schedule["now"]  # noqa: E731
+    modules = [nbbn.torch.BatchNorm1d(3, renorm=True, renorm_clipping={"dmax": 0.5}) for _ in "ab"]
+    for module in modules:
+        setattr(module, *(("renorm_clipping", {"dmax": given}) if name == "dmax" else (name, given)))
+    compiled, plain = torch.compile(modules[0], fullgraph=True, backend="aot_eager"), modules[1]
+    for value in (0.1, 0.5, 1.0):
+        schedule["now"], x = value, torch.randn(8, 3) + 5
+        assert_close(compiled(x), plain(x))
+        assert_close(modules[0].state_dict(), plain.state_dict())
+    schedule["now"] = float("nan")
+    with pytest.raises((RuntimeError, ValueError)):
+        compiled(x)
+
+
+@quiet
 @pytest.mark.parametrize("options", [{}, {"activation": "relu"}, {"renorm": True}], ids=str)
 @pytest.mark.parametrize("how", ["compiled", "exported"])
 def test_an_adjustment_has_gradients(how, options):
