@@ -39,8 +39,7 @@ def train(
         total: adds up a sum of this input and those of the others that share its statistics; it needs weights.
     Returns: y; mean and variance (G, C).
     """
-    axes = tuple(i for i in range(x.ndim) if i not in axis)
-    shape = tuple(n if i in axis else 1 for i, n in enumerate(x.shape))  # to be broadcast against x
+    axes, shape = tuple(i for i in range(x.ndim) if i not in axis), statistics_shape(x, axis)
     parts, statistics = [], []
     for g, samples in enumerate(members):
         values = x[samples]
@@ -57,6 +56,11 @@ def train(
         z = z * adjustment[0] + adjustment[1]
     y = _activate(xp, z * gamma.reshape(shape) + beta.reshape(shape), residual, relu)
     return y, xp.stack([mean for mean, _ in statistics]), xp.stack([variance for _, variance in statistics])
+
+
+def statistics_shape(x: Any, axis: Sizes) -> tuple[int, ...]:
+    """That of a statistic, to be broadcast against the input."""
+    return tuple(n if i in axis else 1 for i, n in enumerate(x.shape))
 
 
 def _moments(xp: Any, x: Any, w: Any, axes: tuple[int, ...], total: Callable[[Any], Any]) -> tuple[Any, Any]:
