@@ -21,13 +21,14 @@ from benchmarks.problem import EPSILON, MOMENTUM, WrongResult
 from benchmarks.suite import Plan as SuitePlan
 from benchmarks.suite import Progress, Report
 from benchmarks.timing import Effort, interleave, repeated
-from nbbn.runtime import start_pool
+from nbbn.runtime import last_level_cache, start_pool
 
 SHAPES = ((8, 64, 56, 56), (16, 128, 28, 28), (4, 256, 14, 14), (1, 64, 56, 56))
 EFFORT = Effort(rounds=9, seconds=0.0, lead_in=0.02, sample=0.1)
 QUICK = Effort(rounds=3, seconds=0.0, lead_in=0.01, sample=0.02)
 TOLERANCE = 1e-3  # of a result, relative to its largest value: its sums are float32 in convolutions
-OWN, TORCH, ALONE, TORCH_ALONE = "nbbn", "torch", "alone", "torch, alone"
+OWN, TORCH = "nbbn", "torch"
+WARM, COLD = "alone, warm", "alone, cold"
 
 
 class Norm(Protocol):
@@ -98,6 +99,7 @@ class Block:
             for s, size in ((1.0, shape), (1.0, shape), *((scale, (channels, channels, 3, 3)),) * 2)
         )
         self._norms = norm(torch, shape), norm(torch, shape)
+        self._others = np.zeros(2 * last_level_cache() // 4, np.float32) + 1  # written: memory of its own
         self.given: list[Any] = []  # to the batch norms: two inputs, two gradients
         self.results: list[Any] = []
 
@@ -133,16 +135,31 @@ class Block:
         dx, dw, _ = self._backward_convolution(dy, x, weights, *geometry, [True, True, False])
         return dx, dw
 
-    def run_norms(self) -> Parts:
+    def run_warm(self) -> Parts:
         """The batch norms of a pass, back to back, on what the last pass gave them."""
+        return self._run_norms(lambda tensor: None)
+
+    def run_cold(self) -> Parts:
+        """The same, each as a convolution leaves the caches, but for its threads: others' memory has been read, and the
+        tensor has just been written."""
+
+        def leave(tensor: Any) -> None:
+            array = tensor.numpy()
+            kept = array.copy()
+            self._others.max()
+            np.copyto(array, kept)
+
+        return self._run_norms(leave)
+
+    def _run_norms(self, before: Callable[[Any], None]) -> Parts:
         (first, second), (a, b, dy, dz) = self._norms, self.given
-        start = time.perf_counter_ns()
-        first.forward(a)
-        second.forward(b)
-        second.backward(dy)
-        first.backward(dz)
-        spent = 1e-9 * (time.perf_counter_ns() - start)
-        return Parts(spent, spent, 0.0)
+        spent = 0
+        for call, tensor in ((first.forward, a), (second.forward, b), (second.backward, dy), (first.backward, dz)):
+            before(tensor)
+            start = time.perf_counter_ns()
+            call(tensor)
+            spent += time.perf_counter_ns() - start
+        return Parts(1e-9 * spent, 1e-9 * spent, 0.0)
 
 
 @dataclass(frozen=True)
@@ -185,7 +202,11 @@ def measure(torch: Any, shape: tuple[int, ...], plan: Plan) -> dict[str, Any]:
     for mine, right in zip(own.results, other.results, strict=True):
         if not (error := float((mine - right).abs().max() / right.abs().max())) <= TOLERANCE:
             raise WrongResult(f"block {shape}: a result differs from PyTorch's by {error:.2g} of its largest value")
-    calls = {OWN: own.run, TORCH: other.run, ALONE: own.run_norms, TORCH_ALONE: other.run_norms}
+    calls = {
+        f"{name}{how}": call
+        for name, of in ((OWN, own), (TORCH, other))
+        for how, call in (("", of.run), (f", {WARM}", of.run_warm), (f", {COLD}", of.run_cold))
+    }
 
     def one_round(names: list[str]) -> dict[str, Parts]:
         return {n: _medians(repeated(calls[n], plan.effort)) for n in names}
@@ -214,17 +235,18 @@ def _lines(report: Report) -> Iterator[str]:
 def ratio_table(report: Report) -> Iterator[str]:
     """One row per shape. What is first in a heading is measured in a block, of nbbn where PyTorch's is not named.
 
-    Calls alone find what they read in the caches. PyTorch's batch norms have the convolutions' own threads: what they
-    lose in the block is what the caches cost, and nothing that a second pool of threads costs.
+    Alone and warm, calls find what they read in the caches; cold, they find there what a convolution leaves. So the
+    first column is what the threads of another library cost, and the second one what the caches cost, too.
     """
     yield (
-        "| shape | nbbn's calls / alone | PyTorch's calls / alone | convolutions / beside PyTorch's | "
-        "block / PyTorch's | ms | PyTorch's ms |"
+        "| shape | nbbn's calls / alone, cold | / alone, warm | PyTorch's calls / alone, cold | / alone, warm | "
+        "convolutions / beside PyTorch's | block / PyTorch's | ms | PyTorch's ms |"
     )
-    yield "|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for r in report["results"]:
-        own, other, alone, other_alone = (r["times"][name] for name in (OWN, TORCH, ALONE, TORCH_ALONE))
-        pairs = [(own["norms"], alone["norms"]), (other["norms"], other_alone["norms"])]
+        times = r["times"]
+        own, other = times[OWN], times[TORCH]
+        pairs = [(times[n]["norms"], times[f"{n}, {how}"]["norms"]) for n in (OWN, TORCH) for how in (COLD, WARM)]
         pairs += [(own[part], other[part]) for part in ("convolutions", "whole")]
         cells = [" x ".join(map(str, r["shape"])) + "*" * machine.is_disturbed(r)]
         cells += [f"{a / b:.2f}" for a, b in pairs] + [f"{1e3 * t['whole']:.3g}" for t in (own, other)]

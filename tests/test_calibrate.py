@@ -269,14 +269,15 @@ def test_calibrate_command(monkeypatch, capsys):
 
 
 def test_block_ratios():
+    norms = {block.COLD: 1.0, block.WARM: 0.5}
     parts = {
         block.OWN: {"whole": 3.0, "norms": 1.1, "convolutions": 1.8},
         block.TORCH: {"whole": 4.0, "norms": 2.0, "convolutions": 1.2},
-        block.ALONE: {"whole": 1.0, "norms": 1.0, "convolutions": 0.0},
-        block.TORCH_ALONE: {"whole": 1.6, "norms": 1.6, "convolutions": 0.0},
+        **{f"{block.OWN}, {how}": {"norms": n} for how, n in norms.items()},
+        **{f"{block.TORCH}, {how}": {"norms": 2 * n} for how, n in norms.items()},
     }
     (*_, line) = block.ratio_table({"results": [{"shape": (1, 2, 3, 4), "times": parts, "others": 0.3}]})
-    assert line == "| 1 x 2 x 3 x 4* | 1.10 | 1.25 | 1.50 | 0.75 | 3e+03 | 4e+03 |"
+    assert line == "| 1 x 2 x 3 x 4* | 1.10 | 2.20 | 1.00 | 2.00 | 1.50 | 0.75 | 3e+03 | 4e+03 |"
 
 
 @needs_torch
