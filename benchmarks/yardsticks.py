@@ -24,7 +24,7 @@ def copy_task(task, source, target, streamed):  # type: ignore[no-untyped-def]  
     begin = task * TASK
     end = minimum(source.size, begin + TASK)
     run, copy = part(source, (), begin, end), part(target, (), begin, end)
-    write_run([copy], lambda i, n: [load(run, i, n)], streamed)
+    write_run([copy], lambda i, n: [load(run, i, n)], streamed, [])
     fence()
 
 

@@ -74,6 +74,7 @@ BORDERS = {
 def test_sizes_about_the_memory_of_a_task(target, name, store):
     thresholds = {"tile_elements": 1 << 16, "tile_columns": 2 * BLOCK}
     thresholds |= {"repeated_columns": BLOCK, "written_columns": BLOCK}
+    stores = set()
     for shape in BORDERS[name]:
         problem = Problem(shape, np.float32)
         run = small(target, problem.options, WAYS["cpu"][name].schedule, streamed_share=SHARES[store], **thresholds)
@@ -85,7 +86,8 @@ def test_sizes_about_the_memory_of_a_task(target, name, store):
         out = dy if store == "in place" else np.empty_like(dy)
         dx, dparams, _ = run.backward(dy, problem.x, saved, out=out)
         problem.check_gradients(dx, dparams, problem.dy, step)
-        assert {streamed for _, _, _, streamed in run.kernels()} == {store == "streamed"}
+        stores |= {streamed for _, _, _, streamed in run.kernels()}
+    assert (True in stores) == (store == "streamed")  # of rows those that are whole lines
 
 
 # --- results that bypass the caches -----------------------------------------------------------
@@ -109,12 +111,14 @@ def offsets(dtype):
     return range(LINE // np.dtype(dtype).itemsize)
 
 
-# Runs with some whole vectors between their ends, wherever they begin; and what is cut into them.
+# Runs with some whole vectors between their ends, wherever they begin; rows are whole lines, in which coefficients are
+# copied or lie as they are; and what is cut into them.
 STREAMED = {
     "planes": Way("planes", (2, 2, 101, 1), True),
-    "rows": Way("rows", (1, 2, 5, 70), True),
-    "short planes": Way("rows", (4, 10, 7, 1), True),
-    "few channels": Way("rows", (1, 1, 70, 5), True),
+    "rows": Way("rows", (1, 2, 5, 96), True),
+    "long rows": Way("rows", (1, 1, 3, BLOCK + 32), True),
+    "short planes": Way("rows", (4, 16, 8, 1), True),
+    "few channels": Way("rows", (1, 1, 70, 16), True),
 }
 
 
@@ -122,7 +126,7 @@ STREAMED = {
 @pytest.mark.parametrize("name", STREAMED)
 def test_streamed_results_are_the_same_and_have_their_place(target, name, dtype):
     """At every place in a line of memory, and not a byte beside it."""
-    way, thresholds = STREAMED[name], {"tile_columns": 128, "written_columns": 128}
+    way, thresholds = STREAMED[name], {"tile_columns": 2 * BLOCK, "written_columns": 128}
     problem = Problem(way.shape, dtype)
     expected = all_results(way.make(target, problem.options, **thresholds), problem)
     run, size = way.make(target, problem.options, streamed_share=0.0, **thresholds), problem.x.size

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nbbn.engine.cpu import schedule
-from nbbn.engine.cpu.schedule import Thresholds
+from nbbn.engine.cpu.schedule import READ_AFTER_INFERENCE, Thresholds
 from nbbn.kernels.cpu import plain
 from nbbn.kernels.cpu import tasks as kernel_tasks
 from nbbn.kernels.cpu.lanes import BLOCK, LANES, LINE
@@ -296,11 +296,12 @@ def test_the_order_of_sums_depends_on_shape_and_strides_alone(view, groups, slic
         thresholds = SMALL._replace(threads=threads, cache=cache, streamed_run=0)
         for parallel in (None, False, True):
             chosen = choose(view, step, groups, slices, parallel=parallel, thresholds=thresholds)
-            same = dict.fromkeys(("shares", "k1_step", "tiles", "families", "streamed"), 0)
+            same = dict.fromkeys(("shares", "k1_step", "tiles", "families", "streamed", "written"), 0)
             found.add((chosen.loops, chosen.shape, chosen.grid._replace(**same)))
             stores.add(chosen.grid.streamed)
     assert len(found) == 1
-    assert stores == {0, 1}, "the machine decides something"
+    # Rows that are not whole lines are never streamed.
+    assert stores == {0, 1} or chosen.loops == "rows", "the machine decides something"
 
 
 @pytest.mark.parametrize("foldable", [False, True])
@@ -385,8 +386,9 @@ FITS = USUAL._replace(streamed_share=1.0, streamed_run=0)
 @pytest.mark.parametrize("step", ["infer", "train", "backward"])
 def test_what_does_not_fit_into_the_cache_is_streamed(step):
     """Two arrays of float32 that just fit, or one element more; gaps are never streamed over."""
+    share = READ_AFTER_INFERENCE if step == "infer" else 1
     for more, contiguous in itertools.product((0, 1), (False, True)):
-        view = (1, 1, CACHE // 8 + more, 1)
+        view = (1, 1, round(share * CACHE) // 8 + more, 1)
         assert choose(view, step, contiguous=contiguous, thresholds=FITS).grid.streamed == (more and contiguous)
 
 
@@ -407,6 +409,7 @@ RUNS = [
     ((1, 1, 64, 300), {"tile_columns": 100, "written_columns": 0}, 400),
     ((1, 1, 64, 300), {"tile_columns": 112, "written_columns": 0}, 7 * LINE),
     ((1, 1, 640, 3), {"written_columns": 30}, 120),
+    ((1, 1, 640, 3), {"written_columns": 60}, 3 * LINE),
     ((1, 1, 640, 4), {"written_columns": 16}, LINE),
 ]
 
@@ -415,7 +418,7 @@ RUNS = [
 def test_streamed_runs_are_whole_lines_or_long(view, thresholds, run):
     for least in (run, run + 1):
         found = choose(view, thresholds=USUAL._replace(streamed_share=0.0, streamed_run=least, **thresholds))
-        assert found.grid.streamed == (least == run or run % LINE == 0)
+        assert found.grid.streamed == ((least == run and found.loops == "planes") or run % LINE == 0)
 
 
 # Short planes, and those of an element more; gaps, or weights; few samples, or for such a plane; few channels; rows

@@ -21,6 +21,7 @@ PARALLEL = {"omp": 1 << 17, "tbb": 3 << 16, "workqueue": 1 << 22}
 WORK = {"infer": 1, "apply": 1, "reduce": 2, "reduce_sequences": 2, "apply_gradient": 2, "train": 3}
 WORK_OF_GRADIENT = 4
 NARROWEST = 128  # columns of a task
+READ_AFTER_INFERENCE = 1.5  # as much may inference take of the cache: the next layer reads its result, and nothing else
 ROW_BLOCK = 4  # rows are blocks of four (kernels/cpu/rows.py)
 
 
@@ -44,9 +45,9 @@ class Thresholds(NamedTuple):
         elements for each sample: coefficients are repeated, and sums added up, once for all samples.
     tiles_per_thread: one pass over tiles instead of two over the array needs so many, or threads wait for the last one.
     streamed_share: what is written is not read again soon if it and its inputs take more than this share of the
-        last-level cache.
-    streamed_run: bytes of a run that begins and ends inside of lines of the cache, at least: these are written in part,
-        which is worth it for many whole ones.
+        last-level cache, and of inference READ_AFTER_INFERENCE as much.
+    streamed_run: bytes of a plane that begins and ends inside of lines of the cache, at least: these are written in
+        part, which is worth it for many whole ones.
     threads, cache: how many threads there are, and the bytes of the last-level cache; None: the machine's.
     """
 
@@ -177,10 +178,14 @@ def grid_of(infers, view, slices, groups, itemsize, arrays, contiguous, foldable
         r0_step, shares = _in_order(r0, group, r1_step, t)
     whole_rows = in_rows and span == 1 and k1_step == k1
     written = _rows_as_one(t.written_columns, k1, r0_step, r1_step, t) if foldable and whole_rows else 1
+    share = t.streamed_share * (READ_AFTER_INFERENCE if infers else 1)
+    large = contiguous and r0 * k0 * r1 * k1 * itemsize * arrays > share * cache
+    lines = _rows_of_whole_lines(k1 * itemsize)
+    if large and written >= lines:
+        written = written // lines * lines
     run = (written * k1_step if in_rows else r1) * itemsize
-    whole_lines = run % LINE == 0 or run >= t.streamed_run
-    large = r0 * k0 * r1 * k1 * itemsize * arrays > t.streamed_share * cache
-    streamed = int(contiguous and whole_lines and large)
+    # Rows that begin at other places of a line each have their coefficients at other places, too (kernels/cpu/rows.py).
+    streamed = int(large and (run % LINE == 0 or (run >= t.streamed_run and not in_rows)))
     if repeats * written > 1:
         span = inner = max(1, k1)
     period = max(1, k1 // max(1, span) * inner)
@@ -216,6 +221,12 @@ def _rows_as_one(columns, k1, r0, r1, t):
     most = max(r0 * r1 // t.expanded_rows, LANES // max(1, k1))  # shorter than a vector they cost more than that
     most = max(1, min(columns // max(1, k1), most))
     return max(1, quotient(r1, quotient(max(1, r1), most)))  # all of them are alike; an empty input has one, too
+
+
+@register_jitable
+def _rows_of_whole_lines(size):
+    """The fewest rows of so many bytes that are whole lines together."""
+    return LINE // min(LINE, max(1, size & -size))  # the largest power of 2 that divides it
 
 
 @register_jitable

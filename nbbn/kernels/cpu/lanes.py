@@ -30,7 +30,7 @@ _made: Any = plain if PLAIN else llvm
 again, each, over, over_columns, when = _made.again, _made.each, _made.over, _made.over_columns, _made.when
 load, store, number, part, local, fence = _made.load, _made.store, _made.number, _made.part, _made.local, _made.fence
 add_halves, load_half, write_run, write_total = _made.add_halves, _made.load_half, _made.write_run, _made.write_total
-either, first, is_any, minimum = _made.either, _made.first, _made.is_any, _made.minimum
+either, first, is_any, minimum, to_border = _made.either, _made.first, _made.is_any, _made.minimum, _made.to_border
 splat, whole, wide = _made.splat, _made.whole, _made.wide
 
 

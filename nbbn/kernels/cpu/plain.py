@@ -115,7 +115,11 @@ def again(body):
         pass
 
 
-def write_run(targets, results, streamed):
+def to_border(array, asked=None):
+    return 0
+
+
+def write_run(targets, results, streamed, coefficients):
     def write(i, n, _):
         for target, vector in zip(targets, results(i, n), strict=True):
             store(target, i, vector, n)

@@ -10,6 +10,7 @@ apart: each is a long sequence for the processor's prefetcher, which four neighb
 """
 
 from nbbn.kernels.cpu.lanes import (
+    BLOCK,
     LANES,
     each,
     either,
@@ -21,6 +22,7 @@ from nbbn.kernels.cpu.lanes import (
     part,
     splat,
     store,
+    to_border,
     when,
     whole,
     write_total,
@@ -55,14 +57,17 @@ def write_shifts(arrays, bounds, grid, write):
 
 class _Columns:
     """The columns of a task at one k0, and the statistics that they belong to: blocks of `inner` statistics, each of
-    which comes so many times one after the other."""
+    which comes so many times one after the other. head: of what is streamed, how many columns there are before the
+    first border; what values() copies has it there, too."""
 
-    def __init__(self, k0, bounds, grid, repeats):
+    def __init__(self, k0, bounds, grid, repeats, head=None):
         width = bounds.k1_end - bounds.k1
         self.inner, self.times = grid.inner, grid.span // grid.inner * repeats
         self.s = (k0 + bounds.ahead) * grid.period + bounds.k1 // grid.span * grid.inner
         self.blocks, self.count = width // grid.span, width * repeats
         self.is_plain = self.times == 1  # what there is of statistics is there of columns
+        self.behind = 0 if head is None else (LANES - head) % LANES
+        self.is_there = self.is_plain if head is None else self.is_plain & ((head == 0) | (self.count > BLOCK))
 
     def of_statistics(self, array, place):
         return part(array, place, self.s, self.s + self.blocks * self.inner)
@@ -72,6 +77,10 @@ class _Columns:
         if own is None:
             return None
         v, inner, times = self.of_statistics(values, place), self.inner, self.times
+        own = part(own, (), self.behind, own.size)
+
+        def copy():
+            over(0, self.count, lambda i, n, _: store(own, i, load(v, i, n), n))
 
         # Whole vectors: what goes beyond an end is written over next, and the array has room behind its last one.
         def fill(b, _):
@@ -87,8 +96,8 @@ class _Columns:
         def expand():
             when(inner == 1, lambda: each(0, self.blocks, 1, fill), lambda: each(0, self.blocks, 1, repeat))
 
-        when(self.is_plain, lambda: None, expand)
-        return either(self.is_plain, v, own)
+        when(self.is_there, lambda: None, lambda: when(self.is_plain, copy, expand))
+        return either(self.is_there, v, own)
 
     def sums(self, partial, place, own):
         """Where the sums of columns are made: in those of their statistics, or in the array `own`; all 0."""
@@ -209,13 +218,17 @@ def _coefficients(values, rows, beside):
     return lambda columns: [columns.values(values, (row,), array) for row, array in zip(rows, own, strict=True)]
 
 
-def _write_rows(arrays, bounds, grid, of_columns, write):
-    """write(the parts of some arrays in one row, what of_columns(columns) gave) for all rows of a task."""
+def _write_rows(arrays, bounds, grid, of_columns, target, write):
+    """write(the parts of some arrays in one row, what of_columns(columns) gave) for all rows of a task.
 
+    target: an array that is written. Where it is streamed, coefficients are copied to where they lie at borders when it
+    does: loads across a border take twice the time beside what is streamed.
+    """
     width = bounds.k1_end - bounds.k1
 
     def of_k0(k0, _):
-        given = of_columns(_Columns(k0, bounds, grid, grid.written))
+        head = to_border(part(target, (bounds.r0, k0, bounds.r1), bounds.k1, bounds.k1_end), grid.streamed)
+        given = of_columns(_Columns(k0, bounds, grid, grid.written, head))
 
         def of_r1(r0, r1):
             end = bounds.k1 + minimum(grid.written, bounds.r1_end - r1) * width
@@ -234,7 +247,7 @@ def normalize(inputs, coefficients, relu, bounds, grid, y):
         *given, out = parts
         write_outputs(given, forward, relu, out, grid.streamed)
 
-    _write_rows((*inputs, y), bounds, grid, _coefficients(coefficients, OUTPUT, (y, inputs[2])), write)
+    _write_rows((*inputs, y), bounds, grid, _coefficients(coefficients, OUTPUT, (y, inputs[2])), y, write)
 
 
 def input_gradient(dy, inputs, weights, forward, relu, coefficients, bounds, grid, dx, dz):
@@ -247,4 +260,4 @@ def input_gradient(dy, inputs, weights, forward, relu, coefficients, bounds, gri
     def of_columns(columns):
         return gate(columns), relu, terms(columns)
 
-    _write_rows((dy, weights, dx, dz, *inputs), bounds, grid, of_columns, write)
+    _write_rows((dy, weights, dx, dz, *inputs), bounds, grid, of_columns, dx, write)

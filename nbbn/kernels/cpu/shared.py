@@ -46,7 +46,11 @@ def gradient_terms(dy, inputs, weights, forward, relu, mean, i, n):
 def write_outputs(inputs, forward, relu, y, streamed):
     """Write a run of y = (x - mean) * scale + shift, and what is asked for of: adjusted by a and b, plus residual,
     relu. inputs: x, residual, a, b."""
-    write_run([y], lambda i, n: [_epilogue.output(*_output_arguments(inputs, forward, i, n), relu)], streamed)
+
+    def results(i, n):
+        return [_epilogue.output(*_output_arguments(inputs, forward, i, n), relu)]
+
+    write_run([y], results, streamed, forward)
 
 
 def write_gradients(dy, inputs, weights, forward, relu, coefficients, dx, dz, streamed):
@@ -60,4 +64,4 @@ def write_gradients(dy, inputs, weights, forward, relu, coefficients, dx, dz, st
         g, terms = _gradient(dy, inputs, forward, relu, i, n), (load(c, i, n) for c in coefficients)
         return g, vector_rules.input_gradient(g, x, *terms, a, load(weights, i, n))
 
-    write_run([dz, dx], results, streamed)
+    write_run([dz, dx], results, streamed, [*forward, *coefficients])

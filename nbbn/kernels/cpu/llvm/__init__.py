@@ -1,6 +1,6 @@
 """What traced functions are made of (lanes.py), as LLVM's code."""
 
-from nbbn.kernels.cpu.llvm.control import again, each, over, over_columns, when, write_run
+from nbbn.kernels.cpu.llvm.control import again, each, over, over_columns, to_border, when, write_run
 from nbbn.kernels.cpu.llvm.memory import (
     add_halves,
     either,
@@ -58,6 +58,7 @@ __all__ = [
     "splat",
     "store",
     "symbol",
+    "to_border",
     "tracing",
     "when",
     "whole",

@@ -4,8 +4,8 @@ from contextlib import contextmanager
 
 from llvmlite import ir
 
-from nbbn.kernels.cpu.llvm.memory import Columns, border, reserve, store, stream
-from nbbn.kernels.cpu.llvm.values import I32, I64, LANES, First, Value, call, here, integer, minimum
+from nbbn.kernels.cpu.llvm.memory import Columns, Memory, border, reserve, store, stream
+from nbbn.kernels.cpu.llvm.values import I32, I64, LANES, First, Value, call, drop, here, integer, minimum
 
 
 class _Kept:
@@ -93,8 +93,9 @@ def again(body):
         builder.position_at_end(after)
 
 
-def write_run(targets, results, streamed):
-    """Write results(i, n), a vector for each of the targets, for all their elements. streamed: past the caches.
+def write_run(targets, results, streamed, coefficients):
+    """Write results(i, n), a vector for each of the targets, for all their elements. streamed: past the caches, where
+    the coefficients that are arrays have borders where the targets have them.
 
     A target may be an input, too: all that a vector is made of is read before it is written.
     """
@@ -107,9 +108,9 @@ def write_run(targets, results, streamed):
     if not all(t.is_contiguous for t in there):
         over(0, there[0].size, write)
         return
-    heads = [_to_border(t) for t in there]
+    heads = [to_border(t) for t in there]
     past = streamed != 0
-    for head in heads[1:]:
+    for head in (*heads[1:], *(to_border(c) for c in coefficients if isinstance(c, Memory))):
         past = past & (head == heads[0])
     when(past, lambda: _write_past(targets, results, write, heads[0]), lambda: over(0, there[0].size, write))
 
@@ -119,9 +120,14 @@ def _write_past(targets, results, write, head):
     waiting for them then would halve the speed."""
     there = [t for t in targets if t is not None]
     size = there[0].size
-    for target in there:
-        for place in (target.data, target.place(size - 1)):
-            call("prefetch.p0", ir.VoidType(), place, I32(1), I32(3), I32(1))
+    head = minimum(head, size)
+
+    def fetch(i):
+        for target in there:
+            call("prefetch.p0", ir.VoidType(), target.place(i), I32(1), I32(3), I32(1))
+
+    when(head > 0, lambda: fetch(0))
+    when((size - head) % LANES > 0, lambda: fetch(size - 1))
 
     def write_past(i, n, _):
         if n is not None:
@@ -129,12 +135,12 @@ def _write_past(targets, results, write, head):
         for target, vector in zip(targets, results(i, n), strict=True):
             stream(target, i, vector)
 
-    head = minimum(head, size)
     when(head > 0, lambda: write(Value(I64(0)), First(head.value), ()))
     over(head, size, write_past)
 
 
-def _to_border(array):
-    """How many elements there are before the first border: fewer than sixteen."""
+def to_border(array, asked=None):
+    """How many elements there are before the first border: fewer than sixteen. 0 where `asked`, a number, is 0."""
     past = here().and_(here().neg(here().ptrtoint(array.data, I64)), I64(border(array) - 1))
-    return Value(past) // array.itemsize
+    found = Value(past) // array.itemsize
+    return found if asked is None else drop(asked == 0, found)
