@@ -260,7 +260,7 @@ class Dispatcher:
 
     def merge_moments(self, parts: Array) -> Array:
         """The moments (4, S) of several inputs together, (P, 4, S) float64: merged where they are, in their order.
-        What a device's engine merges is overwritten; on the host it may be of inputs of a device, too."""
+        On the host it may be of inputs of a device, too."""
         if isinstance(parts, np.ndarray):
             return merge_moments(parts)
         engine: Any = self.engine(parts)

@@ -10,7 +10,7 @@ from flax.core import FrozenDict
 from flax.linen import dtypes
 
 from nbbn.core.layout import resolve_axis
-from nbbn.flax.options import mask_for, options_of
+from nbbn.flax.options import called, mask_for, options_of
 from nbbn.jax import batch_norm, initial_state
 
 
@@ -70,6 +70,8 @@ class BatchNorm(nn.BatchNorm):
         scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
         result = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
+        clips = self.renorm_clipping if renorm_clipping is None else renorm_clipping
+        options = options_of(self) | {"renorm_clipping": clips}
         y, new_state = batch_norm(
             x.astype(jnp.promote_types(x.dtype, result)),
             scale,
@@ -81,8 +83,7 @@ class BatchNorm(nn.BatchNorm):
             residual=residual,
             adjustment=adjustment,
             axis_name=None if self.is_initializing() else self.axis_name,
-            renorm_clipping=self.renorm_clipping if renorm_clipping is None else renorm_clipping,
-            **options_of(self),
+            **(called(options) if self.is_initializing() else options),
         )
         if not (inference or self.is_initializing()):
             for name, variable in state.items():

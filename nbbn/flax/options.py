@@ -1,5 +1,6 @@
 """What both kinds of modules pass on to nbbn.jax.batch_norm()."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +16,17 @@ def options_of(module: Any) -> dict[str, Any]:
     """Those of a module that do not depend on the call."""
     axis = module.axis if isinstance(module.axis, int) else tuple(module.axis)
     return {"axis": axis} | {name: getattr(module, name) for name in _NAMES}
+
+
+def called(options: dict[str, Any]) -> dict[str, Any]:
+    """These options, with what callables give now: for statistics that nobody keeps."""
+
+    def number(value: Any) -> Any:
+        return value() if callable(value) else value
+
+    clips = options["renorm_clipping"]
+    clips = {n: number(v) for n, v in clips.items()} if isinstance(clips, Mapping) else clips
+    return options | {n: number(options[n]) for n in ("momentum", "renorm_momentum")} | {"renorm_clipping": clips}
 
 
 def mask_for(x: Any, mask: Any) -> Any:

@@ -1,5 +1,6 @@
 """The numbers of a training step, which may be values of the program: momenta, and the bounds of r and d."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,17 +27,25 @@ def is_in_program(value: Any) -> bool:
     return isinstance(value, jax.Array)
 
 
+_OUTSIDE_TRAINING = {"rmax": math.inf, "dmax": math.inf}  # numbers that all others go with
+
+
 def is_compiling() -> bool:
     """Whether a program is being traced, which keeps whatever is no value of its own."""
     return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 def now(name: str, value: Any, training: bool) -> Any:
-    """A number, or what a callable gives for this call. Raises: ValueError where a training program would keep it."""
+    """A number, or what a callable gives for this call; outside training it need not give any, and is not called.
+
+    Raises: ValueError where a program that is being compiled would keep it.
+    """
     if not callable(value):
         return value
+    if not training:
+        return _OUTSIDE_TRAINING.get(name, 0.0)
     found = value()
-    if training and not is_in_program(found) and is_compiling():
+    if is_compiling() and not isinstance(found, jax.core.Tracer):
         raise ValueError(
             f"{name} must be a scalar of the program, or a callable that gives one, where JAX compiles it: it would "
             f"keep a number of Python's for ever; received {found!r}"

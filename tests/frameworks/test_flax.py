@@ -178,6 +178,18 @@ def test_nothing_moves_while_a_module_is_initialized():
     np.testing.assert_array_equal(stats["var"], 1)
 
 
+def test_a_module_with_a_callable_is_initialized_in_any_way():
+    """Nobody keeps the statistics of these calls, so the number may be Python's."""
+    clips = {"rmax": lambda: 2.0}
+    module = nbbn.flax.BatchNorm(False, momentum=lambda: 0.9, renorm=True, renorm_clipping=clips)
+    key = jax.random.key(0)
+    expected = module.init(key, X)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(module.init)(key, X), expected)
+    shapes = jax.eval_shape(module.init, key, X)
+    jax.tree.map(lambda found, one: np.testing.assert_equal(found.shape, one.shape), shapes, expected)
+    assert "batch_stats" in module.tabulate(key, X)
+
+
 def test_statistics_must_be_mutable():
     module = nbbn.flax.BatchNorm(use_running_average=False)
     with pytest.raises(Exception, match="batch_stats"):

@@ -211,14 +211,16 @@ def test_a_callable_is_read_in_each_call(name):
         given = {"renorm_clipping": {"dmax": value}} if name == "dmax" else {name: value}
         return batch_norm(x, scale, bias, state, training=training, renorm=True, **given)
 
-    schedule = {"now": 0.25}
+    schedule, outside = {"now": 0.25}, jnp.float32(0.25)
     for now in (0.25, 0.5):
         schedule["now"] = now
         equal(run(lambda: schedule["now"]), run(now))
         equal(jax.jit(lambda number: run(lambda: number))(now), run(now))
     with pytest.raises(ValueError, match=rf"{name}.* would keep .* received 0.5"):
         jax.jit(lambda: run(lambda: schedule["now"]))()
-    equal(jax.jit(lambda: run(lambda: schedule["now"], training=False))(), run(0.5, training=False))
+    with pytest.raises(ValueError, match=rf"{name}.* would keep .* received Array"):
+        jax.jit(lambda: run(lambda: outside))()
+    equal(jax.jit(lambda: run(lambda: 1 / 0, training=False))(), run(0.5, training=False))
     with pytest.raises(ValueError, match=r"received .*-1"):
         run(lambda: -1)
 
