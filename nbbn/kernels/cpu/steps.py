@@ -16,6 +16,7 @@ from nbbn.core import rules
 from nbbn.kernels.channel import BATCH_MEAN, COUNT, DX_MEAN, M2, PLAIN_SUMS, SQUARES, WEIGHTED_SUMS
 from nbbn.kernels.cpu import channel, planes, rows
 from nbbn.kernels.cpu.lanes import (
+    LANES,
     again,
     each,
     fence,
@@ -218,15 +219,15 @@ def steps(schedule: str, one_pass: bool) -> dict[str, Step]:
 
     def reduce_gradient(pool, grid, relu, weights, a, b, residual, x, dy, saved, sums, dparams):
         residual, x, dy = view(residual, grid), view(x, grid), view(dy, grid)
-        forward = empty((5, saved.shape[1]), dparams)
+        forward = empty((5, whole_lines(saved.shape[1])), dparams)
         output_coefficients(saved, a, forward)
         inputs = x, residual, a, b
         copy_rows(reduce_gradient_all(pool, dy, inputs, weights, saved, forward, relu, grid, dparams), sums)
 
     def apply_gradient(pool, grid, relu, weights, a, b, dz, residual, x, dy, dx, saved, sums, dparams):
         dz, residual, x, dy, dx = view(dz, grid), view(residual, grid), view(x, grid), view(dy, grid), view(dx, grid)
-        forward = empty((5, saved.shape[1]), dparams)
-        coefficients = empty((4, saved.shape[1]), dparams)
+        forward = empty((5, whole_lines(saved.shape[1])), dparams)
+        coefficients = empty((4, whole_lines(saved.shape[1])), dparams)
         output_coefficients(saved, a, forward)
         input_coefficients(dparams, sums, saved, coefficients)
         tasks, inputs = grid[CHUNKS] * grid[TILES], (x, residual, a, b)
@@ -239,7 +240,7 @@ def steps(schedule: str, one_pass: bool) -> dict[str, Step]:
     ):
         residual, x, y = view(residual, grid), view(x, grid), view(y, grid)
         statistics, inputs, options = saved.shape[1], (x, residual, a, b), (renorm, debias, skip)
-        coefficients, count = empty((5, statistics), params), x.size / statistics
+        coefficients, count = empty((5, whole_lines(statistics)), params), x.size / statistics
         if one_pass:
             shift = empty((statistics,), saved)
             partial = empty((grid[CHUNKS], PLAIN_SUMS if weights is None else WEIGHTED_SUMS, statistics), saved)
@@ -268,14 +269,14 @@ def steps(schedule: str, one_pass: bool) -> dict[str, Step]:
 
     def infer(pool, grid, relu, hyper, residual, x, y, params, state):
         residual, x, y = view(residual, grid), view(x, grid), view(y, grid)
-        coefficients = empty((3, params.shape[1]), params)
+        coefficients = empty((3, whole_lines(params.shape[1])), params)
         infer_channels(params, state, hyper, coefficients)
         normalize(pool, grid[CHUNKS] * grid[TILES], (x, residual, None, None), relu, grid, coefficients, y)
 
     def backward(pool, grid, relu, weights, a, b, dz, residual, x, dy, dx, saved, dparams):
         dz, residual, x, dy, dx = view(dz, grid), view(residual, grid), view(x, grid), view(dy, grid), view(dx, grid)
-        forward, inputs = empty((5, saved.shape[1]), dparams), (x, residual, a, b)
-        coefficients = empty((4, saved.shape[1]), dparams)
+        forward, inputs = empty((5, whole_lines(saved.shape[1])), dparams), (x, residual, a, b)
+        coefficients = empty((4, whole_lines(saved.shape[1])), dparams)
         if relu is not None:
             output_coefficients(saved, a, forward)
         if one_pass:
@@ -290,7 +291,7 @@ def steps(schedule: str, one_pass: bool) -> dict[str, Step]:
 
     def frozen_backward(pool, grid, x, dy, dx, saved, dparams):
         x, dy, dx = view(x, grid), view(dy, grid), view(dx, grid)
-        coefficients = empty((4, saved.shape[1]), dparams)
+        coefficients = empty((4, whole_lines(saved.shape[1])), dparams)
         inputs = x, None, None, None
         sums = reduce_gradient_all(pool, dy, inputs, None, saved, coefficients, None, grid, dparams)
         input_coefficients(dparams, sums, saved, coefficients)
@@ -299,6 +300,13 @@ def steps(schedule: str, one_pass: bool) -> dict[str, Step]:
 
     found = (reduce, reduce_sequences, apply, reduce_gradient, apply_gradient, train, infer, backward, frozen_backward)
     return {f.__name__: f for f in found}
+
+
+@numba.njit(**INTERNAL, inline="always")
+def whole_lines(columns):
+    """So many, and some behind them, that each row of coefficients begins with a line of the cache: vectors of them
+    that lie across two lines make a pass over rows a fifth slower."""
+    return (columns + LANES - 1) // LANES * LANES
 
 
 def _first_chunk(sums):
