@@ -1,7 +1,6 @@
 """Flax's own tests, with nbbn's classes in the place of Flax's: `python flax_conformance.py FOLDER`.
 
-FOLDER: `tests` of Flax's source archive, of the version that is installed; its wheel has none. Prints the numbers of
-tests that passed, and of those that cannot.
+FOLDER: `tests` of Flax's source archive, of the version that is installed; its wheel has none.
 """
 
 import importlib.util
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import flax.linen
 import flax.nnx
+from conformance import run
 
 import nbbn.flax
 
@@ -32,25 +32,8 @@ flax.linen.BatchNorm = nbbn.flax.linen.BatchNorm
 flax.nnx.BatchNorm = nbbn.flax.nnx.BatchNorm
 
 
-class Result(unittest.TextTestResult):
-    passed = unable = 0
-
-    def addSuccess(self, test):
-        super().addSuccess(test)
-        self.passed += 1
-
-    def addError(self, test, error):
-        if not self._is_unable(test):
-            super().addError(test, error)
-
-    def addFailure(self, test, error):
-        if not self._is_unable(test):
-            super().addFailure(test, error)
-
-    def _is_unable(self, test):
-        found = any(test._testMethodName.startswith(name) for name in UNABLE)
-        self.unable += found
-        return found
+def is_unable(test, error):
+    return any(test._testMethodName.startswith(name) for name in UNABLE)
 
 
 def tests_of(folder: Path) -> unittest.TestSuite:
@@ -65,6 +48,4 @@ def tests_of(folder: Path) -> unittest.TestSuite:
 
 
 if __name__ == "__main__":
-    result = unittest.TextTestRunner(resultclass=Result).run(tests_of(Path(sys.argv[1])))
-    print(f"\npassed {result.passed}, unable {result.unable}, failed {len(result.failures) + len(result.errors)}")
-    sys.exit(not result.wasSuccessful())
+    run(tests_of(Path(sys.argv[1])), is_unable)
